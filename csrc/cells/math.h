@@ -1,0 +1,31 @@
+// The functions that cells are made of. Derivatives are written from the *output*, so that backward never
+// needs the pre-activation. A SIMD type brings its own sigmoid, tanh_ and relu, found by argument-dependent
+// lookup.
+#pragma once
+
+#include <cmath>
+
+#include "vec.h"
+
+namespace fastrnn {
+
+FASTRNN_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+FASTRNN_HD double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
+FASTRNN_HD float tanh_(float x) { return tanhf(x); }
+FASTRNN_HD double tanh_(double x) { return tanh(x); }
+// `x < 0 ? 0 : x`, not max(x, 0): a NaN must stay one.
+FASTRNN_HD float relu(float x) { return x < 0.0f ? 0.0f : x; }
+FASTRNN_HD double relu(double x) { return x < 0.0 ? 0.0 : x; }
+FASTRNN_HD float drelu(float y) { return y > 0.0f ? 1.0f : 0.0f; }
+FASTRNN_HD double drelu(double y) { return y > 0.0 ? 1.0 : 0.0; }
+
+template <class T>
+FASTRNN_HD T dsigmoid(T y) {
+  return y * (T(1) - y);
+}
+template <class T>
+FASTRNN_HD T dtanh(T y) {
+  return T(1) - y * y;
+}
+
+}  // namespace fastrnn

@@ -1,0 +1,13 @@
+// The one list of cells on the C++ side; fastrnn/reference.py has the one on the Python side.
+#pragma once
+
+#include "gru.h"
+#include "lstm.h"
+#include "vanilla.h"
+
+#define FASTRNN_CELLS(X)       \
+  X(::fastrnn::Lstm)           \
+  X(::fastrnn::Gru)            \
+  X(::fastrnn::GruResetBefore) \
+  X(::fastrnn::RnnTanh)        \
+  X(::fastrnn::RnnRelu)

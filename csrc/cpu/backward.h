@@ -1,0 +1,190 @@
+// The backward scan (backpropagation through time), a chunk of steps at a time, in the reverse of the forward
+// order. It makes the gradients of the gates and of the first states; what is one big product is left to
+// after the chunk.
+#pragma once
+
+#include "step.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+template <class Cell, class E>
+struct Backward {
+  using S = Simd<E>;
+  static constexpr int kLast = last_stage_gates<Cell>();
+  static constexpr int kFirst = Cell::kGates - kLast;
+  static constexpr int kRecurrent = Cell::kStageGates[0];  // gates that read h itself
+
+  const Scan<E>& p;
+  const Direction<E>& d;
+  const Share& share;
+  Step now, next, before;  // in the forward order of the scan
+  const E* dgh_in;
+  E* dgh_out;
+  int64_t k, chunk_first;
+
+  FASTRNN_HD int64_t chunk_row(int64_t i) const { return now.first - chunk_first + i; }
+
+  // dh before the cell (before the projection, where there is one): from step `next`, from y.
+  FASTRNN_HD S arriving(int64_t i, int64_t unit, int lanes, const S& product_) const {
+    S dh = if_kept(kept(next, i), product_ + S::load(d.state[0] + i * d.ld_state + unit));
+    if (d.dy.data) dh = dh + load(d.dy, p.rows.at(now.first + i), unit, lanes);
+    return dh;
+  }
+
+  // The states that entered the step, and those that left it.
+  FASTRNN_HD void load_states(int64_t i, int64_t unit, int lanes, Vec<S, Cell::kStates>& s,
+                              Vec<S, Cell::kStates>& s_new) const {
+    s[0] = d.w_proj ? S(0) : S::load(d.h_prev + chunk_row(i) * d.ld_h_prev + unit, lanes);
+    s_new[0] = S(0);
+    for (int j = 1; j < Cell::kStates; ++j) {
+      const E* from =
+          i < before.active ? d.seq[j - 1] + p.rows.at(before.first + i) * p.H : d.s0[j - 1] + i * d.ld_state;
+      s[j] = if_kept(kept(now, i), S::load(from + unit, lanes));
+      s_new[j] = S::load(d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit, lanes);
+    }
+  }
+
+  FASTRNN_HD void load_saved(int64_t i, int64_t unit, int lanes, Vec<S, Cell::kSaved>& saved) const {
+    const E* from = d.saved + (now.first + i) * Cell::kSaved * p.H + unit;
+    for (int j = 0; j < Cell::kSaved; ++j) saved[j] = S::load(from + j * p.H, lanes);
+  }
+
+  FASTRNN_HD void store_dg(int64_t i, int64_t unit, int lanes, int column, const S& v) const {
+    v.store(d.dg + chunk_row(i) * d.ld_dg + column * p.H + unit, lanes);
+  }
+
+  // Gate g's recurrent gradient, for the product of the step before; kept aside where this is a row's last.
+  FASTRNN_HD void store_dgh(int64_t i, int64_t unit, int lanes, int g, const S& v) const {
+    v.store(dgh_out + i * d.ld_ring + g * p.H + unit, lanes);
+    if (i >= before.active) v.store(d.last_ring + i * d.ld_ring + g * p.H + unit, lanes);
+  }
+
+  // The cell's (last stage's) backward for one vector of units, given its dh.
+  FASTRNN_HD void cell(int64_t i, int64_t unit, int lanes, const S& dh) const {
+    Vec<S, Cell::kSaved> saved;
+    Vec<S, Cell::kStates> s, s_new, ds_new, ds;
+    load_saved(i, unit, lanes, saved);
+    load_states(i, unit, lanes, s, s_new);
+    ds_new[0] = dh;
+    for (int j = 1; j < Cell::kStates; ++j) {
+      ds_new[j] = if_kept(kept(next, i), S::load(d.state[j] + i * d.ld_state + unit));
+      if (d.dseq[j - 1])
+        ds_new[j] = ds_new[j] + S::load(d.dseq[j - 1] + p.rows.at(now.first + i) * p.H + unit, lanes);
+    }
+    if constexpr (Cell::kStages == 2) {
+      Vec<S, kLast> dg;
+      Cell::backward(saved, s, s_new, ds_new, dg, ds);
+      for (int g = 0; g < kLast; ++g) {
+        store_dg(i, unit, lanes, kFirst + g, dg[g]);
+        dg[g].store(d.mid + i * d.ld_state + g * p.H + unit, lanes);
+      }
+      dh.store(d.dmid + i * d.ld_state + unit, lanes);
+    } else {
+      Vec<S, Cell::kGrads> dg;
+      Cell::backward(saved, s, s_new, ds_new, dg, ds);
+      for (int g = 0; g < Cell::kGrads; ++g) store_dg(i, unit, lanes, g, dg[g]);
+      for (int g = 0; g < Cell::kGates; ++g) store_dgh(i, unit, lanes, g, dg[Cell::kHiddenGrad[g]]);
+    }
+    // Under a projection state[0] has h's width, and such cells pass nothing on elementwise.
+    if (!d.w_proj) ds[0].store(d.state[0] + i * d.ld_state + unit);
+    for (int j = 1; j < Cell::kStates; ++j) ds[j].store(d.state[j] + i * d.ld_state + unit);
+  }
+
+  // The first of two stages, given dmid = R_n^T dn.
+  FASTRNN_HD void first_stage(int64_t i, int64_t unit, int lanes, const S& dmid) const {
+    Vec<S, Cell::kSaved> saved;
+    Vec<S, Cell::kStates> s, s_new, ds;
+    Vec<S, kFirst> dg;
+    S mid;
+    load_saved(i, unit, lanes, saved);
+    load_states(i, unit, lanes, s, s_new);
+    ds[0] = S::load(d.state[0] + i * d.ld_state + unit);
+    Cell::backward_first(saved, s, dmid, S::load(d.dmid + i * d.ld_state + unit), dg, ds, mid);
+    for (int g = 0; g < kFirst; ++g) {
+      store_dg(i, unit, lanes, g, dg[g]);
+      store_dgh(i, unit, lanes, g, dg[g]);
+    }
+    ds[0].store(d.state[0] + i * d.ld_state + unit);
+    mid.store(d.mid_out + chunk_row(i) * p.H + unit, lanes);
+  }
+
+  template <class Epilogue>
+  FASTRNN_HD void phase(int64_t row1, int64_t units, const E* a, int64_t lda, const E* w, int64_t K,
+                        Epilogue&& epilogue) const {
+    int64_t block0, block1;
+    my_blocks<E>(share, units, block0, block1);
+    product<1>(
+        share.row0, row1, block0, block1, units, a, lda, w, K, static_cast<const E*>(nullptr), 0,
+        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
+    end_phase(share);
+  }
+
+  FASTRNN_HD void step(int64_t row1) const {
+    // At the very first step nothing arrives from a later one.
+    const int64_t K = k == 0 ? 0 : kRecurrent * p.H;
+    if (d.w_proj) {
+      phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, [&](int64_t i, int64_t unit, int lanes, const S& v) {
+        const S dh = arriving(i, unit, lanes, v);
+        dh.store(d.mid + i * d.ld_state + unit);
+        dh.store(d.dh_out + chunk_row(i) * p.P + unit, lanes);
+        S(0).store(d.state[0] + i * d.ld_state + unit);
+      });
+      phase(row1, p.H, d.mid, d.ld_state, d.w_proj, p.P,
+            [&](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
+    } else {
+      phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, [&](int64_t i, int64_t unit, int lanes, const S& v) {
+        cell(i, unit, lanes, arriving(i, unit, lanes, v));
+      });
+    }
+    if constexpr (Cell::kStages == 2) {
+      phase(row1, p.H, d.mid, d.ld_state, d.w[1], kLast * p.H,
+            [&](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
+    }
+  }
+
+  static void run(const Scan<E>& p, const Share& share) {
+    for (int which = share.dir0; which < share.dir1; ++which) {
+      const Direction<E>& d = p.dir[which];
+      const int64_t forward = d.reverse ? -1 : 1;  // the forward scan's next step in time
+      const auto time = [&](int64_t k) { return d.reverse ? k : p.rows.T - 1 - k; };
+      const int64_t chunk_first = p.rows.offset[d.reverse ? time(p.k0) : time(p.k1 - 1)];
+      for (int64_t k = p.k0; k < p.k1; ++k) {
+        const int64_t t = time(k);
+        const Backward b{p,
+                         d,
+                         share,
+                         step_at(p, d, t),
+                         step_at(p, d, t + forward),
+                         step_at(p, d, t - forward),
+                         d.ring[k & 1],
+                         d.ring[(k + 1) & 1],
+                         k,
+                         chunk_first};
+        b.step(at_most(share.row1, b.now.active));
+      }
+    }
+  }
+
+  // ds of the first state, in state[0] (and the other states, cut where the first step is reset).
+  static void finish(const Scan<E>& p, const Share& share) {
+    for (int which = share.dir0; which < share.dir1; ++which) {
+      const Direction<E>& d = p.dir[which];
+      // In reverse no reset cuts a first state: the boundary before a sequence's last step is past its end.
+      const Step first = d.reverse ? Step{0, 0, 0, nullptr} : step_at(p, d, int64_t{0});
+      const Backward b{p, d, share, first, first, first, nullptr, nullptr, 0, 0};
+      b.phase(share.row1, p.P, d.last_ring, d.ld_ring, d.w[0], kRecurrent * p.H,
+              [&](int64_t i, int64_t unit, int, const S& v) {
+                E* ds = d.state[0] + i * d.ld_state + unit;
+                if_kept(kept(first, i), v + S::load(ds)).store(ds);
+              });
+      if (share.part != 0) continue;
+      for (int64_t i = share.row0; i < share.row1; ++i) {
+        for (int j = 1; j < Cell::kStates && !kept(first, i); ++j) {
+          for (int64_t u = 0; u < p.H; ++u) d.state[j][i * d.ld_state + u] = 0;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_ISA

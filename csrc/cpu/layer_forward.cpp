@@ -1,0 +1,173 @@
+// fastrnn::layer on the CPU.
+#include "workspace.h"
+
+namespace fastrnn::cpu {
+namespace {
+
+struct Outputs {
+  Tensor y;
+  TensorList last, seq, saved;
+};
+
+template <class E>
+Outputs forward(const std::string& name, const Tensor& x, const TensorList& states, const TensorList& params,
+                const OptionalTensor& lengths, const OptionalTensor& batch_sizes, const OptionalTensor& reset,
+                bool save, bool return_states) {
+  const CellKernels<E>& cell = cell_kernels<E>(name);
+  const LayerArgs a =
+      check_layer({cell.gates, cell.states, cell.saved}, x, states, params, lengths, batch_sizes, reset);
+  const RowTable table = row_table(a);
+  const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
+  const bool projected = a.params[0].w_hr.has_value(), bf16 = a.dtype == ScalarType::BFloat16;
+  Arena arena;
+
+  Outputs out;
+  const auto fresh = [&](std::vector<int64_t> shape, ScalarType dtype) {
+    return lengths ? torch::stable::new_zeros(x, shape, dtype) : torch::stable::new_empty(x, shape, dtype);
+  };
+  out.y = fresh(a.row_shape(D * P), a.dtype);
+  for (int j = 0; j < cell.states; ++j) out.last.push_back(torch::stable::new_empty(x, {D, a.B, j ? H : P}));
+  if (save || return_states) {
+    for (int j = 1; j < cell.states; ++j) {
+      auto shape = a.row_shape(H);
+      shape.insert(shape.begin(), D);
+      out.seq.push_back(fresh(shape, kScalar<E>));
+    }
+  }
+  if (save) {
+    out.saved.push_back(torch::stable::new_empty(x, {D, N, cell.saved * H}, kScalar<E>));
+    if (projected) out.saved.push_back(torch::stable::new_empty(x, {D, N, H}, kScalar<E>));
+  }
+
+  Scan<E> scan{};
+  scan.rows = {a.T, a.B, table.active.data(), table.offset.data(),
+               table.outside.empty() ? nullptr : table.outside.data()};
+  scan.directions = static_cast<int>(D);
+  scan.H = H;
+  scan.P = P;
+  const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H;
+  const int64_t steps = chunk_steps(a, columns, sizeof(E));
+  int64_t weight_bytes = 0;
+
+  const E* w_ih[2];
+  uint8_t* keep = nullptr;
+  for (int64_t d = 0; d < D; ++d) {
+    const LayerArgs::Direction& p = a.params[d];
+    Direction<E>& s = scan.dir[d];
+    s.reverse = d == 1;
+    w_ih[d] = as<E>(arena, p.w_ih);
+    const E* R = as<E>(arena, p.w_hh);
+    int64_t gate0 = 0;
+    for (int stage = 0; stage < cell.stages; ++stage) {
+      const int64_t gates = cell.stage_gates[stage];
+      s.w[stage] = packed<E>(arena, {R + gate0 * H * P, gates, H * P, H, P, P, 1});
+      gate0 += gates;
+    }
+    weight_bytes = G * H * P * sizeof(E);
+    if (projected) {
+      s.w_proj = packed<E>(arena, {as<E>(arena, *p.w_hr), 1, 0, P, H, H, 1});
+      weight_bytes += H * P * sizeof(E);
+    }
+    E* bx = arena.zeros<E>(G * ld);
+    E* bh = arena.zeros<E>(G * ld);
+    for (int64_t g = 0; g < G && p.b_ih; ++g) {
+      read(*p.b_ih, g * H, H, bx + g * ld);
+      read(*p.b_hh, g * H, H, bh + g * ld);
+    }
+    s.bx = bx;
+    s.bh = bh;
+    s.save = save;
+    s.ld_gates = save ? cell.saved * H : columns;
+    for (int j = 1; j < cell.states; ++j) {
+      s.seq[j - 1] =
+          out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;
+    }
+    s.raw = save && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
+    s.y = {static_cast<char*>(out.y.mutable_data_ptr()) + d * P * out.y.element_size(), D * P, bf16};
+    if (reset) {
+      keep = arena.get<uint8_t>(N);
+      const bool* cut = static_cast<const bool*>(a.reset->const_data_ptr());
+      fill_keep(table, a, s.reverse, cut, keep);
+      s.keep = keep;
+    }
+    s.ld_state = ld;
+    s.ld_ring = ld_h;
+    for (int j = 0; j < 2; ++j) s.ring[j] = arena.zeros<E>(a.B * ld_h);
+    for (int j = 1; j < cell.states; ++j) s.state[j] = arena.zeros<E>(a.B * ld);
+    if (projected || cell.stages == 2) s.mid = arena.zeros<E>(a.B * ld);
+    for (int64_t i = 0; i < a.B; ++i) {
+      // In reverse no reset cuts a first state: the boundary lies past the sequence's end.
+      if (!s.reverse && s.keep && i < table.active[0] && !s.keep[i]) continue;
+      read(a.states[0], (d * a.B + table.caller(i)) * P, P, s.ring[0] + i * ld_h);
+      std::memcpy(s.ring[1] + i * ld_h, s.ring[0] + i * ld_h, P * sizeof(E));
+      for (int j = 1; j < cell.states; ++j) {
+        read(a.states[j], (d * a.B + table.caller(i)) * H, H, s.state[j] + i * ld);
+      }
+    }
+  }
+
+  const int64_t most_rows = steps * a.B;
+  E* gx[2] = {nullptr, nullptr};
+  for (int64_t d = 0; d < D && !save; ++d) gx[d] = arena.get<E>(most_rows * columns);
+  const bool direct = !bf16 && table.outside.empty();
+  E* x_rows = direct ? nullptr : arena.get<E>(most_rows * a.I);
+
+  Plan plan(D, a.B, a.B * columns * P, weight_bytes, ceil_div(H, kernels<E>().width));
+  for (scan.k0 = 0; scan.k0 < a.T; scan.k0 = scan.k1) {
+    scan.k1 = std::min(scan.k0 + steps, a.T);
+    for (int64_t d = 0; d < D; ++d) {
+      Direction<E>& s = scan.dir[d];
+      const int64_t t0 = s.reverse ? a.T - scan.k1 : scan.k0, t1 = s.reverse ? a.T - scan.k0 : scan.k1;
+      const int64_t first = table.offset[t0], rows = table.offset[t1] - first;
+      s.gates =
+          save ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + (d * N + first) * s.ld_gates : gx[d];
+      const E* from = input_rows<E>(a, table, first, rows, x_rows);
+      multiply<E>({s.gates, rows, columns, s.ld_gates}, {from, rows, a.I, a.I},
+                  Matrix<E>{w_ih[d], columns, a.I, a.I}.transposed());
+    }
+    run_team(plan.threads(), [&](int member, int size) { cell.forward(scan, plan.share(member, size)); });
+  }
+
+  // h_n is y at each sequence's own end; the other states are where the scan left them.
+  const size_t element = out.y.element_size();
+  for (int64_t d = 0; d < D; ++d) {
+    const Direction<E>& s = scan.dir[d];
+    for (int64_t i = 0; i < a.B; ++i) {
+      const int64_t to = d * a.B + table.caller(i), length = table.length(i);
+      char* h = static_cast<char*>(out.last[0].mutable_data_ptr()) + to * P * element;
+      const int64_t end = length == 0 ? 0 : table.offset[s.reverse ? 0 : length - 1] + i;
+      const char* from = length == 0
+                             ? static_cast<const char*>(a.states[0].const_data_ptr()) + to * P * element
+                             : static_cast<const char*>(s.y.data) + scan.rows.at(end) * s.y.ld * element;
+      std::memcpy(h, from, P * element);
+      for (int j = 1; j < cell.states; ++j) write(s.state[j] + i * ld, H, out.last[j], to * H);
+    }
+  }
+  return out;
+}
+
+std::tuple<Tensor, TensorList, TensorList, TensorList> layer(std::string cell, Tensor x, TensorList states,
+                                                             TensorList params, OptionalTensor lengths,
+                                                             OptionalTensor batch_sizes, OptionalTensor reset,
+                                                             bool save, bool return_states) {
+  const auto run = x.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
+  check_dtype(x);
+  Outputs out = run(cell, x, states, params, lengths, batch_sizes, reset, save, return_states);
+  return {std::move(out.y), std::move(out.last), std::move(out.seq), std::move(out.saved)};
+}
+
+std::vector<std::string> instruction_set_names() {
+  std::vector<std::string> names;
+  for (const auto& s : instruction_sets()) names.emplace_back(s.name);
+  return names;
+}
+std::string instruction_set_name() { return instruction_set().name; }
+
+}  // namespace
+}  // namespace fastrnn::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) { m.impl("layer", TORCH_BOX(&fastrnn::cpu::layer)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("instruction_sets", TORCH_BOX(&fastrnn::cpu::instruction_set_names));
+  m.impl("instruction_set", TORCH_BOX(&fastrnn::cpu::instruction_set_name));
+}

@@ -1,0 +1,124 @@
+// What a CPU scan works on: plain structs of pointers, filled by scan.cpp, read by the kernels of every
+// instruction set. E is the type of the arithmetic: float (also for bfloat16 tensors) or double.
+//
+// Rows are *packed*: step t's active sequences stand at rows offset[t] .. offset[t] + active[t]. In a dense
+// batch that is t*B .. t*B + B; in a ragged one the sequences are sorted by length, so a step's rows are a
+// prefix of the batch. Rows of scratch are padded (ld > H): rows of exactly a power of two fall on the same
+// cache sets.
+#pragma once
+
+#include <cstdint>
+
+#include "team.h"
+
+namespace fastrnn::cpu {
+
+inline constexpr int kMaxStates = 4;
+
+struct Rows {
+  int64_t T, B;
+  const int64_t* active;   // [T]
+  const int64_t* offset;   // [T + 1]
+  const int64_t* outside;  // [N] the row of x and y that belongs to a packed row; null: the same
+  int64_t at(int64_t row) const { return outside ? outside[row] : row; }
+};
+
+// A tensor of E or of bfloat16, rows of ld elements.
+template <class E>
+struct Border {
+  void* data;
+  int64_t ld;
+  bool bf16;
+};
+
+template <class E>
+struct Direction {
+  bool reverse;
+  const uint8_t* keep;  // [N] 0 where a reset cuts the state that enters the step; null: no resets
+
+  // Weights, packed by Kernels::pack. Stage s of the cell, then the projection.
+  const E* w[2];    // forward: [units/W][K][gates of the stage][W]; backward: the transposed products
+  const E* w_proj;  // null: no projection
+
+  // Forward.
+  const E* bx;  // [G][padded H] input bias, zeros where there is none
+  const E* bh;  // [G][padded H] recurrent bias
+  E* gates;     // chunk rows: gx on entry, the cell's saved values after; of this chunk's first row
+  int64_t ld_gates;
+  bool save;               // all of kSaved is wanted
+  E* seq[kMaxStates - 1];  // [N][H] sequences of the states after h; null: not wanted
+  E* raw;                  // [N][H] h before the projection; null: not wanted
+  Border<E> y;             // [rows][P], this direction's columns
+
+  // Backward.
+  const E* saved;   // [N][kSaved*H]
+  const E* h_prev;  // chunk rows [P]: the h that entered the step
+  int64_t ld_h_prev;
+  E* dg;  // chunk rows [kGrads*H]
+  int64_t ld_dg;
+  E* mid_out;                     // chunk rows [H]: two-stage cells' mid, for the weight gradient
+  E* dh_out;                      // chunk rows [P]: dh of the projected state, for its weight gradient
+  Border<E> dy;                   // null data: no gradient reached y
+  const E* dseq[kMaxStates - 1];  // [N][H]; null: none
+  const E* s0[kMaxStates - 1];    // [B][ld_state] first states after h
+
+  // Scratch, kept between chunks.
+  E* state[kMaxStates];  // forward: state[0] unused, state[s] [B][ld_state]; backward: ds
+  E* ring[2];            // forward: h [B][ld_h]; backward: dgh [B][ld_ring]
+  int64_t ld_ring;
+  E* last_ring;  // backward: dgh of each row's last step [B][ld_ring]
+  E* mid;        // [B][ld_state]: two-stage values, or h before the projection, or dh of it
+  E* dmid;       // backward only [B][ld_state]
+  int64_t ld_state;
+};
+
+template <class E>
+struct Scan {
+  Rows rows;
+  int directions;
+  Direction<E> dir[2];
+  int64_t H, P;    // P: the width of h, = H without projection
+  int64_t k0, k1;  // steps of this chunk, in the order of the scan
+};
+
+// Splits (direction, rows, units) over a team; see team.cpp.
+struct Share {
+  int dir0, dir1;      // directions of this member
+  int64_t row0, row1;  // rows of the batch
+  int part, parts;     // part of the units; parts > 1: a barrier ends each phase
+  Barrier* barrier;
+};
+
+struct Pack {
+  const void* src;
+  int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
+};
+
+// One entry of an instruction set's table.
+template <class E>
+struct CellKernels {
+  const char* name;
+  int gates, states, saved, grads, stages;
+  const int* stage_gates;
+  const int* hidden_grad;
+  void (*forward)(const Scan<E>&, const Share&);
+  void (*backward)(const Scan<E>&, const Share&);
+  void (*finish)(const Scan<E>&,
+                 const Share&);  // the product that ends the backward scan: ds of the first state
+};
+
+template <class E>
+struct Kernels {
+  int width;  // units in a vector
+  int count;
+  const CellKernels<E>* cells;
+  void (*pack)(const Pack&, E* dst, int64_t block0, int64_t block1);
+};
+
+struct InstructionSet {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+};
+
+}  // namespace fastrnn::cpu

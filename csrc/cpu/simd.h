@@ -1,0 +1,182 @@
+// A register of floats or doubles by the compiler's vector types, so that one source serves SSE2, AVX2,
+// AVX-512 and NEON. Everything lives in namespace FASTRNN_ISA: each instruction set's translation unit has
+// types of its own, and the linker can never merge a function compiled for one with that of another.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../cells/vec.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+template <class E>
+struct Limits;
+
+template <>
+struct Limits<float> {
+  using Bits = int32_t;
+  typedef float Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef int32_t NativeBits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
+  static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+  static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
+  static constexpr float kExpLow = -87.0f, kExpHigh = 89.0f, kTanhLimit = 9.5f;
+};
+template <>
+struct Limits<double> {
+  using Bits = int64_t;
+  typedef double Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  typedef int64_t NativeBits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
+  static constexpr int kMantissa = 52, kBias = 1023, kDegree = 13;
+  static constexpr double kMagic = 6755399441055744.0;  // 1.5 * 2^52
+  static constexpr double kLn2Hi = 6.93147180369123816490e-01, kLn2Lo = 1.90821492927058770002e-10;
+  static constexpr double kExpLow = -708.0, kExpHigh = 710.0, kTanhLimit = 20.0;
+};
+
+template <class E_>
+struct Simd {
+  using E = E_;
+  using Bits = typename Limits<E>::Bits;
+  static constexpr int W = FASTRNN_VECTOR_BYTES / sizeof(E);
+  using Native = typename Limits<E>::Native;
+  using NativeBits = typename Limits<E>::NativeBits;
+  Native v;
+
+  Simd() = default;
+  FASTRNN_HD Simd(Native x) : v(x) {}
+  FASTRNN_HD explicit Simd(E x) : v(x - Native{}) {}
+  FASTRNN_HD explicit Simd(int x) : Simd(static_cast<E>(x)) {}
+
+  static FASTRNN_HD Simd load(const E* p) {
+    Simd r;
+    std::memcpy(&r.v, p, sizeof r.v);
+    return r;
+  }
+  FASTRNN_HD void store(E* p) const { std::memcpy(p, &v, sizeof v); }
+  // The first n lanes; the others read as 0 and are not written.
+  static FASTRNN_HD Simd load(const E* p, int n) {
+    if (n >= W) return load(p);
+    Simd r;
+    r.v = Native{};
+    for (int i = 0; i < n; ++i) r.v[i] = p[i];
+    return r;
+  }
+  FASTRNN_HD void store(E* p, int n) const {
+    if (n >= W) return store(p);
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+  }
+};
+
+template <class E>
+FASTRNN_HD Simd<E> operator+(const Simd<E>& a, const Simd<E>& b) {
+  return a.v + b.v;
+}
+template <class E>
+FASTRNN_HD Simd<E> operator-(const Simd<E>& a, const Simd<E>& b) {
+  return a.v - b.v;
+}
+template <class E>
+FASTRNN_HD Simd<E> operator*(const Simd<E>& a, const Simd<E>& b) {
+  return a.v * b.v;
+}
+template <class E>
+FASTRNN_HD Simd<E> operator/(const Simd<E>& a, const Simd<E>& b) {
+  return a.v / b.v;
+}
+
+template <class E>
+FASTRNN_HD Simd<E> select(const typename Simd<E>::NativeBits& mask, const Simd<E>& a, const Simd<E>& b) {
+  return mask ? a.v : b.v;
+}
+// Comparisons with a NaN are false, so a NaN passes through.
+template <class E>
+FASTRNN_HD Simd<E> clamp(const Simd<E>& x, E low, E high) {
+  const Simd<E> l(low), h(high);
+  const Simd<E> y = select<E>(x.v < l.v, l, x);
+  return select<E>(y.v > h.v, h, y);
+}
+
+// x = n ln 2 + r with |r| <= ln(2)/2: p = e^r - 1 by its Taylor series (truncation below an ulp at this
+// degree), and half = 2^(n-1), one power short so that e^x overflows to infinity and not to a NaN.
+template <class E>
+FASTRNN_HD void exp_parts(const Simd<E>& x, Simd<E>& p, Simd<E>& half) {
+  using L = Limits<E>;
+  using S = Simd<E>;
+  const S magic(L::kMagic);
+  const S shifted = x * S(E(1.4426950408889634074)) + magic;
+  const S n = shifted - magic;
+  const S r = x - n * S(L::kLn2Hi) - n * S(L::kLn2Lo);
+  double factorial = 1;
+  for (int i = 2; i <= L::kDegree; ++i) factorial *= i;
+  S q(E(1.0 / factorial));
+#pragma GCC unroll 16
+  for (int i = L::kDegree; i > 2; --i) {
+    factorial /= i;
+    q = q * r + S(E(1.0 / factorial));
+  }
+  p = q * (r * r) + r;
+  typename S::NativeBits bits, magic_bits;
+  std::memcpy(&bits, &shifted.v, sizeof bits);
+  std::memcpy(&magic_bits, &magic.v, sizeof magic_bits);
+  bits = (bits - magic_bits + (L::kBias - 1)) << L::kMantissa;
+  std::memcpy(&half.v, &bits, sizeof bits);
+}
+
+template <class E>
+FASTRNN_HD Simd<E> sigmoid(const Simd<E>& x) {
+  using S = Simd<E>;
+  S p, half;
+  exp_parts<E>(clamp<E>(S(0) - x, Limits<E>::kExpLow, Limits<E>::kExpHigh), p, half);
+  return S(1) / (S(1) + (half * p + half) * S(2));
+}
+
+// tanh(x) = m / (m + 2) with m = e^2x - 1: full relative accuracy near 0, where most activations live.
+template <class E>
+FASTRNN_HD Simd<E> tanh_(const Simd<E>& x) {
+  using S = Simd<E>;
+  S p, half;
+  const S y = clamp<E>(x, -Limits<E>::kTanhLimit, Limits<E>::kTanhLimit);
+  exp_parts<E>(y + y, p, half);
+  const S power = half * S(2);
+  const S m = power * p + (power - S(1));
+  return m / (m + S(2));
+}
+
+template <class E>
+FASTRNN_HD Simd<E> relu(const Simd<E>& x) {
+  const Simd<E> zero(0);
+  return select<E>(x.v < zero.v, zero, x);
+}
+template <class E>
+FASTRNN_HD Simd<E> drelu(const Simd<E>& y) {
+  const Simd<E> zero(0);
+  return select<E>(y.v > zero.v, Simd<E>(1), zero);
+}
+
+// Round to bfloat16 (nearest, ties to even; a NaN stays one), still held as float.
+FASTRNN_HD Simd<float> round_to_bf16(const Simd<float>& x) {
+  using S = Simd<float>;
+  S::NativeBits bits;
+  std::memcpy(&bits, &x.v, sizeof bits);
+  S::NativeBits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & static_cast<int32_t>(0xffff0000);
+  S r;
+  std::memcpy(&r.v, &rounded, sizeof rounded);
+  return select<float>(x.v == x.v, r, x);
+}
+
+// Rows of 16-bit floats at the border. x is already rounded: its upper half is the bfloat16.
+FASTRNN_HD void store_bf16(const Simd<float>& x, uint16_t* p, int n) {
+  uint32_t bits[Simd<float>::W];
+  std::memcpy(bits, &x.v, sizeof bits);
+  for (int i = 0; i < n; ++i) p[i] = static_cast<uint16_t>(bits[i] >> 16);
+}
+FASTRNN_HD Simd<float> load_bf16(const uint16_t* p, int n) {
+  uint32_t bits[Simd<float>::W] = {};
+  for (int i = 0; i < n; ++i) bits[i] = static_cast<uint32_t>(p[i]) << 16;
+  Simd<float> r;
+  std::memcpy(&r.v, bits, sizeof bits);
+  return r;
+}
+
+}  // namespace fastrnn::FASTRNN_ISA

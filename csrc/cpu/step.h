@@ -1,0 +1,79 @@
+// What one step of one direction needs to know, shared by the forward and the backward scan.
+#pragma once
+
+#include "params.h"
+#include "product.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+using cpu::Border;
+using cpu::Direction;
+using cpu::Scan;
+using cpu::Share;
+
+// A step's rows, and which of them the state enters or leaves uncut.
+struct Step {
+  int64_t t;
+  int64_t first;        // packed row of the step's first sequence
+  int64_t active;       // its sequences
+  const uint8_t* keep;  // of the step's own rows; null: no resets
+};
+
+template <class E>
+FASTRNN_HD Step step_at(const Scan<E>& p, const Direction<E>& d, int64_t t) {
+  if (t < 0 || t >= p.rows.T) return {t, 0, 0, nullptr};
+  const int64_t first = p.rows.offset[t];
+  return {t, first, p.rows.active[t], d.keep ? d.keep + first : nullptr};
+}
+
+FASTRNN_HD bool kept(const Step& s, int64_t i) { return !s.keep || i >= s.active || s.keep[i]; }
+
+template <class E>
+FASTRNN_HD Simd<E> if_kept(bool keep, const Simd<E>& x) {
+  return keep ? x : Simd<E>(0);
+}
+
+template <class E>
+FASTRNN_HD Simd<E> load(const Border<E>& b, int64_t row, int64_t unit, int lanes) {
+  const int64_t at = row * b.ld + unit;
+  if constexpr (sizeof(E) == sizeof(float)) {
+    if (b.bf16) return load_bf16(static_cast<const uint16_t*>(b.data) + at, lanes);
+  }
+  return Simd<E>::load(static_cast<const E*>(b.data) + at, lanes);
+}
+
+// Returns what was stored: under bfloat16 the recurrence goes on with the rounded value, as the next call
+// would.
+template <class E>
+FASTRNN_HD Simd<E> store(const Border<E>& b, int64_t row, int64_t unit, int lanes, const Simd<E>& x) {
+  const int64_t at = row * b.ld + unit;
+  if constexpr (sizeof(E) == sizeof(float)) {
+    if (b.bf16) {
+      const Simd<float> rounded = round_to_bf16(x);
+      store_bf16(rounded, static_cast<uint16_t*>(b.data) + at, lanes);
+      return rounded;
+    }
+  }
+  x.store(static_cast<E*>(b.data) + at, lanes);
+  return x;
+}
+
+template <class E>
+FASTRNN_HD void my_blocks(const Share& share, int64_t units, int64_t& block0, int64_t& block1) {
+  const int64_t blocks = (units + Simd<E>::W - 1) / Simd<E>::W;
+  block0 = blocks * share.part / share.parts;
+  block1 = blocks * (share.part + 1) / share.parts;
+}
+
+FASTRNN_HD int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+
+FASTRNN_HD void end_phase(const Share& share) {
+  if (share.parts > 1) share.barrier->wait(share.parts);
+}
+
+template <class Cell>
+constexpr int last_stage_gates() {
+  return Cell::kStageGates[Cell::kStages - 1];
+}
+
+}  // namespace fastrnn::FASTRNN_ISA

@@ -1,0 +1,227 @@
+// What the two directions of a layer on the CPU share: scratch memory, weights, products, and the split over
+// threads.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+
+#include "../scan.h"
+#include "dispatch.h"
+
+namespace fastrnn::cpu {
+
+template <class E>
+constexpr ScalarType kScalar = sizeof(E) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Scratch that lives as long as a call.
+class Arena {
+ public:
+  template <class T>
+  T* get(int64_t count) {
+    const size_t bytes = static_cast<size_t>(ceil_div(std::max<int64_t>(count, 1) * sizeof(T), 64)) * 64;
+    void* p = std::aligned_alloc(64, bytes);
+    if (!p) throw std::bad_alloc();
+    blocks_.emplace_back(p, &std::free);
+    return static_cast<T*>(p);
+  }
+  template <class T>
+  T* zeros(int64_t count) {
+    T* p = get<T>(count);
+    std::memset(p, 0, count * sizeof(T));
+    return p;
+  }
+
+ private:
+  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
+};
+
+// rows [begin, end) on each thread of torch's pool.
+template <class F>
+void for_rows(int64_t rows, int64_t work_per_row, F&& f) {
+  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(work_per_row, 1));
+  if (rows <= grain) {
+    if (rows > 0) f(int64_t{0}, rows);
+    return;
+  }
+  torch::stable::parallel_for(0, rows, grain, f);
+}
+
+inline float from_bf16(uint16_t x) {
+  const uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, sizeof y);
+  return y;
+}
+inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if (x != x) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+// n elements of a tensor (E, or bfloat16 where E is float) from or to E.
+template <class E>
+void read(const Tensor& t, int64_t at, int64_t n, E* to) {
+  if (t.scalar_type() == ScalarType::BFloat16) {
+    const uint16_t* p = static_cast<const uint16_t*>(t.const_data_ptr()) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<E>(from_bf16(p[i]));
+  } else if (n > 0) {
+    std::memcpy(to, static_cast<const E*>(t.const_data_ptr()) + at, n * sizeof(E));
+  }
+}
+template <class E>
+void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
+  if (t.scalar_type() == ScalarType::BFloat16) {
+    uint16_t* p = static_cast<uint16_t*>(t.mutable_data_ptr()) + at;
+    for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(static_cast<float>(from[i]));
+  } else if (n > 0) {
+    std::memcpy(static_cast<E*>(t.mutable_data_ptr()) + at, from, n * sizeof(E));
+  }
+}
+
+// A whole tensor as E: itself where it is, else a converted copy.
+template <class E>
+const E* as(Arena& arena, const Tensor& t) {
+  if (t.scalar_type() != ScalarType::BFloat16) return static_cast<const E*>(t.const_data_ptr());
+  E* p = arena.get<E>(t.numel());
+  for_rows(t.numel(), 1, [&](int64_t begin, int64_t end) { read(t, begin, end - begin, p + begin); });
+  return p;
+}
+
+// A matrix by pointer: rows x columns, strides in elements.
+template <class E>
+struct Matrix {
+  const E* data;
+  int64_t rows, columns, row_stride, column_stride = 1;
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Tensor tensor() const {
+    const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
+    return torch::stable::from_blob(const_cast<E*>(data), {sizes, 2}, {strides, 2},
+                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<E>);
+  }
+};
+
+// out = a b, or out += a b. The shims call the CPU kernels themselves: no dispatcher, so no autograd and no
+// autocast.
+template <class E>
+void multiply(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate = false) {
+  if (out.rows == 0 || out.columns == 0) return;
+  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
+  const auto error = accumulate
+                         ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
+                         : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get());
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "matrix product failed");
+}
+
+inline void check_dtype(const Tensor& x) {
+  const ScalarType t = x.scalar_type();
+  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16,
+                  "the cpu backend takes float32, float64 and bfloat16");
+}
+
+// keep [N] of one direction: 0 where a reset cuts the state that enters the step. `cut` [T, B]; in reverse
+// the boundary that a sequence crosses on entering step t is the one before t + 1.
+inline void fill_keep(const RowTable& table, const LayerArgs& a, bool reverse, const bool* cut,
+                      uint8_t* keep) {
+  for (int64_t t = 0; t < a.T; ++t) {
+    const int64_t boundary = reverse ? t + 1 : t;
+    for (int64_t i = 0; i < table.active[t]; ++i) {
+      const bool crossed = boundary < a.T && i < table.active[boundary];
+      keep[table.offset[t] + i] = !(crossed && cut[boundary * a.B + table.caller(i)]);
+    }
+  }
+}
+
+// Rows first .. first + rows of x as E: x itself where it can be, else gathered into `to`.
+template <class E>
+const E* input_rows(const LayerArgs& a, const RowTable& table, int64_t first, int64_t rows, E* to) {
+  if (!to) return static_cast<const E*>(a.x.const_data_ptr()) + first * a.I;
+  for_rows(rows, a.I, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t from = table.outside.empty() ? first + r : table.outside[first + r];
+      read(a.x, from * a.I, a.I, to + r * a.I);
+    }
+  });
+  return to;
+}
+
+template <class E>
+E* packed(Arena& arena, const Pack& p) {
+  const Kernels<E>& k = kernels<E>();
+  const int64_t blocks = ceil_div(p.units, k.width), size = p.K * p.gates * k.width;
+  E* dst = arena.get<E>(blocks * size);
+  for_rows(blocks, size, [&](int64_t begin, int64_t end) { k.pack(p, dst, begin, end); });
+  return dst;
+}
+
+// Rows of scratch: whole vectors, and never a power of two.
+template <class E>
+int64_t padded(int64_t width) {
+  const int64_t w = kernels<E>().width;
+  return ceil_div(width, w) * w + 16;
+}
+
+// Steps a chunk of time takes so that its rows of `columns` stay in cache, and its products are still large.
+inline int64_t chunk_steps(const LayerArgs& a, int64_t columns, size_t element) {
+  const int64_t bytes = 2 << 20, least_rows = 256;
+  const int64_t rows = std::max<int64_t>(least_rows, bytes / std::max<int64_t>(columns * element, 1));
+  return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
+}
+
+// How a team shares out (directions, rows, units). Rows need no barrier, units one for every phase of a step;
+// but a thread that has all units streams the whole of R, which should then fit in its own second-level
+// cache.
+class Plan {
+ public:
+  Plan(int64_t D, int64_t B, int64_t step_work, int64_t weight_bytes, int64_t blocks)
+      : D_(static_cast<int>(D)), B_(B), weight_bytes_(weight_bytes), blocks_(blocks) {
+    // A step shorter than its barrier is better run alone.
+    constexpr int64_t kLeastWork = 16384;
+    const int64_t most = std::max<int64_t>(1, D * step_work / kLeastWork);
+    threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+  }
+  int threads() const { return threads_; }
+
+  Share share(int member, int size) {
+    Share s{};
+    const bool split = D_ > 1 && size % D_ == 0;
+    const int each = split ? size / D_ : size, index = member % each;
+    s.dir0 = split ? member / each : 0;
+    s.dir1 = split ? s.dir0 + 1 : D_;
+    const int parts = unit_parts(each);
+    const int row_parts = each / parts, row_part = index / parts;
+    s.row0 = B_ * row_part / row_parts;
+    s.row1 = B_ * (row_part + 1) / row_parts;
+    s.part = index % parts;
+    s.parts = parts;
+    s.barrier = &barriers_[(s.dir0 * row_parts + row_part) % kBarriers];
+    return s;
+  }
+
+ private:
+  static constexpr int kBarriers = 512;
+  static constexpr int64_t kRowsEach = 6, kCacheBytes = 1200 << 10;
+
+  int unit_parts(int threads) const {
+    for (int parts = 1; parts < threads; ++parts) {
+      if (threads % parts == 0 && B_ >= kRowsEach * (threads / parts) &&
+          weight_bytes_ / parts <= kCacheBytes && blocks_ >= parts && D_ * (threads / parts) <= kBarriers) {
+        return parts;
+      }
+    }
+    return threads;
+  }
+
+  int D_, threads_;
+  int64_t B_, weight_bytes_, blocks_;
+  std::unique_ptr<Barrier[]> barriers_{new Barrier[kBarriers]};
+};
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,20 @@
+// The operators' schemas; each device registers its own implementation.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fastrnn, m) {
+  // last: the states at each sequence's end, as `states`. seq: the sequences of the states after h, [D, T, B,
+  // H] (packed [D, N, H]), empty unless save or return_states. saved: what layer_backward needs, empty unless
+  // save.
+  m.def(
+      "layer(str cell, Tensor x, Tensor[] states, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
+      "Tensor? reset, bool save, bool return_states) -> (Tensor y, Tensor[] last, Tensor[] seq, Tensor[] "
+      "saved)");
+  // dy, dlast, dseq: gradients of layer's outputs; an empty list counts as zeros. dx has no elements unless
+  // need_x, dparams is empty unless need_params.
+  m.def(
+      "layer_backward(str cell, Tensor? dy, Tensor[] dlast, Tensor[] dseq, Tensor x, Tensor[] states, "
+      "Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? reset, Tensor y, Tensor[] seq, "
+      "Tensor[] saved, bool need_x, bool need_params) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+  m.def("instruction_sets() -> str[]");
+  m.def("instruction_set() -> str");
+}

@@ -1,0 +1,68 @@
+// One layer, all its directions: arguments, checks and row tables, the same for every device.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+namespace fastrnn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+using TensorList = std::vector<Tensor>;
+
+// What the checks need to know of a cell.
+struct CellShape {
+  int gates, states, saved;
+};
+
+// The arguments of a layer, checked and contiguous. Shapes: T time, B batch, N rows (T*B, or a
+// PackedSequence's), I input, H hidden, P the width of h (H without projection), G gates, D directions.
+struct LayerArgs {
+  struct Direction {
+    Tensor w_ih, w_hh;                // [G*H, I], [G*H, P]
+    OptionalTensor b_ih, b_hh, w_hr;  // [G*H], [G*H], [P, H]
+  };
+  Tensor x;           // [T, B, I] or packed [N, I]
+  TensorList states;  // [D, B, P], then [D, B, H]
+  std::vector<Direction> params;
+  OptionalTensor lengths;      // [B]
+  OptionalTensor batch_sizes;  // [T]
+  OptionalTensor reset;        // [T, B]
+  int64_t T, B, N, I, H, P, D;
+  ScalarType dtype;
+
+  bool packed() const { return batch_sizes.has_value(); }
+  std::vector<int64_t> row_shape(int64_t width) const {
+    return packed() ? std::vector<int64_t>{N, width} : std::vector<int64_t>{T, B, width};
+  }
+};
+
+// Raises a RuntimeError that says what was expected and what came.
+LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& states,
+                      const TensorList& params, const OptionalTensor& lengths,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& reset);
+
+// Which rows a step has. Sequences are sorted by length, longest first; `order` maps that back to the
+// caller's batch.
+struct RowTable {
+  std::vector<int64_t> active;   // [T]
+  std::vector<int64_t> offset;   // [T + 1]
+  std::vector<int64_t> outside;  // [N'] the caller's row of a packed row; empty: the same
+  std::vector<int64_t> order;    // [B] the caller's sequence of a sorted one; empty: the same
+  int64_t rows() const { return offset.back(); }
+  std::vector<int64_t> lengths;  // [B] of the sorted sequences
+  int64_t length(int64_t sequence) const { return lengths[sequence]; }
+  int64_t caller(int64_t sequence) const { return order.empty() ? sequence : order[sequence]; }
+};
+RowTable row_table(const LayerArgs& args);
+
+}  // namespace fastrnn

@@ -1,0 +1,33 @@
+"""fastrnn: fused recurrent layers that stand in for torch.nn's.
+
+import fastrnn
+lstm = fastrnn.LSTM(256, 512, num_layers=2)   # torch.nn.LSTM's signature, parameters and results
+"""
+
+from . import functional
+from ._version import __version__
+from .backends import BackendError, Explanation, backend, explain
+from .cells import GRUCell, LSTMCell, RNNCell
+from .markov import MarkovModel
+from .modules import GRU, LSTM, RNN, States
+from .ops import GRUFunction, LSTMFunction, RNNFunction
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "BackendError",
+    "Explanation",
+    "GRUCell",
+    "GRUFunction",
+    "LSTMCell",
+    "LSTMFunction",
+    "MarkovModel",
+    "RNNCell",
+    "RNNFunction",
+    "States",
+    "__version__",
+    "backend",
+    "explain",
+    "functional",
+]

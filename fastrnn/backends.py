@@ -1,0 +1,169 @@
+"""Which backend runs a call, and why."""
+
+from __future__ import annotations
+
+import os
+import threading
+from dataclasses import dataclass
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import ops
+
+BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot serve the call."""
+
+
+class _Choice(threading.local):
+    name: str | None = None
+
+
+_choice = _Choice()
+_process_default: list[str | None] = [None]
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+def current_backend() -> str:
+    """The backend in force: the innermost `with fastrnn.backend(...)`, else the last plain call of
+    `fastrnn.backend(...)`, else the environment's FASTRNN_BACKEND, else "auto"."""
+    if _choice.name is not None:
+        return _choice.name
+    if _process_default[0] is not None:
+        return _process_default[0]
+    return _checked(os.environ.get("FASTRNN_BACKEND", "auto"))
+
+
+class backend:
+    """Chooses the backend: `fastrnn.backend("cpu")` for the process, `with fastrnn.backend("cpu"):` for a
+    block.
+
+    name: "auto" (the fastest that can serve the call), "cuda", "triton", "cpu" or "reference".
+    An explicit backend that cannot serve a call raises `BackendError` naming the reason; only
+    "auto" falls back. Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = _checked(name)
+        self._before_process = _process_default[0]
+        _process_default[0] = self._name
+
+    def __enter__(self) -> backend:
+        # The setter has already run: a block must not outlive itself, nor reach other threads.
+        _process_default[0] = self._before_process
+        self._before_thread = _choice.name
+        _choice.name = self._name
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _choice.name = self._before_thread
+
+
+@dataclass(frozen=True)
+class Decision:
+    """`backend` is None where the backend asked for cannot serve the call."""
+
+    backend: str | None
+    reason: str
+
+
+def _why_not_cpu(x: Tensor) -> str | None:
+    if not ops.LOADED:
+        return f"the compiled library is not loaded ({ops.LOAD_ERROR})"
+    if x.device.type not in ("cpu", "meta"):
+        return f"it takes CPU tensors, the input is on {x.device}"
+    if x.dtype not in CPU_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in CPU_DTYPES)
+        return f"it takes {names}, the input is {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The type that autocast, where it is on, wants x in. As in torch, float64 is left alone."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def transforms_active() -> bool:
+    """True under torch.func transforms or forward-mode AD, which need plain torch operations."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def decide(x: Tensor) -> Decision:
+    """Chooses the backend for a call whose input is x."""
+    asked = current_backend()
+    if asked == "reference":
+        return Decision("reference", "asked for")
+    if asked in ("cuda", "triton"):
+        return Decision(None, f"this build of fastrnn has no {asked} backend")
+    why_not = _why_not_cpu(x)
+    if why_not is None and not torch.compiler.is_compiling() and transforms_active():
+        # Differentiating through plain operations is right under every transform.
+        return Decision("reference", "a torch.func transform or forward-mode AD is active")
+    if why_not is None:
+        return Decision("cpu", "asked for" if asked == "cpu" else "the fastest backend for this input")
+    if asked == "cpu":
+        return Decision(None, why_not)
+    return Decision("reference", f"the cpu backend cannot serve it: {why_not}")
+
+
+def choose(x: Tensor) -> str:
+    """The backend's name; raises BackendError where the one asked for cannot serve the call."""
+    decision = decide(x)
+    if decision.backend is None:
+        raise BackendError(f'backend="{current_backend()}" cannot serve this call: {decision.reason}')
+    return decision.backend
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found: `backend` and `kernel` would run, because of `reason`."""
+
+    backend: str | None
+    kernel: str | None
+    reason: str
+
+    def __repr__(self) -> str:
+        if self.backend is None:
+            return f"cannot run: {self.reason}"
+        return f"backend {self.backend}, kernel {self.kernel}: {self.reason}"
+
+
+def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanation:
+    """Which kernel would run for layer(input), and why; nothing is run.
+
+    layer: a fastrnn layer or cell; input: what would be passed to it, a tensor or a PackedSequence.
+    Raises TypeError where the layer is not one of fastrnn's.
+    """
+    cell = getattr(layer, "_cell", None)
+    if cell is None:
+        raise TypeError(f"explain takes a fastrnn layer or cell, got {type(layer).__name__}")
+    x = input.data if isinstance(input, PackedSequence) else input
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x = x.to(dtype)
+    decision = decide(x)
+    if decision.backend is None:
+        return Explanation(None, None, decision.reason)
+    if decision.backend == "reference":
+        return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
+    arithmetic = "float64" if x.dtype == torch.float64 else "float32"
+    kernel = f"{cell} scan in C++, {ops.instruction_set()}, {arithmetic} arithmetic"
+    return Explanation("cpu", kernel, decision.reason)

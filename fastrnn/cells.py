@@ -1,0 +1,195 @@
+"""LSTMCell, GRUCell and RNNCell: one fused step, standing in for torch.nn's cells.
+
+Dimensions: B batch, I input, H hidden, G gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.modules import rnn as torch_rnn
+
+from . import _checks, functional
+from .modules import as_torch, leaf_call
+from .reference import CELLS
+
+_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+# Captured at import: programs rebind torch.nn.LSTMCell to fastrnn.LSTMCell.
+_TORCH_LSTM_CELL, _TORCH_GRU_CELL, _TORCH_RNN_CELL = torch_rnn.LSTMCell, torch_rnn.GRUCell, torch_rnn.RNNCell
+
+
+class _Cell(torch_rnn.RNNCellBase):
+    """What the three cells share."""
+
+    @property
+    def _cell(self) -> str:
+        raise NotImplementedError
+
+    def _step(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
+        """The new states, each [B, H], or [H] where the input is [I]."""
+        batched = input.dim() == 2
+        x = input if batched else input.unsqueeze(0)
+        H, cell = self.hidden_size, self._cell
+        spec = CELLS[cell]
+        if hx is None:
+            states = (torch.zeros(x.size(0), H, dtype=x.dtype, device=x.device),) * spec.states
+        else:
+            states = tuple(hx) if batched else tuple(h.unsqueeze(0) for h in hx)
+        _checks.cell_sizes(x, states, self.input_size, H)
+        params: list[Tensor] = [self.weight_ih, self.weight_hh]
+        if self.bias_ih is not None:
+            params += [self.bias_ih, self.bias_hh]
+        _checks.weight_shapes(_NAMES[: len(params)], params, spec.gates, self.input_size, H, 0)
+        _checks.same_device(x, states, params)
+        _checks.same_dtype("input", x, params[0])
+        for h in states:
+            _checks.same_dtype("hx", h, params[0])
+        _, last, _ = functional.layer(cell, x.unsqueeze(0), [h.unsqueeze(0) for h in states], params)
+        # The leading 1 is the one direction.
+        return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
+
+    def to_torch(self) -> torch_rnn.RNNCellBase:
+        """This cell as torch.nn's, on the very same Parameter objects.
+
+        Raises ValueError where an option has no equal in torch.nn.
+        """
+        raise NotImplementedError
+
+    def __prepare_scriptable__(self) -> torch_rnn.RNNCellBase:
+        # TorchScript cannot see through the library's calls, so it gets torch.nn's cell.
+        return self.to_torch()
+
+
+class LSTMCell(_Cell):
+    """One LSTM step (Hochreiter & Schmidhuber 1997; forget gates, Gers 2000), as torch.nn.LSTMCell.
+
+    input    [B, I] or [I], of the parameters' dtype (under autocast of any)
+    hx       (h, c), each [B, H] or [H]; zeros where None
+    returns  (h', c'), shaped like hx
+
+    Parameters weight_ih [4*H, I], weight_hh [4*H, H], bias_ih, bias_hh [4*H]; gate order i, f, g, o.
+    Raises ValueError for a wrong number of dimensions, RuntimeError for wrong sizes, dtypes and devices.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=4, device=device, dtype=dtype)
+
+    @property
+    def _cell(self) -> str:
+        return "lstm"
+
+    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> Any:
+        if isinstance(input, Proxy):
+            return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+        _checks.cell_ranks("LSTMCell", input, hx, ("hx[0]", "hx[1]"))
+        if hx is not None:
+            _checks.two_states(hx, "lstm_cell")
+        h, c = self._step(input, hx)
+        return h, c
+
+    def to_torch(self) -> torch_rnn.LSTMCell:
+        return as_torch(self, _TORCH_LSTM_CELL)
+
+
+class GRUCell(_Cell):
+    """One GRU step (Cho 2014, arXiv:1406.1078), as torch.nn.GRUCell; reset_after as in `fastrnn.GRU`.
+
+    input    [B, I] or [I], of the parameters' dtype (under autocast of any)
+    hx       h [B, H] or [H]; zeros where None
+    returns  h', shaped like hx
+
+    Parameters weight_ih [3*H, I], weight_hh [3*H, H], bias_ih, bias_hh [3*H]; gate order r, z, n.
+    Raises ValueError for a wrong number of dimensions, RuntimeError for wrong sizes, dtypes and devices,
+    TypeError for a reset_after that is no bool.
+    """
+
+    # On the class for cells that were pickled without it.
+    reset_after: bool = True
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
+        _checks.bool_option("reset_after", reset_after)
+        super().__init__(input_size, hidden_size, bias, num_chunks=3, device=device, dtype=dtype)
+        self.reset_after = reset_after
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        if isinstance(input, Proxy):
+            return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+        states = None if hx is None else (hx,)
+        _checks.cell_ranks("GRUCell", input, states, ("hidden",))
+        return self._step(input, states)[0]
+
+    def to_torch(self) -> torch_rnn.GRUCell:
+        if not self.reset_after:
+            raise ValueError("GRUCell with reset_after=False has no torch.nn equal")
+        return as_torch(self, _TORCH_GRU_CELL, own=("reset_after",))
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+
+class RNNCell(_Cell):
+    """One step of Elman's network (1990), as torch.nn.RNNCell: h' = f(W x + b + R h + b_h), f tanh or relu.
+
+    input    [B, I] or [I], of the parameters' dtype (under autocast of any)
+    hx       h [B, H] or [H]; zeros where None
+    returns  h', shaped like hx
+
+    Parameters weight_ih [H, I], weight_hh [H, H], bias_ih, bias_hh [H].
+    Raises ValueError for a wrong number of dimensions, RuntimeError for wrong sizes, dtypes and devices
+    and, when called, for an unknown nonlinearity.
+    """
+
+    nonlinearity: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, num_chunks=1, device=device, dtype=dtype)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _cell(self) -> str:
+        return f"rnn_{self.nonlinearity}"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        if isinstance(input, Proxy):
+            return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+        states = None if hx is None else (hx,)
+        _checks.cell_ranks("RNNCell", input, states, ("hidden",))
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return self._step(input, states)[0]
+
+    def to_torch(self) -> torch_rnn.RNNCell:
+        return as_torch(self, _TORCH_RNN_CELL)

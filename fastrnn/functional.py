@@ -1,0 +1,96 @@
+"""Layers as functions: one layer, all its directions, on the backend in force.
+
+y, h_n        = fastrnn.functional.gru(x, h0, params)
+y, (h_n, c_n) = fastrnn.functional.lstm(x, (h0, c0), params)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import ops, reference
+from .backends import autocast_dtype, choose
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+    return_states: bool = False,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """One layer of any registered cell.
+
+    cell        a name of `fastrnn.reference.CELLS`
+    x           [T, B, I], or packed [N, I] with batch_sizes
+    states      h0 [D, B, P] (P = H without projection) and, for the LSTM, c0 [D, B, H]; D = 1 or 2
+    params      for each direction (w_ih [G*H, I], w_hh [G*H, P][, b_ih, b_hh [G*H]][, w_hr [P, H]])
+    lengths     LongTensor [B], on any device; clamped to [0, T]
+    batch_sizes LongTensor [T] on the CPU, as a PackedSequence has it (rows sorted by length)
+    reset       BoolTensor [T, B]: the state is zeroed before step t
+    returns     (y [T, B, D*P], last states like `states`, sequences of the states after the first,
+                each [D, T, B, H], packed [D, N, H]; empty unless return_states)
+    Raises ValueError for sizes that do not agree, BackendError where the backend asked for cannot serve.
+    """
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        x, states, params = x.to(dtype), [s.to(dtype) for s in states], [p.to(dtype) for p in params]
+    ops.check(cell, x, states, params)
+    if choose(x) == "reference":
+        y, last, seq = reference.layer(cell, x, states, params, lengths, batch_sizes, reset)
+        return y, last, seq if return_states else ()
+    return ops.layer(cell, x, states, params, lengths, batch_sizes, reset, return_states)
+
+
+def lstm(
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    *,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """One LSTM layer: (y, (h_n, c_n)) from (h0, c0). Gates i, f, g, o; w_hr [P, H] projects. See `layer`."""
+    y, (h, c), _ = layer("lstm", x, states, params, lengths=lengths, batch_sizes=batch_sizes, reset=reset)
+    return y, (h, c)
+
+
+def gru(
+    x: Tensor,
+    h0: Tensor,
+    params: Sequence[Tensor],
+    *,
+    reset_after: bool = True,
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One GRU layer: (y, h_n). Gates r, z, n; reset_after=False is Cho 2014 v3's form. See `layer`."""
+    cell = "gru" if reset_after else "gru_reset_before"
+    y, (h,), _ = layer(cell, x, (h0,), params, lengths=lengths, batch_sizes=batch_sizes, reset=reset)
+    return y, h
+
+
+def rnn(
+    x: Tensor,
+    h0: Tensor,
+    params: Sequence[Tensor],
+    *,
+    nonlinearity: str = "tanh",
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One vanilla (Elman) layer: (y, h_n); nonlinearity "tanh" or "relu". See `layer`."""
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity must be 'tanh' or 'relu', got {nonlinearity!r}")
+    cell = f"rnn_{nonlinearity}"
+    y, (h,), _ = layer(cell, x, (h0,), params, lengths=lengths, batch_sizes=batch_sizes, reset=reset)
+    return y, h

@@ -1,0 +1,93 @@
+"""What this installation of fastrnn is and can run: `python -m fastrnn info`."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import ops
+from ._version import __version__
+
+
+def report() -> str:
+    """Versions, build, instruction sets, threads, GPUs and kernels, a line each."""
+    lines = [
+        ("fastrnn", f"{__version__}, {Path(__file__).resolve().parent}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+        ("python", f"{platform.python_version()}, {sys.platform} {platform.machine()}"),
+        ("build", _build()),
+        ("instruction sets", _instruction_sets()),
+        (
+            "threads",
+            f"{torch.get_num_threads()} within an operation, {torch.get_num_interop_threads()} between",
+        ),
+        ("GPUs", _gpus()),
+        *((f"kernels: {name}", state) for name, state in _kernels().items()),
+    ]
+    width = max(len(name) for name, _ in lines)
+    return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
+
+
+def _loaded() -> bool:
+    return bool(getattr(ops, "LOADED", False))
+
+
+def _load_error() -> str:
+    error = str(getattr(ops, "LOAD_ERROR", "")) or "reason unknown"
+    return error.strip().splitlines()[0]
+
+
+def _build() -> str:
+    if not _loaded():
+        return f"the compiled library is not loaded: {_load_error()}"
+    information: Any = getattr(ops, "build_info", None)
+    return str(information()) if callable(information) else "the compiled library is loaded"
+
+
+def _instruction_sets() -> str:
+    # Functions of the compiled library: without it there is nothing to ask.
+    usable: Any = getattr(ops, "instruction_sets", None)
+    in_force: Any = getattr(ops, "instruction_set", None)
+    if not _loaded() or usable is None or in_force is None:
+        return "unknown, the compiled library is not loaded"
+    return f"{', '.join(usable())}; in force: {in_force()}"
+
+
+def _gpus() -> str:
+    if not torch.cuda.is_available():
+        return "none"
+    names = []
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        names.append(f"{gpu.name} (sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB)")
+    return ", ".join(names)
+
+
+def _kernels() -> dict[str, str]:
+    from .backends import BACKENDS
+
+    kernels = {
+        "cpu": "available" if _loaded() else f"not available: {_load_error()}",
+        "cuda": _gpu_kernel("cuda"),
+        "triton": _gpu_kernel("triton"),
+        "reference": "available",
+    }
+    return {name: state for name, state in kernels.items() if name in BACKENDS}
+
+
+def _gpu_kernel(name: str) -> str:
+    # A backend says by itself why it cannot run, once it exists: ops.unavailable(name) -> reason or None.
+    why_not: Any = getattr(ops, "unavailable", None)
+    if callable(why_not):
+        reason = why_not(name)
+        return "available" if reason is None else f"not available: {reason}"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "not available: triton is not installed"
+    if not torch.cuda.is_available():
+        return "not available: no GPU"
+    return "not available: not part of this build"

@@ -1,0 +1,1 @@
+"""A character language model on fastrnn's layers: `python -m fastrnn lm train|sample|demo`."""

@@ -1,0 +1,159 @@
+"""The demonstration: the same model on fastrnn.LSTM and on torch.nn.LSTM, trained side by side."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from .._version import __version__
+from ..markov import MarkovModel
+from . import checkpoint, generate, report
+from .corpus import Corpus, read_text
+from .errors import UserError, os_reason
+from .model import CELLS, Config
+from .progress import Progress
+from .train import Interrupt, Trainer, interrupts
+
+NAMES = {"fastrnn": "fastrnn", "torch": "torch.nn"}
+BLOCK_STEPS = 4
+FIRST_STEPS = 50
+GENERATED = 400
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the demonstration measured."""
+
+    ratios: list[float]  # torch's time over fastrnn's, one for each pair of blocks
+    losses: dict[str, list[float]]
+
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.ratios)
+
+    def difference(self, steps: int | None = None) -> float:
+        """The largest relative difference of the two loss curves over the first `steps` steps."""
+        pairs = zip(self.losses["fastrnn"][:steps], self.losses["torch"][:steps], strict=True)
+        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+
+
+def alternate(trainers: dict[str, Trainer], seconds: float, interrupt: Interrupt) -> Outcome:
+    """Trains both in turns, in blocks of steps, for about `seconds`.
+
+    Turns make the comparison fair: a machine that slows down slows both, and who goes first changes from
+    pair to pair. The first pair warms up and does not count.
+    """
+    ratios: list[float] = []
+    progress = Progress(None)
+    began = time.monotonic()
+    order = list(trainers)
+    try:
+        # Three pairs at least: one to warm up, and one with each of the two first.
+        while len(ratios) < 3 or time.monotonic() - began < seconds:
+            if interrupt.pressed:
+                raise KeyboardInterrupt
+            spent: dict[str, float] = {}
+            for name in order:
+                for _ in range(BLOCK_STEPS):
+                    loss = trainers[name].train_step()
+                    progress.update(f"{NAMES[name]:8s} loss {loss:.4f}")
+                spent[name] = sum(trainers[name].seconds[-BLOCK_STEPS:])
+            ratios.append(spent["torch"] / spent["fastrnn"])
+            order.reverse()
+    finally:
+        progress.close()
+    return Outcome(ratios[1:], {name: trainer.losses for name, trainer in trainers.items()})
+
+
+def demo(
+    config: Config, data: str | None, out: str, seconds: float, valid_max: int, device: torch.device
+) -> None:
+    """Trains, compares, generates, and leaves a checkpoint, a text and a plot in `out`."""
+    folder = Path(out)
+    files = {name: str(folder / name) for name in ("demo.pt", "sample.txt", "demo.png")}
+    for path in files.values():
+        checkpoint.check_writable(path)
+    corpus = Corpus.from_text(read_text(data), valid_max)
+    corpus.check_size(config.batch, config.bptt, data or "the standard library")
+    config.check(len(corpus.vocabulary))
+    if not report.available():
+        print(f"fastrnn: no plot will be drawn, {report.MISSING}", file=sys.stderr)
+
+    layer = CELLS[config.cell]
+    print(
+        f"text: {data or 'the Python standard library'}, {corpus.train.numel():,} characters to train, "
+        f"{corpus.valid.numel():,} to validate, vocabulary {len(corpus.vocabulary)}"
+    )
+    print(
+        f"model: embedding, {config.layers} x {layer}({config.hidden}), linear; batch {config.batch}, "
+        f"{config.bptt} steps of backpropagation, Adam {config.lr:g}; {device}, "
+        f"{torch.get_num_threads()} threads, fastrnn {__version__}, torch {torch.__version__}",
+        flush=True,
+    )
+    _print_load()
+    trainers = {name: Trainer(replace(config, implementation=name), corpus, device) for name in NAMES}
+    with interrupts() as interrupt:
+        outcome = alternate(trainers, seconds, interrupt)
+    curves = [
+        report.Curve(f"{NAMES[name]}.{layer}", trainer.losses, trainer.seconds, trainer.tokens_per_step)
+        for name, trainer in trainers.items()
+    ]
+    _print_outcome(outcome, curves)
+    _print_perplexities(trainers, corpus, layer)
+
+    ours = trainers["fastrnn"]
+    text = generate.generate(ours.model, corpus.vocabulary, GENERATED, temperature=0.7, seed=config.seed)
+    print(f"\n--- {GENERATED} characters generated at temperature 0.7 ---\n{text}\n---")
+    checkpoint.save(files["demo.pt"], ours.fields())
+    try:
+        Path(files["sample.txt"]).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {files['sample.txt']}: {os_reason(error)}") from error
+    written = ["demo.pt", "sample.txt"]
+    if report.available():
+        report.plot(files["demo.png"], curves, f"{layer} {config.hidden} on characters")
+        written.append("demo.png")
+    print(f"written to {folder}: {', '.join(written)}")
+
+
+def _print_load() -> None:
+    """Warns on a busy machine: threads that wait for a core distort a comparison several times over."""
+    if not hasattr(os, "getloadavg"):
+        return
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > 0.5 * cores:
+        print(
+            f"note: other programs run here (load {load:.1f} on {cores} cores), times are not to be trusted"
+        )
+
+
+def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
+    steps = len(outcome.losses["fastrnn"])
+    first = min(FIRST_STEPS, steps)
+    print(f"\n{steps} steps each, in alternating blocks of {BLOCK_STEPS}")
+    for curve in curves:
+        print(
+            f"{curve.name:14s} {curve.tokens_per_second:>10,.0f} tokens/s   last loss {curve.losses[-1]:.4f}"
+        )
+    theirs, ours = curves[1].name, curves[0].name
+    low, high = min(outcome.ratios), max(outcome.ratios)
+    print(f"{theirs} / {ours} training time: {outcome.ratio:.2f}x")
+    print(f"  median of {len(outcome.ratios)} pairs of blocks, from {low:.2f}x to {high:.2f}x")
+    print(
+        f"largest relative difference of the loss curves: {outcome.difference(first):.1e} "
+        f"in the first {first} steps, {outcome.difference():.1e} in all {steps}"
+    )
+
+
+def _print_perplexities(trainers: dict[str, Trainer], corpus: Corpus, layer: str) -> None:
+    bigram = MarkovModel(len(corpus.vocabulary), order=1).fit(corpus.train)
+    print("validation perplexity per character:")
+    for name, trainer in trainers.items():
+        print(f"  {NAMES[name] + '.' + layer:14s} {trainer.validate():8.3f}")
+    print(f"  {'bigram Markov':14s} {float(bigram.perplexity(corpus.valid)):8.3f}", flush=True)

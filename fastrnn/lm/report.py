@@ -1,0 +1,66 @@
+"""A picture of a training run: loss curves and tokens per second."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import UserError, os_reason
+
+MISSING = "matplotlib is not installed: pip install fastrnn[lm]"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One model's history: a loss in nats per character and a time in seconds for each step."""
+
+    name: str
+    losses: list[float]
+    seconds: list[float]
+    tokens_per_step: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        """By the median step, which a hiccup of the machine does not move."""
+        return self.tokens_per_step / statistics.median(self.seconds)
+
+
+def available() -> bool:
+    """Whether a plot can be drawn here."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(path: str, curves: list[Curve], title: str) -> None:
+    """Writes a PNG with the loss of every curve beside its tokens per second.
+
+    Raises UserError where matplotlib is missing or the file cannot be written.
+    """
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    except ImportError as error:
+        raise UserError(MISSING) from error
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    # Curves that agree hide each other: the first is drawn broad, the next ones thin upon it.
+    for index, curve in enumerate(curves):
+        width, alpha = (4.0, 0.45) if index == 0 and len(curves) > 1 else (1.2, 1.0)
+        steps = range(1, len(curve.losses) + 1)
+        left.plot(steps, curve.losses, linewidth=width, alpha=alpha, label=curve.name)
+    left.set(xlabel="step", ylabel="loss, nats per character", title=title)
+    left.grid(alpha=0.3)
+    left.legend()
+    rates = [curve.tokens_per_second for curve in curves]
+    bars = right.bar([curve.name for curve in curves], rates, color=[f"C{i}" for i in range(len(curves))])
+    right.bar_label(bars, labels=[f"{rate:,.0f}" for rate in rates])
+    right.margins(y=0.12)  # room for the numbers
+    right.set(ylabel="tokens/s", title="training speed, median step")
+    figure.tight_layout()
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {os_reason(error)}") from error
+    finally:
+        pyplot.close(figure)

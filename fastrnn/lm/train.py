@@ -1,0 +1,226 @@
+"""Training with Adam, gradient clipping and truncated backpropagation with a carried state."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checkpoint
+from .corpus import Chunks, Corpus, Vocabulary
+from .errors import UserError
+from .model import CharacterModel, Config, State, build, detach
+from .progress import Progress
+
+
+class Trainer:
+    """A model in training; `step` counts the chunks it has been trained on.
+
+    losses [step] in nats per character and seconds [step] are the history, validations the pairs
+    (step, perplexity).
+    """
+
+    def __init__(self, config: Config, corpus: Corpus, device: torch.device) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.device = device
+        self.model = build(config, len(corpus.vocabulary), device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
+        self.chunks = Chunks(corpus.train.to(device), config.batch, config.bptt)
+        self.step = 0
+        self.state: State | None = None
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.validations: list[tuple[int, float]] = []
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.batch * self.config.bptt
+
+    def train_step(self) -> float:
+        """One chunk forward and backward and one step of Adam; returns the loss before that step."""
+        began = time.perf_counter()
+        position = self.step % len(self.chunks)
+        if position == 0:
+            self.state = None  # a new pass over the text
+        inputs, targets = self.chunks.chunk(position)
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        logits, state = self.model(inputs, self.state)
+        loss = cross_entropy(logits, targets)
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.state = detach(state)
+        value = loss.item()  # waits for the device, so that the time below is the step's
+        self.step += 1
+        self.losses.append(value)
+        self.seconds.append(time.perf_counter() - began)
+        return value
+
+    def validate(self) -> float:
+        """Perplexity on the validation text, with the state carried through it; kept in `validations`."""
+        value = perplexity(self.model, self.corpus.valid.to(self.device), self.config)
+        self.validations.append((self.step, value))
+        return value
+
+    def fields(self) -> dict[str, Any]:
+        """All that a checkpoint needs to go on as if nothing had happened."""
+        rng = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "config": asdict(self.config),
+            "characters": self.corpus.vocabulary.characters,
+            "digest": self.corpus.digest,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "position": self.step % len(self.chunks),
+            "state": self.state,
+            "rng": rng,
+            "losses": torch.tensor(self.losses, dtype=torch.double),
+            "seconds": torch.tensor(self.seconds, dtype=torch.double),
+            "validations": self.validations,
+        }
+
+    def restore(self, saved: dict[str, Any], path: str) -> None:
+        """Takes over the fields of a checkpoint read from `path`."""
+        if saved["digest"] != self.corpus.digest:
+            raise UserError(f"{path} was trained on another text: give the same --data to resume")
+        try:
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.step = saved["step"]
+            if saved["position"] != self.step % len(self.chunks) or len(saved["losses"]) != self.step:
+                raise ValueError("step, position and history disagree")
+            self.state = _to(saved["state"], self.device)
+            torch.set_rng_state(saved["rng"]["cpu"])
+            if self.device.type == "cuda" and "cuda" in saved["rng"]:
+                torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+            self.losses = saved["losses"].tolist()
+            self.seconds = saved["seconds"].tolist()
+            self.validations = [(int(step), float(value)) for step, value in saved["validations"]]
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is damaged: its parts do not fit each other") from error
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over [T, B], in nats per character."""
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@torch.no_grad()
+def perplexity(model: CharacterModel, tokens: Tensor, config: Config) -> float:
+    """exp of the mean loss over tokens [M]; leaves the random state as it is."""
+    columns = max(1, min(config.batch, tokens.numel() // (config.bptt + 1)))
+    chunks = Chunks(tokens, columns, config.bptt)
+    model.eval()
+    state: State | None = None
+    total = 0.0
+    for index in range(len(chunks)):
+        inputs, targets = chunks.chunk(index)
+        logits, state = model(inputs, state)
+        total += cross_entropy(logits, targets).item()
+    # exp overflows for a model that has diverged; infinity is the honest answer.
+    mean = total / len(chunks)
+    return math.exp(mean) if mean < 700 else math.inf
+
+
+def _to(state: State | None, device: torch.device) -> State | None:
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else state.to(device)
+    return state[0].to(device), state[1].to(device)
+
+
+def config_of(saved: dict[str, Any], path: str) -> Config:
+    """The checked Config of a checkpoint's fields."""
+    try:
+        if set(saved["config"]) != {field.name for field in fields(Config)}:
+            raise ValueError("unknown or missing options")
+        config = Config(**saved["config"])
+        config.check(len(saved["characters"]))
+    except (UserError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged: its configuration is not valid") from error
+    return config
+
+
+def load_model(path: str, device: torch.device) -> tuple[CharacterModel, Vocabulary]:
+    """The model of a checkpoint, ready to sample from."""
+    saved = checkpoint.load(path)
+    config = config_of(saved, path)
+    vocabulary = Vocabulary(saved["characters"])
+    if not vocabulary.characters:
+        raise UserError(f"{path} is damaged: its vocabulary is empty")
+    model = build(config, len(vocabulary), device)
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise UserError(f"{path} is damaged: its parts do not fit each other") from error
+    return model.eval(), vocabulary
+
+
+class Interrupt:
+    """Whether Ctrl-C was pressed."""
+
+    pressed = False
+
+
+@contextmanager
+def interrupts() -> Iterator[Interrupt]:
+    """Turns the first Ctrl-C into a flag, so that a step ends whole; the second one stops at once."""
+    interrupt = Interrupt()
+    before = signal.getsignal(signal.SIGINT)
+    # A background job of a shell ignores Ctrl-C, and only the main thread may set a handler.
+    if before is not signal.default_int_handler or threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        return
+
+    def press(number: int, frame: FrameType | None) -> None:
+        interrupt.pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every: int) -> bool:
+    """Trains up to `steps` steps in all, saving to `path` on the way. Returns False after Ctrl-C."""
+    progress = Progress(steps, trainer.step)
+    saved_at = -1
+
+    def save() -> None:
+        nonlocal saved_at
+        checkpoint.save(path, trainer.fields())
+        saved_at = trainer.step
+
+    try:
+        with interrupts() as interrupt:
+            while trainer.step < steps and not interrupt.pressed:
+                loss = trainer.train_step()
+                rate = trainer.tokens_per_step / trainer.seconds[-1]
+                progress.update(f"loss {loss:.4f}  {rate:,.0f} tokens/s")
+                last = trainer.step == steps
+                if last or trainer.step % valid_every == 0:
+                    value = trainer.validate()
+                    progress.write(f"step {trainer.step}: validation perplexity {value:.3f}")
+                if last or trainer.step % save_every == 0:
+                    save()
+            if interrupt.pressed and saved_at != trainer.step:
+                save()
+            return not interrupt.pressed
+    finally:
+        progress.close()

@@ -1,0 +1,444 @@
+"""LSTM, GRU and RNN: layers that stand in for torch.nn's.
+
+They derive from `torch.nn.RNNBase`, not from torch.nn's own layers: parameters, initialisation and
+serialisation are thereby torch.nn's, while the compiler, which breaks its graph at instances of
+torch.nn.LSTM and its sisters, traces these fully.
+
+Dimensions: T time, B batch, N packed rows, I input, H hidden, P projection (the width of h; P = H
+without one), G gates, L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+from torch.nn.modules import rnn as torch_rnn
+from torch.nn.utils import parametrize
+from torch.nn.utils.rnn import PackedSequence
+
+from . import _checks, functional
+from .reference import CELLS
+
+# Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
+_TORCH_LAYERS: dict[str, type[torch_rnn.RNNBase]] = {
+    "LSTM": torch_rnn.LSTM,
+    "GRU": torch_rnn.GRU,
+    "RNN_TANH": torch_rnn.RNN,
+    "RNN_RELU": torch_rnn.RNN,
+}
+_CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+_M = TypeVar("_M", bound=torch.nn.Module)
+
+
+class States(NamedTuple):
+    """Every step's states. Never batch-first; index t is the input's step in both directions.
+
+    h  [L*D, T, B, P], unbatched [L*D, T, P]; zero past a sequence's end
+    c  [L*D, T, B, H] likewise; None but for the LSTM
+    """
+
+    h: Tensor
+    c: Tensor | None
+
+
+def as_torch(module: torch.nn.Module, torch_class: type[_M], own: Sequence[str] = ()) -> _M:
+    """A torch_class with everything the module holds: the same Parameter objects, hooks, parametrizations.
+
+    own  attributes that torch_class does not have
+    """
+    twin = torch_class.__new__(torch_class)
+    for name, value in module.__dict__.items():
+        if name not in own:
+            # Containers are copied: registering a hook on one module must not reach the other.
+            twin.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
+    twin.__dict__["_compiled_call_impl"] = None
+    if parametrize.is_parametrized(module):
+        parametrize._inject_new_class(twin)
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            parametrize._inject_property(twin, name)
+    return twin
+
+
+def leaf_call(module: torch.nn.Module, proxy: Proxy, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Records the module as one `call_module` node of an fx trace, as fx does for torch.nn's own layers."""
+    tracer: Any = proxy.tracer
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
+
+
+def _batch_size(batch_sizes: Tensor, unsorted: Tensor | None, hx: Sequence[Tensor] | None) -> int:
+    """B of a PackedSequence. The compiler cannot read a tensor's value, but knows its shape."""
+    if torch.compiler.is_compiling():
+        if unsorted is not None:
+            return unsorted.size(0)
+        if hx is not None:
+            return hx[0].size(1)
+    return int(batch_sizes[0])
+
+
+def _pad(seq: Tensor, batch_sizes: Tensor, unsorted: Tensor | None, B: int) -> Tensor:
+    """Packed [K, N, H] to padded [K, T, B, H] in the caller's order, zero past each end."""
+    sizes = batch_sizes.to(seq.device)
+    columns = torch.arange(B, device=seq.device) if unsorted is None else unsorted
+    first_row = sizes.cumsum(0) - sizes
+    held = columns[None, :] < sizes[:, None]  # [T, B]
+    rows = torch.where(held, first_row[:, None] + columns[None, :], 0)
+    padded = seq.index_select(1, rows.flatten()).reshape(seq.size(0), -1, B, seq.size(2))
+    return torch.where(held[None, :, :, None], padded, torch.zeros((), dtype=seq.dtype, device=seq.device))
+
+
+def _by_layer(states: tuple[Tensor, ...], L: int, D: int) -> list[tuple[Tensor, ...]]:
+    """States [L*D, B, .] as each layer's [D, B, .]."""
+    if L == 1:
+        return [states]
+    return list(zip(*(torch.split(s, D) for s in states), strict=True))
+
+
+def _by_direction(y: Tensor, D: int) -> Tensor:
+    """A layer's output [.., D*P] as its hidden states [D, .., P]."""
+    return y.unsqueeze(0) if D == 1 else y.reshape(*y.shape[:-1], D, -1).movedim(-2, 0)
+
+
+class _Layer(torch_rnn.RNNBase):
+    """What LSTM, GRU and RNN share. Attributes are read at every call, as in torch.nn."""
+
+    @property
+    def _cell(self) -> str:
+        return _CELLS[self.mode]
+
+    def flatten_parameters(self) -> None:
+        """Nothing to do: the kernels take the parameters wherever they lie."""
+
+    def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
+        """Reorders the batch of hx, a tensor [L*D, B, .] or a tuple of such."""
+        if permutation is None:
+            return hx
+        if isinstance(hx, Tensor):
+            return hx.index_select(1, permutation)
+        return tuple(h.index_select(1, permutation) for h in hx)
+
+    def to_torch(self) -> torch_rnn.RNNBase:
+        """This layer as torch.nn's, on the very same Parameter objects, with its hooks and parametrizations.
+
+        Raises ValueError where an option has no equal in torch.nn.
+        """
+        twin = as_torch(self, _TORCH_LAYERS[self.mode], own=("reset_after",))
+        twin._init_flat_weights()
+        return twin
+
+    def __prepare_scriptable__(self) -> torch_rnn.RNNBase:
+        # TorchScript takes no keyword-only arguments, so it gets torch.nn's layer.
+        return self.to_torch()
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | Sequence[Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        reset: Tensor | None = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Runs the layers over whole sequences.
+
+        input          [T, B, I], [B, T, I] with batch_first, [T, I] unbatched, or a PackedSequence;
+                       of the parameters' dtype (under autocast of any)
+        hx             h0 [L*D, B, P], for the LSTM (h0, c0) with c0 [L*D, B, H]; without B where the
+                       input is unbatched; zeros where None
+        lengths        LongTensor [B], on any device, unsorted, zeros allowed: each sequence as if run
+                       alone. Its padding reaches no value and no gradient; outputs there are 0
+        reset          BoolTensor [T, B] as the input lies: the state is set to zero before step t; in
+                       the reverse direction between steps t+1 and t where reset[t+1]
+        return_states  also return every step's states
+        returns        (output, h_n), for the LSTM (output, (h_n, c_n)), then `States` where asked for:
+                       output [T, B, D*P] as the input lies, h_n [L*D, B, P], c_n [L*D, B, H]
+
+        Raises ValueError for a wrong number of dimensions or dtype of the input, for lengths outside
+        [0, T] (on the CPU; clamped on a GPU), for lengths or reset of a wrong shape or with an input
+        they do not go with; RuntimeError for wrong sizes, devices and dtypes of states and weights,
+        and for T = 0.
+        """
+        if isinstance(input, Proxy):
+            options = {"lengths": lengths, "reset": reset, "return_states": return_states}
+            return leaf_call(self, input, (input,) if hx is None else (input, hx), options)
+        output, last, states = self._run(input, hx, lengths, reset, return_states)
+        hidden = last if self.mode == "LSTM" else last[0]
+        return (output, hidden, states) if return_states else (output, hidden)
+
+    def _run(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any,
+        lengths: Tensor | None,
+        reset: Tensor | None,
+        return_states: bool,
+    ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...], States | None]:
+        L, D = self.num_layers, 2 if self.bidirectional else 1
+        H, P = self.hidden_size, self.proj_size or self.hidden_size
+        two = self.mode == "LSTM"
+        given: tuple[Tensor, ...] | None = None
+        if hx is not None:
+            given = (hx[0], hx[1]) if two else (hx,)
+
+        batched, batch_sizes, sort, unsort = True, None, None, None
+        if isinstance(input, PackedSequence):
+            x, batch_sizes, sort, unsort = input
+            _checks.padded_only(lengths, reset)
+            B = _batch_size(batch_sizes, unsort, given)
+        else:
+            _checks.layer_ranks("RNN" if self.mode.startswith("RNN") else self.mode, input, given)
+            batched = input.dim() == 3
+            if not batched:
+                x = input.unsqueeze(1)
+                given = given and tuple(h.unsqueeze(1) for h in given)
+            else:
+                x = input.transpose(0, 1) if self.batch_first else input
+            B = x.size(1)
+
+        weights = [self._layer_weights(k, D) for k in range(L)]
+        _checks.layer_input(x, weights[0][0], self.input_size, batch_sizes is not None)
+        if given is not None:
+            _checks.layer_hidden(given, ((L * D, B, P), (L * D, B, H))[: len(given)])
+            if two:
+                _checks.two_states(hx)
+            if sort is not None:
+                given = tuple(h.index_select(1, sort) for h in given)
+        for params in weights:
+            _checks.same_device(x, given or (), params)
+        if batch_sizes is None:
+            _checks.some_steps(x.size(0))
+        for h in given or ():
+            _checks.same_dtype("hx", h, weights[0][0])
+        if lengths is not None:
+            lengths = _checks.sequence_lengths(lengths, x.size(0), B, x.device, batched)
+        if reset is not None:
+            reset = _checks.reset_mask(reset, x.size(0), B, x.device, batched, self.batch_first)
+
+        starts = self._zero_states(x, B, D) if given is None else _by_layer(given, L, D)
+        lasts: list[tuple[Tensor, ...]] = []
+        columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
+        for k in range(L):
+            y, last, seq = functional.layer(
+                self._cell,
+                x,
+                starts[k],
+                weights[k],
+                lengths=lengths,
+                batch_sizes=batch_sizes,
+                reset=reset,
+                return_states=return_states,
+            )
+            lasts.append(last)
+            if return_states:
+                for column, steps in zip(columns, (_by_direction(y, D), *seq), strict=True):
+                    column.append(steps)
+            x = y
+            if self.dropout > 0 and self.training and k < L - 1:
+                x = torch.dropout(y, self.dropout, True)
+
+        hidden = lasts[0] if L == 1 else tuple(torch.cat(column) for column in zip(*lasts, strict=True))
+        if unsort is not None:
+            hidden = tuple(h.index_select(1, unsort) for h in hidden)
+        elif not batched:
+            hidden = tuple(h.squeeze(1) for h in hidden)
+        states = None
+        if return_states:
+            steps_of = [column[0] if L == 1 else torch.cat(column) for column in columns]
+            if batch_sizes is not None:
+                steps_of = [_pad(steps, batch_sizes, unsort, B) for steps in steps_of]
+            elif not batched:
+                steps_of = [steps.squeeze(2) for steps in steps_of]
+            states = States(steps_of[0], steps_of[1] if two else None)
+        if batch_sizes is not None:
+            return PackedSequence(y, batch_sizes, sort, unsort), hidden, states
+        if not batched:
+            return y.squeeze(1), hidden, states
+        return y.transpose(0, 1) if self.batch_first else y, hidden, states
+
+    def _zero_states(self, x: Tensor, B: int, D: int) -> list[tuple[Tensor, ...]]:
+        """Each layer's first states where hx is None: the same zeros for all."""
+        H, P = self.hidden_size, self.proj_size or self.hidden_size
+        h = torch.zeros(D, B, P, dtype=x.dtype, device=x.device)
+        if self.mode != "LSTM":
+            return [(h,)] * self.num_layers
+        c = h if P == H else torch.zeros(D, B, H, dtype=x.dtype, device=x.device)
+        return [(h, c)] * self.num_layers
+
+    def _layer_weights(self, k: int, D: int) -> list[Tensor]:
+        """Layer k's parameters, direction after direction, of the right shapes.
+
+        They are read by name: under functional_call and parametrizations `_flat_weights` lags behind.
+        """
+        P = self.proj_size or self.hidden_size
+        width = self.input_size if k == 0 else D * P
+        params: list[Tensor] = []
+        for names in self._all_weights[k * D : (k + 1) * D]:
+            group: list[Tensor] = [getattr(self, name) for name in names]
+            _checks.weight_shapes(
+                names, group, CELLS[self._cell].gates, width, self.hidden_size, self.proj_size
+            )
+            params += group
+        return params
+
+
+class LSTM(_Layer):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997; forget gates, Gers 2000), as torch.nn.LSTM.
+
+        i, f, o = sigmoid(W_i x + b_i + R_i h + b_hi), ...f, ...o      g = tanh(W_g x + b_g + R_g h + b_hg)
+        c' = f * c + i * g                                             h' = o * tanh(c')
+
+    With proj_size=P > 0 the state h is W_hr h' (Sak 2014, arXiv:1402.1128).
+    Parameters, for each layer k and with `_reverse` for the second direction: weight_ih_l{k} [4*H, I],
+    weight_hh_l{k} [4*H, P], bias_ih_l{k}, bias_hh_l{k} [4*H], weight_hr_l{k} [P, H]; gate order i, f, g, o;
+    drawn from U(-1/sqrt(H), 1/sqrt(H)). See `forward` for shapes and errors.
+
+    Raises TypeError for a bias or batch_first that is no bool and for sizes that are no int, ValueError
+    for a dropout outside [0, 1], sizes <= 0 and proj_size >= hidden_size.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+    def get_expected_cell_size(self, input: Tensor, batch_sizes: Tensor | None) -> tuple[int, int, int]:
+        """(L*D, B, H) for an input that is padded, or packed where batch_sizes is given."""
+        layers, batch, _ = self.get_expected_hidden_size(input, batch_sizes)
+        return layers, batch, self.hidden_size
+
+    def check_forward_args(self, input: Tensor, hidden: Any, batch_sizes: Tensor | None) -> None:
+        """torch.nn.LSTM's check of a batched or packed input against (h0, c0)."""
+        self.check_input(input, batch_sizes)
+        sizes = (
+            self.get_expected_hidden_size(input, batch_sizes),
+            self.get_expected_cell_size(input, batch_sizes),
+        )
+        _checks.layer_hidden(hidden, sizes)
+
+
+class GRU(_Layer):
+    """Gated recurrent unit (Cho 2014, arXiv:1406.1078), as torch.nn.GRU.
+
+        r, z = sigmoid(W_r x + b_r + R_r h + b_hr), ...z        n = tanh(W_n x + b_n + r * (R_n h + b_hn))
+        h' = (1 - z) * n + z * h
+
+    reset_after=False is the paper's third version, the textbook form: the reset gate acts before the
+    recurrent product, n = tanh(W_n x + b_n + R_n (r * h) + b_hn).
+    Parameters as the LSTM's, [3*H, .], gate order r, z, n. See `forward` for shapes and errors.
+
+    Raises what `LSTM` raises; TypeError for a reset_after that is no bool, ValueError for proj_size.
+    """
+
+    # On the class for layers that were pickled without it.
+    reset_after: bool = True
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        reset_after: bool = True,
+        **unsupported: Any,
+    ) -> None:
+        _checks.no_projection("GRU", unsupported)
+        _checks.bool_option("reset_after", reset_after)
+        super().__init__(
+            "GRU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self.reset_after = reset_after
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def to_torch(self) -> torch_rnn.RNNBase:
+        if not self.reset_after:
+            raise ValueError("GRU with reset_after=False has no torch.nn equal")
+        return super().to_torch()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
+
+
+class RNN(_Layer):
+    """Elman's network (1990), as torch.nn.RNN: h' = f(W x + b + R h + b_h), f tanh or relu.
+
+    Parameters as the LSTM's, [H, .]. See `forward` for shapes and errors.
+
+    Raises what `LSTM` raises; ValueError for an unknown nonlinearity and for proj_size.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        **unsupported: Any,
+    ) -> None:
+        _checks.no_projection("RNN", unsupported)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        super().__init__(
+            f"RNN_{nonlinearity.upper()}",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+        )

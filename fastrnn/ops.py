@@ -1,0 +1,399 @@
+"""The compiled operators: loading, fakes, checks and autograd.
+
+One pair of operators serves every cell: `torch.ops.fastrnn.layer` and `layer_backward` (csrc/ops.cpp).
+They are reached in two ways. Eager calls go through an `autograd.Function` with `forward(ctx, ...)`, the
+cheapest there is; calls inside torch.compile or torch.export take the operator itself, whose autograd rule
+is registered below. The backward pass is differentiable too: its derivative is that of the plain reference,
+taken by `torch.func.vjp`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import CELLS, split_params
+
+
+def _load() -> str | None:
+    path = Path(__file__).parent / "_C.abi3.so"
+    if not path.exists():
+        return f"{path.name} is not built: run `pip install .` in fastrnn's sources"
+    try:
+        torch.ops.load_library(os.fspath(path))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+LOAD_ERROR = _load()
+LOADED = LOAD_ERROR is None
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this build has kernels for and that this processor runs, best last."""
+    return list(torch.ops.fastrnn.instruction_sets()) if LOADED else []
+
+
+def instruction_set() -> str:
+    """The instruction set in force: the best, or the one that FASTRNN_CPU_ISA names."""
+    return str(torch.ops.fastrnn.instruction_set()) if LOADED else "none"
+
+
+class Inputs(NamedTuple):
+    """The arguments of a layer, as the operators take them; see `functional.layer`."""
+
+    cell: str
+    x: Tensor
+    states: list[Tensor]
+    params: list[Tensor]
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    reset: Tensor | None
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.lengths, self.batch_sizes, self.reset
+
+
+class Outputs(NamedTuple):
+    y: Tensor
+    last: list[Tensor]
+    seq: list[Tensor]  # sequences of the states after h
+    saved: list[Tensor]
+
+
+def check(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Raises a ValueError that says what was expected and what came."""
+    spec = CELLS.get(cell)
+    if spec is None:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if len(states) != spec.states:
+        raise ValueError(f"{cell} has {spec.states} states, got {len(states)}")
+    directions, batch = states[0].shape[0], states[0].shape[1]
+    if directions not in (1, 2) or len(params) % directions or not 2 <= len(params) // directions <= 5:
+        raise ValueError(
+            "params must be (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each of 1 or 2 directions, "
+            f"got {len(params)} tensors for {directions} directions"
+        )
+    rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
+    for p in split_params(params, directions):
+        P = H if p.w_hr is None else p.w_hr.shape[0]
+        if p.w_hr is not None and not spec.projectable:
+            raise ValueError(f"{cell} takes no projection")
+        wanted = [
+            ("w_ih", p.w_ih, (H * spec.gates, x.shape[-1])),
+            ("w_hh", p.w_hh, (rows, P)),
+            ("b_ih", p.b_ih, (rows,)),
+            ("b_hh", p.b_hh, (rows,)),
+            ("w_hr", p.w_hr, (P, H)),
+        ]
+        wanted += [(f"state {i}", s, (directions, batch, H if i else P)) for i, s in enumerate(states)]
+        for name, tensor, shape in wanted:
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{cell}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise ValueError(f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}")
+
+
+# --- autograd
+
+
+def _call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
+    return Outputs(*torch.ops.fastrnn.layer(*inputs, save, return_states))
+
+
+class _Plan(NamedTuple):
+    """How the flat arguments of the Functions fall into inputs."""
+
+    cell: str
+    states: int
+    params: int
+
+    def inputs(self, flat: Sequence[Tensor | None]) -> Inputs:
+        # (lengths, batch_sizes, reset, x, *states, *params)
+        lengths, batch_sizes, reset, x = flat[:4]
+        states = [s for s in flat[4 : 4 + self.states] if s is not None]
+        params = [p for p in flat[4 + self.states : 4 + self.states + self.params] if p is not None]
+        assert x is not None
+        return Inputs(self.cell, x, states, params, lengths, batch_sizes, reset)
+
+
+def _backward_reference(
+    plan: _Plan, masks: tuple[Tensor | None, ...], count: int, *flat: Tensor
+) -> tuple[Tensor, ...]:
+    """The backward pass by plain torch; flat: `count` gradients (dy, dlast, dseq), x, states, params."""
+    grads, primals = flat[:count], flat[count:]
+
+    def forward(*values: Tensor) -> tuple[Tensor, ...]:
+        y, last, seq = reference.layer(*plan.inputs((*masks, *values)))
+        return (y, *last, *seq)
+
+    vjp: Any = torch.func.vjp(forward, *primals)[1]
+    return tuple(vjp(grads))
+
+
+def _split_grads(
+    states: int, grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
+) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
+    """dy, dlast and dseq for layer_backward: a group that got no gradient at all stays empty."""
+
+    def group(begin: int, end: int) -> list[Tensor]:
+        if all(g is None for g in grads[begin:end]):
+            return []
+        return [
+            torch.zeros_like(o) if g is None else g
+            for g, o in zip(grads[begin:end], outputs[begin:end], strict=True)
+        ]
+
+    return grads[0], group(1, 1 + states), group(1 + states, 2 * states)
+
+
+class _LayerBackward(torch.autograd.Function):
+    """The backward pass as a function that can be differentiated; only under create_graph=True."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, saved: tuple[Tensor, ...], masks: Any, *flat: Tensor) -> Any:
+        # flat: dy, dlast, dseq (dense), x, states, params. saved: y, seq, gates ...
+        S = plan.states
+        count = 2 * S
+        ctx.plan, ctx.masks, ctx.count = plan, masks, count
+        ctx.save_for_backward(*flat)
+        inputs = plan.inputs((*masks, *flat[count:]))
+        return _run_backward(
+            inputs, flat[0], list(flat[1 : 1 + S]), list(flat[1 + S : count]), saved, S, True, True
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        def formula(*flat: Tensor) -> tuple[Tensor, ...]:
+            return _backward_reference(ctx.plan, ctx.masks, ctx.count, *flat)
+
+        vjp: Any = torch.func.vjp(formula, *ctx.saved_tensors)[1]
+        return (None, None, None, *vjp(tuple(grads)))
+
+
+def _run_backward(
+    inputs: Inputs,
+    dy: Tensor | None,
+    dlast: list[Tensor],
+    dseq: list[Tensor],
+    saved: Sequence[Tensor],
+    states: int,
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor | None, ...]:
+    y, seq, gates = saved[0], list(saved[1:states]), list(saved[states:])
+    dx, dstates, dparams = torch.ops.fastrnn.layer_backward(
+        inputs.cell,
+        dy,
+        dlast,
+        dseq,
+        inputs.x,
+        inputs.states,
+        inputs.params,
+        *inputs.masks,
+        y,
+        seq,
+        gates,
+        need_x,
+        need_params,
+    )
+    return (dx if need_x else None, *dstates, *(dparams if need_params else [None] * len(inputs.params)))
+
+
+class _LayerFunction(torch.autograd.Function):
+    """(y, *last, *seq) = apply(plan, lengths, batch_sizes, reset, x, *states, *params)."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, *flat: Tensor | None) -> Any:
+        out = _call(plan.inputs(flat), True, False)
+        ctx.plan = plan
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*flat, out.y, *out.last, *out.seq, *out.saved)
+        return (out.y, *out.last, *out.seq)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        plan: _Plan = ctx.plan
+        S, flat = plan.states, ctx.saved_tensors
+        primals = 4 + S + plan.params
+        inputs = plan.inputs(flat)
+        outputs = flat[primals : primals + 2 * S]  # y, last, seq
+        saved = (outputs[0], *flat[primals + 1 + S :])  # y, seq, gates ...
+        if all(g is None for g in grads):
+            return (None,) * (1 + primals)
+        if torch.is_grad_enabled():
+            dense = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
+            apply: Any = _LayerBackward.apply
+            given = apply(plan, saved, inputs.masks, *dense, *flat[3:primals])
+        else:
+            needs = ctx.needs_input_grad[1:]
+            given = _run_backward(
+                inputs, *_split_grads(S, grads, outputs), saved, S, needs[3], any(needs[4 + S :])
+            )
+        return (None, None, None, None, *given)
+
+
+class LSTMFunction(_LayerFunction):
+    """apply(plan, lengths, batch_sizes, reset, x, h0, c0, *params) -> (y, h_n, c_n, c)."""
+
+
+class GRUFunction(_LayerFunction):
+    """apply(plan, lengths, batch_sizes, reset, x, h0, *params) -> (y, h_n); both forms of the reset gate."""
+
+
+class RNNFunction(_LayerFunction):
+    """apply(plan, lengths, batch_sizes, reset, x, h0, *params) -> (y, h_n); tanh and relu."""
+
+
+_FUNCTIONS: dict[str, type[_LayerFunction]] = {
+    "lstm": LSTMFunction,
+    "gru": GRUFunction,
+    "gru_reset_before": GRUFunction,
+    "rnn_tanh": RNNFunction,
+    "rnn_relu": RNNFunction,
+}
+
+
+def layer(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    return_states: bool,
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`functional.layer` by the compiled operators."""
+    inputs = Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)
+    needs_grad = torch.is_grad_enabled() and (
+        x.requires_grad or any(t.requires_grad for t in (*states, *params))
+    )
+    if needs_grad and not torch.compiler.is_compiling():
+        S = len(states)
+        plan = _Plan(cell, S, len(params))
+        function = _FUNCTIONS.get(cell, _LayerFunction)
+        apply: Any = function.apply
+        out = apply(plan, lengths, batch_sizes, reset, x, *states, *params)
+        y, last, seq = out[0], out[1 : 1 + S], out[1 + S :]
+    else:
+        y, last, seq, _ = _call(inputs, needs_grad, return_states)
+    if not return_states:
+        return y, tuple(last), ()
+    # The cell state is kept in the arithmetic's type; the caller sees the input's.
+    return y, tuple(last), tuple(s.to(x.dtype) for s in seq)
+
+
+# --- fakes and the registered rules
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _fake_layer(
+    cell: str,
+    x: Tensor,
+    states: list[Tensor],
+    params: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    save: bool,
+    return_states: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    D, _, P = states[0].shape
+    spec = CELLS[cell]
+    H = params[0].shape[0] // spec.gates
+    N = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
+    dtype = _compute_dtype(x)
+    y = x.new_empty((*x.shape[:-1], D * P))
+    last = [s.new_empty(s.shape) for s in states]
+    seq, saved = [], []
+    if save or return_states:
+        seq = [x.new_empty((D, *x.shape[:-1], H), dtype=dtype) for _ in states[1:]]
+    if save:
+        saved = [x.new_empty((D, N, spec.saved * H), dtype=dtype)]
+        if len(params) // D in (3, 5):
+            saved.append(x.new_empty((D, N, H), dtype=dtype))
+    return y, last, seq, saved
+
+
+def _fake_backward(
+    cell: str,
+    dy: Tensor | None,
+    dlast: list[Tensor],
+    dseq: list[Tensor],
+    x: Tensor,
+    states: list[Tensor],
+    params: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    seq: list[Tensor],
+    saved: list[Tensor],
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    dx = x.new_empty(x.shape if need_x else (0,))
+    dparams = [p.new_empty(p.shape) for p in params] if need_params else []
+    return dx, [s.new_empty(s.shape) for s in states], dparams
+
+
+def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    cell, x, states, params, lengths, batch_sizes, reset, save, _ = inputs
+    y, last, seq, saved = output
+    ctx.plan = _Plan(cell, len(states), len(params))
+    ctx.save, ctx.dtype = save, x.dtype
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*saved)
+    ctx.save_for_backward(lengths, batch_sizes, reset, x, *states, *params, y, *last, *seq, *saved)
+
+
+def _registered_backward(ctx: Any, dy: Any, dlast: Any, dseq: Any, dsaved: Any) -> tuple[Any, ...]:
+    plan: _Plan = ctx.plan
+    if not ctx.save:
+        raise RuntimeError("fastrnn::layer was called with save=False: there is nothing to differentiate")
+    S, flat = plan.states, ctx.saved_tensors
+    primals = 4 + S + plan.params
+    inputs = plan.inputs(flat)
+    outputs = flat[primals : primals + 2 * S]
+    grads = [dy, *(dlast or [None] * S), *(dseq or [None] * (S - 1))]
+    dy, dlast, dseq = _split_grads(S, grads, outputs)
+    needs_x = ctx.needs_input_grad[1]
+    needs_params = any(p.requires_grad for p in inputs.params)
+    given = _run_backward(
+        inputs, dy, dlast, dseq, (outputs[0], *flat[primals + 1 + S :]), S, needs_x, needs_params
+    )
+    dparams = list(given[1 + S :]) if needs_params else [None] * plan.params
+    return None, given[0], list(given[1 : 1 + S]), dparams, None, None, None, None, None
+
+
+def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+    cell, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, *_ = inputs
+    ctx.plan = _Plan(cell, len(states), len(params))
+    ctx.save_for_backward(lengths, batch_sizes, reset, dy, *dlast, *dseq, x, *states, *params)
+
+
+def _registered_double_backward(ctx: Any, ddx: Tensor, ddstates: Any, ddparams: Any) -> tuple[Any, ...]:
+    raise NotImplementedError(
+        "double backward of a compiled fastrnn layer is not supported yet: take it outside torch.compile"
+    )
+
+
+if LOADED:
+    torch.library.register_fake("fastrnn::layer", _fake_layer)
+    torch.library.register_fake("fastrnn::layer_backward", _fake_backward)
+    torch.library.register_autograd("fastrnn::layer", _registered_backward, setup_context=_setup_layer)
+    torch.library.register_autograd(
+        "fastrnn::layer_backward", _registered_double_backward, setup_context=_setup_backward
+    )

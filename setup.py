@@ -1,0 +1,250 @@
+"""Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
+
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; FASTRNN_CUDA=0 leaves the CUDA sources out, FASTRNN_CUDA=1
+insists on them, FASTRNN_CUDA_ARCHS="80;90" names the GPU architectures.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+FLAGS = json.loads((ROOT / "build_flags.json").read_text())
+MIN_TORCH = (2, 11)
+MIN_COMPILER = {"g++": 11, "clang": 14}
+# `triton_kernels` and `bench` are too common as top-level names to be installed under them.
+MAPPED = {
+    f"fastrnn.{name}": name for name in ("bench", "triton_kernels") if (ROOT / name / "__init__.py").exists()
+}
+
+
+def fail(message: str) -> SystemExit:
+    return SystemExit(f"\nfastrnn: {message}\n")
+
+
+def output(*command: str) -> str:
+    run = subprocess.run(command, capture_output=True, text=True, cwd="/", stdin=subprocess.DEVNULL)
+    return run.stdout if run.returncode == 0 else ""
+
+
+def find_torch() -> Path:
+    """torch's folder, without importing it. -I: pip's isolated build hides the environment's packages by
+    PYTHONPATH, which -I ignores; without -I second, for a torch in the user's site or on PYTHONPATH."""
+    code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
+    for options in (["-I"], []):
+        found = output(sys.executable, *options, "-c", code).strip()
+        if found:
+            return Path(found).parent
+    raise fail(
+        f"PyTorch is not installed for {sys.executable}: run `pip install torch==2.13.0` (2.11 or newer) "
+        "first; if it is installed, add --no-build-isolation"
+    )
+
+
+def check_torch(torch: Path) -> str:
+    text = (torch / "version.py").read_text()
+    match = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text)
+    if not match or (int(match[2]), int(match[3])) < MIN_TORCH:
+        found = match[1] if match else "an unknown version"
+        raise fail(f"PyTorch 2.11 or newer is needed, {found} is installed in {torch}")
+    return text
+
+
+@dataclass
+class Compiler:
+    command: list[str]
+    target: str
+    version: str
+
+
+def find_compiler() -> Compiler:
+    named = os.environ.get("CXX")
+    candidates = [shlex.split(named)] if named else [["g++"], ["c++"], ["clang++"]]
+    command = next((c for c in candidates if shutil.which(c[0])), None)
+    if command is None:
+        looked = named or "g++, c++, clang++"
+        raise fail(
+            f"no C++ compiler ({looked} not found): install g++ 11 or newer (Debian, Ubuntu: apt install g++)"
+        )
+    macros = dict(re.findall(r"#define (\S+) (.*)", output(*command, "-dM", "-E", "-x", "c++", "/dev/null")))
+    kind = "clang" if "__clang_major__" in macros else "g++"
+    major = int(macros.get("__clang_major__" if kind == "clang" else "__GNUC__", 0))
+    if major < MIN_COMPILER[kind]:
+        raise fail(
+            f"{command[0]} is {kind} {major}: g++ 11 or clang 14, or newer, is needed (set CXX to choose)"
+        )
+    target = next((t for t in ("x86_64", "aarch64") if f"__{t}__" in macros), "other")
+    return Compiler(command, target, output(*command, "--version"))
+
+
+def find_cuda() -> tuple[str, Path] | None:
+    """nvcc and the toolkit's folder; None where CUDA stays out of the library."""
+    wish = os.environ.get("FASTRNN_CUDA", "auto")
+    if wish == "0" or not list((ROOT / "csrc/cuda").glob("*.cu")):
+        return None
+    homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
+    nvcc = shutil.which("nvcc") or next(
+        (str(h / "bin/nvcc") for h in homes if (h / "bin/nvcc").exists()), None
+    )
+    if nvcc:
+        homes.insert(0, Path(nvcc).resolve().parents[1])
+        home = next((h for h in homes if (h / "include/cuda_runtime.h").exists()), None)
+        if home:
+            return nvcc, home
+    if wish == "1":
+        raise fail("FASTRNN_CUDA=1, but no CUDA toolkit was found: put nvcc on PATH or set CUDA_HOME")
+    return None
+
+
+@dataclass
+class Plan:
+    """What to compile, each source with its whole command, and what to link."""
+
+    units: list[tuple[Path, list[str]]] = field(default_factory=list)
+    link: list[str] = field(default_factory=list)
+
+
+def make_plan(compiler: Compiler, torch: Path) -> Plan:
+    include = [f"-isystem{torch / 'include'}"]
+    common = [*compiler.command, *FLAGS["common"], *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *shlex.split(os.environ.get("LDFLAGS", "-s"))])
+    isa: list[tuple[Path, list[str]]] = []
+    for source in sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]):
+        name = source.stem.rpartition("_")[2]
+        if name not in FLAGS["isa"]:
+            plan.units.append((source, [*common, "-c"]))
+        elif compiler.target == "x86_64":
+            isa.append((source, [*common, *FLAGS["isa"][name], "-c"]))
+    # Last: of an inline function that several units emit, the linker keeps the first copy, and that one must
+    # run on every machine.
+    plan.units += sorted(isa, key=lambda unit: list(FLAGS["isa"]).index(unit[0].stem.rpartition("_")[2]))
+    cuda = find_cuda()
+    if cuda:
+        nvcc, home = cuda
+        archs = os.environ.get("FASTRNN_CUDA_ARCHS", "80;90").split(";")
+        gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
+        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        options = ["-std=c++20", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
+        plan.units += [(s, [nvcc, *options, "-c"]) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+        binding = [*common, f"-isystem{home / 'include'}", "-c"]
+        plan.units += [(s, binding) for s in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
+        plan.link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    return plan
+
+
+def headers() -> list[Path]:
+    return sorted(p for pattern in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(pattern))
+
+
+class BuildExt(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        if not sys.platform.startswith("linux"):
+            raise fail(
+                f"{sys.platform} is not supported: fastrnn builds on Linux (x86-64 tested, aarch64 portable)"
+            )
+        torch = find_torch()
+        torch_version = check_torch(torch)
+        compiler = find_compiler()
+        plan = make_plan(compiler, torch)
+        if not plan.units:
+            raise fail("no sources under csrc/: an incomplete checkout or archive")
+        # An object's name is a digest of all that went into it, so that a stale one cannot be picked up.
+        common = hashlib.sha256((torch_version + compiler.version).encode())
+        for header in headers():
+            common.update(str(header).encode() + header.read_bytes())
+        objects = Path(self.build_temp).absolute() / "fastrnn"
+        objects.mkdir(parents=True, exist_ok=True)
+        target = Path(self.get_ext_fullpath(ext.name)).absolute()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (objects / "lock").open("w") as lock:
+            fcntl.flock(
+                lock, fcntl.LOCK_EX
+            )  # two builds of one checkout at a time would tidy away each other's objects
+            names = [self.object_path(objects, unit, common.copy()) for unit in plan.units]
+            jobs = int(os.environ.get("MAX_JOBS") or max(2, os.cpu_count() or 1))
+            with ThreadPoolExecutor(jobs) as pool:
+                # Reversed: the vector units are the slowest, and start first.
+                work = list(reversed(list(zip(plan.units, names, strict=True))))
+                results = list(pool.map(lambda item: self.compile(*item), work))
+            if not all(results):
+                raise fail("the C++ compiler failed (its messages are above)")
+            for old in set(objects.glob("*.o")) - set(names):
+                old.unlink()
+            part = target.with_suffix(".part")
+            self.execute([*compiler.command, "-shared", *map(str, names), *plan.link, "-o", str(part)])
+            part.replace(target)  # a process that has the old library loaded keeps it
+
+    def run(self) -> None:
+        super().run()
+        if self.inplace:
+            for package, folder in MAPPED.items():
+                link = ROOT / package.replace(".", "/")
+                if not link.exists():
+                    link.unlink(missing_ok=True)
+                    link.symlink_to(f"../{folder}")
+
+    @staticmethod
+    def object_path(folder: Path, unit: tuple[Path, list[str]], digest: hashlib._Hash) -> Path:
+        source, command = unit
+        digest.update("\0".join([str(source), *command]).encode() + source.read_bytes())
+        return folder / f"{source.stem}-{digest.hexdigest()[:20]}.o"
+
+    def compile(self, unit: tuple[Path, list[str]], target: Path) -> bool:
+        source, command = unit
+        if target.exists():
+            return True
+        print(f"compiling {source.relative_to(ROOT)}", flush=True)
+        part = target.with_suffix(".part")
+        done = self.execute([*command, str(source.relative_to(ROOT)), "-o", str(part)], check=False)
+        if done:
+            part.replace(target)
+        return done
+
+    @staticmethod
+    def execute(command: list[str], check: bool = True) -> bool:
+        run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if run.stdout or run.returncode:  # in one piece: parallel compilers' messages must not interleave
+            print(shlex.join(command), run.stdout, sep="\n", end="", flush=True)
+        if check and run.returncode:
+            raise fail("the linker failed (its messages are above)")
+        return run.returncode == 0
+
+
+class BuildPy(build_py):
+    def run(self) -> None:
+        if not self.editable_mode:  # a module removed from the sources must not live on in the next wheel
+            shutil.rmtree(Path(self.build_lib) / "fastrnn", ignore_errors=True)
+        super().run()
+
+
+setup(
+    packages=sorted({*find_packages(include=["fastrnn", "fastrnn.*"]), *MAPPED}),
+    package_dir=MAPPED,
+    package_data={"fastrnn": ["py.typed"], "fastrnn.bench": ["results/README.md"]},
+    ext_modules=[
+        Extension(
+            "fastrnn._C",
+            [str(p.relative_to(ROOT)) for p in sorted((ROOT / "csrc").rglob("*.cpp"))],
+            depends=[str(p.relative_to(ROOT)) for p in headers()],
+            language="c++",
+            py_limited_api=True,
+        )
+    ],
+    cmdclass={"build_ext": BuildExt, "build_py": BuildPy},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

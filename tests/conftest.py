@@ -1,0 +1,50 @@
+"""What the tests share: the seed and the one table of tolerances."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """For `torch.testing.assert_close`; the gradients' sums are longer than the outputs'."""
+
+    rtol: float
+    atol: float
+    grad_rtol: float
+    grad_atol: float
+
+    @property
+    def output(self) -> dict[str, float]:
+        return {"rtol": self.rtol, "atol": self.atol}
+
+    @property
+    def grad(self) -> dict[str, float]:
+        return {"rtol": self.grad_rtol, "atol": self.grad_atol}
+
+
+# For H and T up to some hundreds and inputs of unit variance. Where a test has a float64 run to compare
+# with, twice torch.nn's own error is the better judge.
+TOLERANCES = {
+    torch.float64: Tolerance(1e-12, 1e-12, 1e-11, 1e-11),
+    torch.float32: Tolerance(1e-5, 2e-6, 1e-4, 2e-5),
+    torch.bfloat16: Tolerance(2e-2, 2e-2, 5e-2, 5e-2),
+    torch.float16: Tolerance(2e-3, 2e-3, 1e-2, 1e-2),
+    torch.complex64: Tolerance(1e-5, 2e-6, 1e-4, 2e-5),
+    torch.complex128: Tolerance(1e-12, 1e-12, 1e-11, 1e-11),
+}
+
+
+@pytest.fixture(autouse=True)
+def seed() -> int:
+    """Every test starts from the same random numbers."""
+    torch.manual_seed(20)
+    return 20
+
+
+@pytest.fixture
+def tolerances() -> dict[torch.dtype, Tolerance]:
+    return TOLERANCES

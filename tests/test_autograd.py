@@ -1,0 +1,154 @@
+"""Autograd through the operators: numeric and partial gradients, double backward, transforms, compiler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import MASKS, random_case, random_masks
+
+import fastrnn
+from fastrnn import functional
+from fastrnn.reference import CELLS
+
+
+def case(cell, mask="none", D=1, P=0):
+    x, states, params = random_case(cell, 3, 2, 2, 3, D=D, P=P)
+    x, masks = random_masks(mask, x)
+    S = len(states)
+
+    def f(*flat):
+        with fastrnn.backend("cpu"):
+            y, last, seq = functional.layer(
+                cell, flat[0], flat[1 : 1 + S], flat[1 + S :], return_states=True, **masks
+            )
+        return (y, *last, *seq)
+
+    return f, tuple(t.requires_grad_() for t in (x, *states, *params))
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck(cell, mask):
+    f, leaves = case(cell, mask, D=2)
+    assert torch.autograd.gradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("mask", ["none", "lengths+reset", "packed"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradgradcheck(cell, mask):
+    f, leaves = case(cell, mask)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+def test_projection_gradcheck_and_gradgradcheck():
+    f, leaves = case("lstm", D=2, P=2)
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_output_alone(cell):
+    """A gradient that reaches one output only, the others undefined."""
+    f, leaves = case(cell, "lengths")
+    for i in range(len(f(*leaves))):
+        ours = torch.autograd.grad(f(*leaves)[i].square().sum(), leaves, allow_unused=True)
+        assert all(g is None or g.isfinite().all() for g in ours)
+        weights = [torch.zeros_like(o) for o in f(*leaves)]
+        weights[i] = 2 * f(*leaves)[i].detach()
+        dense = torch.autograd.grad(f(*leaves), leaves, weights)
+        for a, b in zip(ours, dense, strict=True):
+            torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_only_what_needs_a_gradient(cell):
+    x, states, params = random_case(cell, 3, 2, 2, 3)
+    params[0].requires_grad_()
+    with fastrnn.backend("cpu"):
+        y = functional.layer(cell, x, states, params)[0]
+        (only,) = torch.autograd.grad(y.sum(), params[0])
+        x.requires_grad_()
+        y = functional.layer(cell, x, states, params)[0]
+        _, both = torch.autograd.grad(y.sum(), [x, params[0]])
+    assert torch.equal(only, both)
+
+
+def test_two_backwards_and_an_edit_in_place():
+    x, states, params = random_case("gru", 3, 2, 2, 3)
+    x.requires_grad_()
+    with fastrnn.backend("cpu"):
+        y = functional.gru(x, states[0], params)[0]
+        first = torch.autograd.grad(y.sum(), x, retain_graph=True)
+        assert torch.equal(first[0], torch.autograd.grad(y.sum(), x, retain_graph=True)[0])
+        total = y.sum()
+        y.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        total.backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_transforms_are_right(cell):
+    """torch.func on the default backend, against the plain reference."""
+    x, states, params = random_case(cell, 3, 2, 2, 3)
+
+    def loss(x):
+        return functional.layer(cell, x, states, params)[0].square().sum()
+
+    def results():
+        tangent = torch.ones_like(x)
+        return (
+            torch.func.grad(loss)(x),
+            torch.func.jvp(loss, (x,), (tangent,))[1],
+            torch.func.vmap(torch.func.grad(loss))(torch.stack([x, 2 * x])),
+            torch.func.hessian(loss)(x),
+        )
+
+    ours = results()
+    with fastrnn.backend("reference"):
+        theirs = results()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell):
+    """The fakes and the registered autograd rule, as torch itself tests operators."""
+    x, states, params = random_case(cell, 3, 2, 2, 3, D=2)
+    for t in (x, *states, *params):
+        t.requires_grad_()
+    args = (cell, x, states, params, None, None, None, True, True)
+    torch.library.opcheck(torch.ops.fastrnn.layer.default, args)
+    with torch.no_grad():
+        y, last, seq, saved = torch.ops.fastrnn.layer(*args)
+        plain = [t.detach() for t in (x, *states, *params)]
+        S = len(states)
+        back = (
+            cell,
+            y,
+            last,
+            seq,
+            plain[0],
+            plain[1 : 1 + S],
+            plain[1 + S :],
+            None,
+            None,
+            None,
+            y,
+            seq,
+            saved,
+        )
+        torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, (*back, True, True))
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_compiles_whole(kind):
+    """Forward and backward in one graph, with no break."""
+    layer = getattr(fastrnn, kind)(4, 6, num_layers=2, bidirectional=True)
+    x = torch.randn(5, 3, 4)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    y, expected = compiled(x)[0], layer(x)[0]
+    torch.testing.assert_close(y, expected)
+    ours = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
+    theirs = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)

@@ -1,0 +1,216 @@
+"""The C++ scan against the plain reference: values and gradients of every cell, shape and mask."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from helpers import MASKS, random_case, random_masks
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fastrnn
+from fastrnn import functional, ops
+from fastrnn.reference import CELLS
+
+# T, B, I, H: single elements, odd sizes, more than one chunk of time, units beyond a vector.
+SHAPES = ((1, 1, 1, 1), (5, 3, 4, 3), (7, 13, 5, 33), (3, 2, 3, 257), (300, 9, 6, 17))
+
+
+def run(backend, cell, x, states, params, masks, weights):
+    """Every output, and the gradients of their weighted sum."""
+    leaves = [t.detach().clone().requires_grad_() for t in (x, *states, *params)]
+    S = len(states)
+    with fastrnn.backend(backend):
+        y, last, seq = functional.layer(
+            cell, leaves[0], leaves[1 : 1 + S], leaves[1 + S :], return_states=True, **masks
+        )
+    outputs = [y, *last, *seq]
+    generator = torch.Generator().manual_seed(weights)
+    loss = sum((o * torch.randn(o.shape, dtype=o.dtype, generator=generator)).sum() for o in outputs)
+    grads = torch.autograd.grad(loss, leaves)
+    return [o.detach() for o in outputs], list(grads)
+
+
+def assert_agree(cell, x, states, params, masks, tolerance=1e-12):
+    ours = run("cpu", cell, x, states, params, masks, 1)
+    theirs = run("reference", cell, x, states, params, masks, 1)
+    for group in (0, 1):
+        for a, b in zip(ours[group], theirs[group], strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * (1 + float(b.abs().max())))
+    with torch.no_grad(), fastrnn.backend("cpu"):
+        y, last, _ = functional.layer(cell, x, states, params, **masks)
+    for a, b in zip((y, *last), ours[0], strict=False):
+        assert torch.equal(a, b), "inference and training must give the same bits"
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_parity(cell, shape, D, mask):
+    x, states, params = random_case(cell, *shape, D=D)
+    x, masks = random_masks(mask, x)
+    assert_agree(cell, x, states, params, masks)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize("P", [1, 5, 40])
+def test_parity_projection(P, D, mask):
+    x, states, params = random_case("lstm", 6, 7, 3, 41, D=D, P=P)
+    x, masks = random_masks(mask, x)
+    assert_agree("lstm", x, states, params, masks)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    cell=st.sampled_from(sorted(CELLS)),
+    T=st.integers(1, 9),
+    B=st.integers(0, 20),
+    I=st.integers(1, 20),
+    H=st.integers(1, 70),
+    D=st.integers(1, 2),
+    bias=st.booleans(),
+    mask=st.sampled_from(MASKS),
+    seed=st.integers(0, 1000),
+)
+def test_parity_generated(cell, T, B, I, H, D, bias, mask, seed):
+    torch.manual_seed(seed)
+    mask = "none" if B == 0 else mask
+    x, states, params = random_case(cell, T, B, I, H, D=D, bias=bias)
+    x, masks = random_masks(mask, x)
+    if B == 0:
+        with fastrnn.backend("cpu"):
+            y, last, _ = functional.layer(cell, x.requires_grad_(), states, params)
+        (y.sum() + sum(s.sum() for s in last)).backward()
+        assert y.shape == (T, 0, D * H)
+        assert x.grad.shape == x.shape
+        return
+    assert_agree(cell, x, states, params, masks)
+
+
+@pytest.mark.parametrize("isa", ops.instruction_sets())
+@pytest.mark.parametrize("cell", CELLS)
+def test_each_instruction_set(cell, isa, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    assert ops.instruction_set() == isa
+    x, states, params = random_case(cell, 9, 11, 5, 37, D=2)
+    assert_agree(cell, x, states, params, {"lengths": torch.randint(0, 10, (11,))})
+    x, states, params = random_case(cell, 9, 1, 5, 200)
+    assert_agree(cell, x, states, params, {})
+
+
+def test_unknown_instruction_set(monkeypatch):
+    monkeypatch.setenv("FASTRNN_CPU_ISA", "avx1024")
+    x, states, params = random_case("lstm", 1, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="FASTRNN_CPU_ISA must be one of baseline"):
+        functional.layer("lstm", x, states, params)
+
+
+TORCH = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
+
+
+@pytest.mark.parametrize("isa", ops.instruction_sets())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", TORCH)
+def test_error_is_at_most_twice_torchs(cell, dtype, isa, monkeypatch):
+    """Root mean square against float64, over the output and every gradient."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    module = TORCH[cell](48, 96).to(dtype)
+    x = torch.randn(60, 8, 48).to(dtype)
+
+    def run_torch(m, x):
+        x = x.clone().requires_grad_()
+        y = m(x)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])]
+
+    def run_ours(m, x):
+        x = x.clone().requires_grad_()
+        params = list(m.parameters())
+        states = [x.new_zeros(1, 8, 96)] * CELLS[cell].states
+        y = functional.layer(cell, x, states, params)[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [x, *params])]
+
+    ours, theirs = run_ours(module, x), run_torch(module, x)
+    exact = run_torch(module.double(), x.double())
+    for mine, rival, true in zip(ours, theirs, exact, strict=True):
+        error = (mine.double() - true).square().mean().sqrt()
+        rivals = (rival.double() - true).square().mean().sqrt()
+        assert error <= 2 * rivals
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_extremes(cell):
+    """Saturated gates give exact limits; a NaN stays in its own sequence."""
+    x, states, params = random_case(cell, 3, 4, 2, 20, dtype=torch.float32)
+    params = [p.detach() for p in params]
+    with fastrnn.backend("cpu"):
+        for value in (1e4, -1e4, 1e30, -1e30):
+            x = torch.full_like(x, value)
+            y = functional.layer(cell, x, states, params)[0]
+            with fastrnn.backend("reference"):
+                torch.testing.assert_close(
+                    y, functional.layer(cell, x, states, params)[0], rtol=1e-5, atol=1e-6
+                )
+        x = torch.randn_like(x)
+        clean = functional.layer(cell, x, states, params)[0]
+        x[1, 2] = float("nan")
+        y = functional.layer(cell, x, states, params)[0]
+    assert y[1:, 2].isnan().all()
+    others = [0, 1, 3]
+    assert torch.equal(y[:, others], clean[:, others])
+    assert torch.equal(y[0], clean[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_gate_functions_near_their_limits(dtype):
+    """tanh within a few ulp over all its range, by a cell that is nothing else: h = tanh(x)."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 0, 1001)]).to(dtype)
+    one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
+    with fastrnn.backend("cpu"):
+        y = functional.layer("rnn_tanh", x.view(1, -1, 1), [x.new_zeros(1, len(x), 1)], [one, zero])[0]
+    true = torch.tanh(x.double())
+    ulp = torch.finfo(dtype).eps * true.abs()
+    assert ((y.flatten().double() - true).abs() <= 3 * ulp).all()
+
+
+@pytest.mark.parametrize("shape", [(40, 7, 16, 64), (40, 40, 16, 64), (5, 1, 8, 300)], ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_bits_do_not_depend_on_threads(cell, shape):
+    x, states, params = random_case(cell, *shape, D=2, dtype=torch.float32)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            with torch.no_grad(), fastrnn.backend("cpu"):
+                results.append(functional.layer(cell, x, states, params)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], r) for r in results[1:])
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_every_element_is_written(mask, monkeypatch):
+    """Fresh memory holds NaN here, so that an element nobody wrote shows."""
+    T, B, I, H = 6, 9, 3, 21
+    for _ in range(3):
+        junk = [
+            torch.full((n,), float("nan")) for n in (T * B * H, T * B * 2 * H, T * B * 4 * H * 2, 2 * B * H)
+        ]
+        del junk
+        gc.collect()
+        for cell in CELLS:
+            x, states, params = random_case(cell, T, B, I, H, D=2, dtype=torch.float32)
+            x, masks = random_masks(mask, x)
+            outputs, grads = run("cpu", cell, x, states, params, masks, 1)
+            assert all(t.isfinite().all() for t in (*outputs, *grads))
+
+
+def test_denormals_are_flushed_only_inside():
+    x, states, params = random_case("lstm", 2, 2, 2, 2, dtype=torch.float32)
+    functional.layer("lstm", x, states, params)
+    tiny = torch.tensor(1e-40)
+    assert float(tiny * 1.0) > 0

@@ -1,0 +1,265 @@
+"""The language model: corpus, training, checkpoints, sampling."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+import fastrnn.lm.checkpoint as checkpoint
+from fastrnn.lm import demo, generate, report, train
+from fastrnn.lm.corpus import Chunks, Corpus, Vocabulary, read_text
+from fastrnn.lm.errors import UserError
+from fastrnn.lm.model import Config, build
+from fastrnn.lm.progress import Progress
+from fastrnn.lm.train import Trainer
+
+CPU = torch.device("cpu")
+TINY = Config(hidden=12, batch=3, bptt=7, lr=1e-2)
+CELLS = ("lstm", "gru", "rnn")
+IMPLEMENTATIONS = ("fastrnn", "torch")
+
+
+def make_text(n=700, seed=0):
+    return "".join(random.Random(seed).choices("ab cd\ne\u00e9\u4e2d\U0001f600", k=n))
+
+
+@pytest.fixture
+def corpus():
+    return Corpus.from_text(make_text())
+
+
+def test_default_text_is_deterministic_python():
+    text = read_text(None)
+    assert text == read_text(None)
+    assert "import" in text
+    assert len(text) <= 4_000_000
+
+
+def test_vocabulary_round_trip():
+    text = make_text()
+    vocabulary = Vocabulary("".join(sorted(set(text))))
+    tokens = vocabulary.encode(text)
+    assert tokens.dtype == torch.long
+    assert vocabulary.decode(tokens) == text
+    assert vocabulary.encode("").numel() == 0
+    with pytest.raises(UserError, match="'Z'"):
+        vocabulary.encode("aZ")
+
+
+def test_split_covers_the_text(corpus):
+    both = torch.cat([corpus.train, corpus.valid])
+    assert corpus.vocabulary.decode(both) == make_text()
+    assert corpus.valid.numel() == 70
+
+
+@pytest.mark.parametrize(("n", "batch", "bptt"), [(100, 3, 7), (24, 3, 7), (2, 1, 5), (101, 10, 3)])
+def test_chunks_continue_each_other(n, batch, bptt):
+    chunks = Chunks(torch.arange(n), batch, bptt)
+    inputs, targets = zip(*(chunks.chunk(i) for i in range(len(chunks))), strict=True)
+    inputs, targets = torch.cat(inputs), torch.cat(targets)
+    assert torch.equal(targets, inputs + 1)
+    assert torch.equal(inputs[1:], inputs[:-1] + 1)  # in every column, across the chunks
+    assert torch.equal(inputs[0], torch.arange(batch) * (n // batch))
+
+
+def test_chunks_too_short():
+    with pytest.raises(ValueError, match="at least 6"):
+        Chunks(torch.arange(5), 3, 7)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_implementations_have_the_same_curve(cell, corpus):
+    curves = []
+    for implementation in IMPLEMENTATIONS:
+        trainer = Trainer(Config(implementation, cell, hidden=12, batch=3, bptt=7), corpus, CPU)
+        curves.append([trainer.train_step() for _ in range(35)])
+    torch.testing.assert_close(*map(torch.tensor, curves), rtol=1e-4, atol=0)
+
+
+def test_training_learns():
+    trainer = Trainer(TINY, Corpus.from_text("abcd" * 200), CPU)
+    before = trainer.validate()
+    for _ in range(100):
+        trainer.train_step()
+    assert before > 2.5
+    assert trainer.validate() < 1.2
+    text = generate.generate(trainer.model, trainer.corpus.vocabulary, 8, prompt="ab", temperature=0)
+    assert text == "abcdabcdab"
+
+
+def test_state_is_carried_and_detached(corpus):
+    trainer = Trainer(TINY, corpus, CPU)
+    trainer.train_step()
+    state = trainer.state
+    assert not any(part.requires_grad for part in state)
+    inputs, targets = trainer.chunks.chunk(1)
+    with torch.no_grad():
+        logits, _ = trainer.model(inputs, state)
+    assert trainer.train_step() == pytest.approx(train.cross_entropy(logits, targets).item(), rel=1e-5)
+
+
+def test_perplexity_is_the_mean_over_the_text(corpus):
+    trainer = Trainer(Config(hidden=12, batch=1, bptt=23), corpus, CPU)
+    with torch.no_grad():
+        logits, _ = trainer.model(corpus.valid[:-1, None])
+    want = math.exp(train.cross_entropy(logits, corpus.valid[1:, None]).item())
+    assert trainer.validate() == pytest.approx(want, rel=1e-5)  # 69 steps: three chunks of 23
+
+
+def test_validation_leaves_training_alone(corpus):
+    curves = []
+    for validate in (False, True):
+        trainer = Trainer(Config(hidden=12, batch=3, bptt=7, dropout=0.5), corpus, CPU)
+        for _ in range(6):
+            trainer.train_step()
+            if validate:
+                trainer.validate()
+        curves.append(trainer.losses)
+    assert curves[0] == curves[1]
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_resume_is_bit_identical(implementation, cell, corpus, tmp_path):
+    config = Config(implementation, cell, hidden=12, batch=3, bptt=7, dropout=0.3)
+    straight = Trainer(config, corpus, CPU)
+    assert 14 < len(straight.chunks) < 40  # the run below passes an epoch's end
+    for _ in range(40):
+        straight.train_step()
+
+    path = str(tmp_path / "lm.pt")
+    first = Trainer(config, corpus, CPU)
+    for _ in range(14):
+        first.train_step()
+    checkpoint.save(path, first.fields())
+    torch.rand(5)  # whatever ran in between
+    second = Trainer(config, corpus, CPU)
+    second.restore(checkpoint.load(path), path)
+    for _ in range(26):
+        second.train_step()
+    assert second.losses == straight.losses
+    for name, value in straight.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[name]), name
+
+
+def test_checkpoint_is_whole_or_the_previous_one(tmp_path, corpus, monkeypatch):
+    path = tmp_path / "lm.pt"
+    trainer = Trainer(TINY, corpus, CPU)
+    checkpoint.save(str(path), trainer.fields())
+    before = path.read_bytes()
+
+    def half_written(content, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", half_written)
+    with pytest.raises(UserError, match="No space left"):
+        checkpoint.save(str(path), trainer.fields())
+
+    def interrupted(content, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.save(str(path), trainer.fields())
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["lm.pt"]  # no temporary file is left
+
+
+def test_checkpoint_through_a_link(tmp_path, corpus):
+    link = tmp_path / "link.pt"
+    link.symlink_to(tmp_path / "real.pt")
+    checkpoint.save(str(link), Trainer(TINY, corpus, CPU).fields())
+    assert link.is_symlink()
+    assert checkpoint.load(str(tmp_path / "real.pt"))["step"] == 0
+
+
+def damaged(tmp_path, corpus, change):
+    path = str(tmp_path / "bad.pt")
+    fields = Trainer(TINY, corpus, CPU).fields()
+    change(fields)
+    checkpoint.save(path, fields)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda f: f.pop("optimizer"), "optimizer"),
+        (lambda f: f.update(version=99), "version 99"),
+        (lambda f: f.update(format="other"), "not a checkpoint"),
+        (lambda f: f["config"].update(hidden=-1), "configuration"),
+        (lambda f: f["config"].update(hidden="many"), "configuration"),
+        (lambda f: f["config"].pop("cell"), "configuration"),
+        (lambda f: f.update(characters=""), "vocabulary"),
+        (lambda f: f["model"].pop("head.bias"), "fit each other"),
+    ],
+)
+def test_damaged_checkpoint_names_the_fault(tmp_path, corpus, change, message):
+    with pytest.raises(UserError, match=message):
+        train.load_model(damaged(tmp_path, corpus, change), CPU)
+
+
+def test_restore_refuses_what_does_not_fit(tmp_path, corpus):
+    path = damaged(tmp_path, corpus, lambda fields: fields.update(step=5))
+    with pytest.raises(UserError, match="fit each other"):
+        Trainer(TINY, corpus, CPU).restore(checkpoint.load(path), path)
+    path = damaged(tmp_path, corpus, lambda fields: None)
+    other = Corpus.from_text(make_text(seed=1))
+    with pytest.raises(UserError, match="another text"):
+        Trainer(TINY, other, CPU).restore(checkpoint.load(path), path)
+
+
+def test_checkpoints_run_no_code(tmp_path):
+    path = tmp_path / "evil.pt"
+    torch.save({"format": "fastrnn-lm", "config": pytest.fail}, path)
+    with pytest.raises(UserError, match="not a checkpoint"):
+        checkpoint.load(str(path))
+
+
+def test_generate_repeats_by_seed(corpus):
+    model = build(TINY, len(corpus.vocabulary), CPU)
+    texts = [generate.generate(model, corpus.vocabulary, 30, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert generate.generate(model, corpus.vocabulary, 0, prompt="ab") == "ab"
+
+
+def test_choose():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
+    assert int(generate.choose(logits, 0.0, 0, generator)) == 1
+    assert int(generate.choose(logits, 1e-30, 0, generator)) == 1  # no overflow
+    drawn = {int(generate.choose(logits, 5.0, 2, generator)) for _ in range(100)}
+    assert drawn == {1, 2}
+    drawn = {int(generate.choose(logits, 5.0, 99, generator)) for _ in range(200)}
+    assert drawn == {0, 1, 2, 3}
+
+
+def test_outcome_of_the_demo():
+    losses = {"fastrnn": [2.0, 1.0, 1.1], "torch": [2.0, 1.0, 1.0]}
+    outcome = demo.Outcome([1.0, 3.0, 1.5], losses)
+    assert outcome.ratio == 1.5
+    assert outcome.difference() == pytest.approx(0.1)
+    assert outcome.difference(2) == 0.0
+
+
+def test_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    curve = report.Curve("fastrnn.LSTM", [2.0, 1.0], [0.1, 0.2], 300)
+    path = tmp_path / "plot.png"
+    report.plot(str(path), [curve, curve], "title")
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with pytest.raises(UserError, match="cannot write"):
+        report.plot(str(tmp_path / "none" / "plot.png"), [curve], "title")
+
+
+def test_plain_progress_prints_its_last_line(capsys):
+    progress = Progress(2)
+    progress.update("loss 1")
+    progress.update("loss 0.5")
+    progress.close()
+    assert capsys.readouterr().err == "step 2/2  loss 0.5\n"
