@@ -113,9 +113,10 @@ struct Backward {
                         Epilogue&& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
-    product<1>(
-        share.row0, row1, block0, block1, units, a, lda, w, K, static_cast<const E*>(nullptr), 0,
-        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
+    product<1>(share.row0, row1, block0, block1, units, a, lda, w, K, static_cast<const E*>(nullptr), 0,
+               (k & 1) != 0, [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+                 epilogue(i, unit, lanes, v[0]);
+               });
     end_phase(share);
   }
 

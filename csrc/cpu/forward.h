@@ -17,7 +17,8 @@ struct Forward {
   Step now, next;
   const E* h_in;
   E* h_out;
-  E* gates;  // of the step's first row
+  E* gates;        // of the step's first row
+  bool backwards;  // which way this step sweeps the weights
 
   template <int N>
   FASTRNN_HD void load_gx(int64_t i, int64_t unit, int lanes, int gate0, Vec<S, N>& gx) const {
@@ -42,7 +43,7 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
     product<kFirst>(row0, row1, block0, block1, p.H, h_in, d.ld_ring, d.w[0], p.H, d.bh, d.ld_state,
-                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
+                    backwards, [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
                       Vec<S, kFirst> gx, first;
                       Vec<S, Cell::kStates> s;
                       S mid;
@@ -62,7 +63,7 @@ struct Forward {
     const E* source = kTwo ? d.mid : h_in;
     const int64_t ld = kTwo ? d.ld_state : d.ld_ring, K = kTwo ? p.H : p.P;
     product<kLast>(row0, row1, block0, block1, p.H, source, ld, d.w[Cell::kStages - 1], K,
-                   d.bh + kFirst * d.ld_state, d.ld_state,
+                   d.bh + kFirst * d.ld_state, d.ld_state, backwards,
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
                      Vec<S, Cell::kStates> s, s_new;
@@ -104,6 +105,7 @@ struct Forward {
     my_blocks<E>(share, p.P, block0, block1);
     product<1>(
         row0, row1, block0, block1, p.P, d.mid, d.ld_state, d.w_proj, p.H, static_cast<const E*>(nullptr), 0,
+        backwards,
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
   }
@@ -123,7 +125,8 @@ struct Forward {
                         next,
                         d.ring[k & 1],
                         d.ring[(k + 1) & 1],
-                        d.gates + (now.first - chunk_first) * d.ld_gates};
+                        d.gates + (now.first - chunk_first) * d.ld_gates,
+                        (k & 1) != 0};
         const int64_t row1 = at_most(share.row1, now.active);
         if constexpr (Cell::kStages == 2) f.first_stage(share.row0, row1);
         f.last_stage(share.row0, row1);

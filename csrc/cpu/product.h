@@ -17,11 +17,12 @@ struct TileShape {
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
 
+// `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
 // out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + bias [G][ld_bias]. K is never split, so the bits
 // do not depend on how rows and units were shared out.
 template <class E, int G, int U, int M>
 __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t K, const E* bias,
-                                    int64_t ld_bias, E* out) {
+                                    int64_t ld_bias, const E* ahead, E* out) {
   using S = Simd<E>;
   S acc[M][U][G];
 #pragma GCC unroll 8
@@ -34,6 +35,7 @@ __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t
     }
   const int64_t block = K * G * S::W;
   for (int64_t k = 0; k < K; ++k) {
+    __builtin_prefetch(ahead + k * S::W, 0, 2);
     S wk[U][G];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
@@ -58,17 +60,19 @@ __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t
 
 template <class E, int G, int U, int M>
 FASTRNN_HD void tile_of(int m, const E* a, int64_t lda, const E* w, int64_t K, const E* bias, int64_t ld_bias,
-                        E* out) {
+                        const E* ahead, E* out) {
   if constexpr (M > 0) {
-    if (m == M) return tile<E, G, U, M>(a, lda, w, K, bias, ld_bias, out);
-    tile_of<E, G, U, M - 1>(m, a, lda, w, K, bias, ld_bias, out);
+    if (m == M) return tile<E, G, U, M>(a, lda, w, K, bias, ld_bias, ahead, out);
+    tile_of<E, G, U, M - 1>(m, a, lda, w, K, bias, ld_bias, ahead, out);
   }
 }
 
-// Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>).
+// Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
+// the blocks from the last: where w outgrows the cache, the next step then begins with what this one left
+// there.
 template <int G, class E, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const E* a,
-                        int64_t lda, const E* w, int64_t K, const E* bias, int64_t ld_bias,
+                        int64_t lda, const E* w, int64_t K, const E* bias, int64_t ld_bias, bool backwards,
                         Epilogue&& epilogue) {
   using S = Simd<E>;
   using Tile = TileShape<G>;
@@ -80,19 +84,26 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   if (rows <= 0) return;
   const int64_t tiles = (rows + Tile::kRows - 1) / Tile::kRows;
   const int wide = rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
-  for (int64_t b = block0; b < block1;) {
-    const int U = block1 - b >= wide ? wide : 1;
+  const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
+  for (int64_t j = 0; j < sweeps; ++j) {
+    const int64_t at = backwards ? sweeps - 1 - j : j;
+    const int U = at < wides ? wide : 1;
+    const int64_t b = block0 + (at < wides ? at * wide : wides * wide + at - wides);
     const E* wb = w + b * K * G * S::W;
+    const int64_t after = backwards ? b - wide : b + U;
+    const E* next = after >= block0 && after < block1 ? w + after * K * G * S::W : nullptr;
     const E* bias_b = bias ? bias + b * S::W : nullptr;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r = row0 + rows * i / tiles;
       const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
+      // While this sweep's tiles are worked on, the next sweep's weights come nearer, K vectors a tile.
+      const E* ahead = next && i < U * G ? next + i * K * S::W : wb;
       if (U == 1) {
-        tile_of<E, G, 1, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, out);
+        tile_of<E, G, 1, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
       } else if (rows == 1) {
-        tile<E, G, Tile::kUnitsOneRow, 1>(a + r * lda, lda, wb, K, bias_b, ld_bias, out);
+        tile<E, G, Tile::kUnitsOneRow, 1>(a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
       } else {
-        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, out);
+        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
       }
 #pragma GCC unroll 1
       for (int mu = 0; mu < M * U; ++mu) {
@@ -103,7 +114,6 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         epilogue(r + mu / U, unit, static_cast<int>(left < S::W ? left : S::W), v);
       }
     }
-    b += U;
   }
 }
 

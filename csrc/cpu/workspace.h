@@ -170,7 +170,7 @@ int64_t padded(int64_t width) {
 
 // Steps a chunk of time takes so that its rows of `columns` stay in cache, and its products are still large.
 inline int64_t chunk_steps(const LayerArgs& a, int64_t columns, size_t element) {
-  const int64_t bytes = 2 << 20, least_rows = 256;
+  const int64_t bytes = 2 << 20, least_rows = 1024;
   const int64_t rows = std::max<int64_t>(least_rows, bytes / std::max<int64_t>(columns * element, 1));
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
 }
