@@ -110,11 +110,11 @@ struct Backward {
 
   template <class Epilogue>
   FASTRNN_HD void phase(int64_t row1, int64_t units, const E* a, int64_t lda, const E* w, int64_t K,
-                        Epilogue&& epilogue) const {
+                        const Reads<E>& reads, Epilogue&& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
     product<1>(share.row0, row1, block0, block1, units, a, lda, w, K, static_cast<const E*>(nullptr), 0,
-               (k & 1) != 0, [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+               (k & 1) != 0, reads, [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
                  epilogue(i, unit, lanes, v[0]);
                });
     end_phase(share);
@@ -122,23 +122,25 @@ struct Backward {
 
   FASTRNN_HD void step(int64_t row1) const {
     // At the very first step nothing arrives from a later one.
-    const int64_t K = k == 0 ? 0 : kRecurrent * p.H;
+    const int64_t K = k == 0 ? 0 : kRecurrent * p.H, ld_saved = Cell::kSaved * p.H;
+    const Reads<E> saved{d.saved + now.first * ld_saved, ld_saved, p.H, Cell::kSaved};
     if (d.w_proj) {
-      phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, [&](int64_t i, int64_t unit, int lanes, const S& v) {
+      phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, {}, [&](int64_t i, int64_t unit, int lanes, const S& v) {
         const S dh = arriving(i, unit, lanes, v);
         dh.store(d.mid + i * d.ld_state + unit);
         dh.store(d.dh_out + chunk_row(i) * p.P + unit, lanes);
         S(0).store(d.state[0] + i * d.ld_state + unit);
       });
-      phase(row1, p.H, d.mid, d.ld_state, d.w_proj, p.P,
+      phase(row1, p.H, d.mid, d.ld_state, d.w_proj, p.P, saved,
             [&](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
     } else {
-      phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, [&](int64_t i, int64_t unit, int lanes, const S& v) {
-        cell(i, unit, lanes, arriving(i, unit, lanes, v));
-      });
+      phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, saved,
+            [&](int64_t i, int64_t unit, int lanes, const S& v) {
+              cell(i, unit, lanes, arriving(i, unit, lanes, v));
+            });
     }
     if constexpr (Cell::kStages == 2) {
-      phase(row1, p.H, d.mid, d.ld_state, d.w[1], kLast * p.H,
+      phase(row1, p.H, d.mid, d.ld_state, d.w[1], kLast * p.H, {},
             [&](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
     }
   }
@@ -173,7 +175,7 @@ struct Backward {
       // In reverse no reset cuts a first state: the boundary before a sequence's last step is past its end.
       const Step first = d.reverse ? Step{0, 0, 0, nullptr} : step_at(p, d, int64_t{0});
       const Backward b{p, d, share, first, first, first, nullptr, nullptr, 0, 0};
-      b.phase(share.row1, p.P, d.last_ring, d.ld_ring, d.w[0], kRecurrent * p.H,
+      b.phase(share.row1, p.P, d.last_ring, d.ld_ring, d.w[0], kRecurrent * p.H, {},
               [&](int64_t i, int64_t unit, int, const S& v) {
                 E* ds = d.state[0] + i * d.ld_state + unit;
                 if_kept(kept(first, i), v + S::load(ds)).store(ds);

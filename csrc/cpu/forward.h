@@ -33,6 +33,10 @@ struct Forward {
     for (int k = 0; k < N; ++k) v[k].store(gates + i * d.ld_gates + (column0 + k) * p.H + unit, lanes);
   }
 
+  FASTRNN_HD Reads<E> gx_of(int gate0, int count) const {
+    return {gates + gate0 * p.H, d.ld_gates, p.H, count};
+  }
+
   FASTRNN_HD void write_h(int64_t i, int64_t unit, int lanes, const S& h) const {
     const S stored = store(d.y, p.rows.at(now.first + i), unit, lanes, h);
     if_kept(kept(next, i), stored).store(h_out + i * d.ld_ring + unit);
@@ -43,7 +47,8 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
     product<kFirst>(row0, row1, block0, block1, p.H, h_in, d.ld_ring, d.w[0], p.H, d.bh, d.ld_state,
-                    backwards, [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
+                    backwards, gx_of(0, kFirst),
+                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
                       Vec<S, kFirst> gx, first;
                       Vec<S, Cell::kStates> s;
                       S mid;
@@ -63,7 +68,7 @@ struct Forward {
     const E* source = kTwo ? d.mid : h_in;
     const int64_t ld = kTwo ? d.ld_state : d.ld_ring, K = kTwo ? p.H : p.P;
     product<kLast>(row0, row1, block0, block1, p.H, source, ld, d.w[Cell::kStages - 1], K,
-                   d.bh + kFirst * d.ld_state, d.ld_state, backwards,
+                   d.bh + kFirst * d.ld_state, d.ld_state, backwards, gx_of(kFirst, kLast),
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
                      Vec<S, Cell::kStates> s, s_new;
@@ -105,7 +110,7 @@ struct Forward {
     my_blocks<E>(share, p.P, block0, block1);
     product<1>(
         row0, row1, block0, block1, p.P, d.mid, d.ld_state, d.w_proj, p.H, static_cast<const E*>(nullptr), 0,
-        backwards,
+        backwards, Reads<E>{},
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
   }

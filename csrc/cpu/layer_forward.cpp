@@ -45,7 +45,7 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
   scan.directions = static_cast<int>(D);
   scan.H = H;
   scan.P = P;
-  const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H;
+  const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H, ld_gx = padded<E>(columns);
   const int64_t steps = chunk_steps(a, columns, sizeof(E));
   int64_t weight_bytes = 0;
 
@@ -77,7 +77,7 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     s.bx = bx;
     s.bh = bh;
     s.save = save;
-    s.ld_gates = save ? cell.saved * H : columns;
+    s.ld_gates = save ? cell.saved * H : ld_gx;
     for (int j = 1; j < cell.states; ++j) {
       s.seq[j - 1] =
           out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;
@@ -108,7 +108,7 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
 
   const int64_t most_rows = steps * a.B;
   E* gx[2] = {nullptr, nullptr};
-  for (int64_t d = 0; d < D && !save; ++d) gx[d] = arena.get<E>(most_rows * columns);
+  for (int64_t d = 0; d < D && !save; ++d) gx[d] = arena.get<E>(most_rows * ld_gx);
   const bool direct = !bf16 && table.outside.empty();
   E* x_rows = direct ? nullptr : arena.get<E>(most_rows * a.I);
 

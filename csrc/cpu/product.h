@@ -67,13 +67,31 @@ FASTRNN_HD void tile_of(int m, const E* a, int64_t lda, const E* w, int64_t K, c
   }
 }
 
+// What an epilogue will read of memory that is far: `columns` pieces of each row, `column` apart. Fetched
+// while the tile runs, since rows that lie a power of two apart defeat the hardware's own prefetching.
+template <class E>
+struct Reads {
+  const E* data = nullptr;
+  int64_t ld = 0, column = 0;
+  int columns = 0;
+  FASTRNN_HD void fetch(int64_t row, int rows, int64_t unit, int units) const {
+    for (int m = 0; m < rows; ++m) {
+      for (int g = 0; g < columns; ++g) {
+        for (int u = 0; u < units; ++u) {
+          __builtin_prefetch(data + (row + m) * ld + g * column + unit + u * Simd<E>::W);
+        }
+      }
+    }
+  }
+};
+
 // Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
 // the blocks from the last: where w outgrows the cache, the next step then begins with what this one left
 // there.
 template <int G, class E, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const E* a,
                         int64_t lda, const E* w, int64_t K, const E* bias, int64_t ld_bias, bool backwards,
-                        Epilogue&& epilogue) {
+                        const Reads<E>& reads, Epilogue&& epilogue) {
   using S = Simd<E>;
   using Tile = TileShape<G>;
   constexpr int kMostUnits = Tile::kUnitsOneRow > Tile::kUnits ? Tile::kUnitsOneRow : Tile::kUnits;
@@ -98,6 +116,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
       const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
       // While this sweep's tiles are worked on, the next sweep's weights come nearer, K vectors a tile.
       const E* ahead = next && i < U * G ? next + i * K * S::W : wb;
+      reads.fetch(r, M, b * S::W, U);
       if (U == 1) {
         tile_of<E, G, 1, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
       } else if (rows == 1) {
