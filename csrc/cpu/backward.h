@@ -109,8 +109,8 @@ struct Backward {
   }
 
   template <class Epilogue>
-  FASTRNN_HD void phase(int64_t row1, int64_t units, const E* a, int64_t lda, const E* w, int64_t K,
-                        const Reads<E>& reads, Epilogue&& epilogue) const {
+  FASTRNN_HD void phase(int64_t row1, int64_t units, const E* a, int64_t lda, const cpu::Weight<E>& w,
+                        int64_t K, const Reads<E>& reads, Epilogue&& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
     product<1>(share.row0, row1, block0, block1, units, a, lda, w, K, static_cast<const E*>(nullptr), 0,

@@ -122,11 +122,11 @@ class BackwardPass {
       int64_t gate0 = 0;
       for (int stage = 0; stage < cell_.stages; ++stage) {
         const int64_t rows = cell_.stage_gates[stage] * H_;
-        s.w[stage] = packed<E>(arena_, {R + gate0 * H_ * P_, 1, 0, P_, 1, rows, P_});
+        s.w[stage] = weight<E>(arena_, a_, {R + gate0 * H_ * P_, 1, 0, P_, 1, rows, P_});
         gate0 += cell_.stage_gates[stage];
       }
       weight_bytes_ = G * H_ * P_ * sizeof(E);
-      if (projected_) s.w_proj = packed<E>(arena_, {as<E>(arena_, *p.w_hr), 1, 0, H_, 1, P_, H_});
+      if (projected_) s.w_proj = weight<E>(arena_, a_, {as<E>(arena_, *p.w_hr), 1, 0, H_, 1, P_, H_});
       if (dy_.defined())
         s.dy = {static_cast<char*>(dy_.mutable_data_ptr()) + d * P_ * dy_.element_size(), D * P_, bf16};
       for (int j = 1; j < cell_.states; ++j) {

@@ -45,7 +45,10 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
   scan.directions = static_cast<int>(D);
   scan.H = H;
   scan.P = P;
-  const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H, ld_gx = padded<E>(columns);
+  const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H;
+  // A single column is not padded: the library would take another path than for the saved gates, with other
+  // bits.
+  const int64_t ld_gx = columns == 1 ? 1 : padded<E>(columns);
   const int64_t steps = chunk_steps(a, columns, sizeof(E));
   int64_t weight_bytes = 0;
 
@@ -60,12 +63,12 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     int64_t gate0 = 0;
     for (int stage = 0; stage < cell.stages; ++stage) {
       const int64_t gates = cell.stage_gates[stage];
-      s.w[stage] = packed<E>(arena, {R + gate0 * H * P, gates, H * P, H, P, P, 1});
+      s.w[stage] = weight<E>(arena, a, {R + gate0 * H * P, gates, H * P, H, P, P, 1});
       gate0 += gates;
     }
     weight_bytes = G * H * P * sizeof(E);
     if (projected) {
-      s.w_proj = packed<E>(arena, {as<E>(arena, *p.w_hr), 1, 0, P, H, H, 1});
+      s.w_proj = weight<E>(arena, a, {as<E>(arena, *p.w_hr), 1, 0, P, H, H, 1});
       weight_bytes += H * P * sizeof(E);
     }
     E* bx = arena.zeros<E>(G * ld);

@@ -31,14 +31,27 @@ struct Border {
   bool bf16;
 };
 
+// The weight of a product, element (gate g, unit u, k): packed by Kernels::pack where many rows will use it,
+// else where torch keeps it.
+template <class E>
+struct Weight {
+  enum Layout {
+    kPacked,  // [units/W][K][G][W]
+    kRows,    // [G][units][K]: dot products along k
+    kColumns  // [K][units], G = 1, whole vectors of units
+  };
+  const E* data = nullptr;
+  Layout layout = kPacked;
+  explicit operator bool() const { return data; }
+};
+
 template <class E>
 struct Direction {
   bool reverse;
   const uint8_t* keep;  // [N] 0 where a reset cuts the state that enters the step; null: no resets
 
-  // Weights, packed by Kernels::pack. Stage s of the cell, then the projection.
-  const E* w[2];    // forward: [units/W][K][gates of the stage][W]; backward: the transposed products
-  const E* w_proj;  // null: no projection
+  // Stage s of the cell, then the projection; backward, the transposed products.
+  Weight<E> w[2], w_proj;  // w_proj null: no projection
 
   // Forward.
   const E* bx;  // [G][padded H] input bias, zeros where there is none

@@ -3,6 +3,7 @@
 // in L1.
 #pragma once
 
+#include "params.h"
 #include "simd.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -17,12 +18,12 @@ struct TileShape {
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
 
-// `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
-// out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + bias [G][ld_bias]. K is never split, so the bits
-// do not depend on how rows and units were shared out.
+// out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + bias [G][ld_bias], the blocks `block` apart and
+// the k `step`. K is never split, so the bits do not depend on how rows and units were shared out. `ahead`: K
+// vectors of weights to bring into the second-level cache meanwhile.
 template <class E, int G, int U, int M>
-__attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t K, const E* bias,
-                                    int64_t ld_bias, const E* ahead, E* out) {
+__attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t step, int64_t block,
+                                    int64_t K, const E* bias, int64_t ld_bias, const E* ahead, E* out) {
   using S = Simd<E>;
   S acc[M][U][G];
 #pragma GCC unroll 8
@@ -33,14 +34,13 @@ __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[m][u][g] = b;
     }
-  const int64_t block = K * G * S::W;
   for (int64_t k = 0; k < K; ++k) {
     __builtin_prefetch(ahead + k * S::W, 0, 2);
     S wk[U][G];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) wk[u][g] = S::load(w + u * block + (k * G + g) * S::W);
+      for (int g = 0; g < G; ++g) wk[u][g] = S::load(w + u * block + k * step + g * S::W);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
       const S am(a[m * lda + k]);
@@ -58,12 +58,77 @@ __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t
       for (int g = 0; g < G; ++g) acc[m][u][g].store(out + ((m * U + u) * G + g) * S::W);
 }
 
-template <class E, int G, int U, int M>
-FASTRNN_HD void tile_of(int m, const E* a, int64_t lda, const E* w, int64_t K, const E* bias, int64_t ld_bias,
-                        const E* ahead, E* out) {
+template <class E, int G, int U, int M, class... Rest>
+FASTRNN_HD void tile_of(int m, Rest... rest) {
   if constexpr (M > 0) {
-    if (m == M) return tile<E, G, U, M>(a, lda, w, K, bias, ld_bias, ahead, out);
-    tile_of<E, G, U, M - 1>(m, a, lda, w, K, bias, ld_bias, ahead, out);
+    if (m == M) return tile<E, G, U, M>(rest...);
+    tile_of<E, G, U, M - 1>(m, rest...);
+  }
+}
+
+// The sum of a register's lanes, by halves.
+template <class E, int N>
+FASTRNN_HD E sum_of(const E* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+    typedef E Half __attribute__((vector_size(N / 2 * sizeof(E))));
+    Half low, high;
+    std::memcpy(&low, v, sizeof low);
+    std::memcpy(&high, v + N / 2, sizeof high);
+    low += high;
+    E sums[N / 2];
+    std::memcpy(sums, &low, sizeof low);
+    return sum_of<E, N / 2>(sums);
+  }
+}
+
+// The same tile from w [G][units][K] where torch keeps it, for one block of units: packing it would cost more
+// than the few rows gain. out [M][1][G][W].
+template <class E, int G, int M>
+__attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int64_t units, int64_t K,
+                                        int lanes, const E* bias, int64_t ld_bias, E* out) {
+  using S = Simd<E>;
+  constexpr int kDots = M == 1 ? 8 : 4;  // enough sums at once that none waits for the multiply-add
+  const int64_t whole = K / S::W * S::W;
+  const int rest = static_cast<int>(K - whole);
+  for (int g = 0; g < G; ++g) {
+    for (int first = 0; first < lanes; first += kDots) {
+      const E* row[kDots];
+      S acc[kDots][M];
+#pragma GCC unroll 8
+      for (int j = 0; j < kDots; ++j) {
+        const int lane = first + j < lanes ? first + j : lanes - 1;
+        row[j] = w + (g * units + lane) * K;
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) acc[j][m] = S(0);
+      }
+      const auto add = [&](int64_t k, int n) __attribute__((always_inline)) {
+        S x[M];
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) x[m] = S::load(a + m * lda + k, n);
+#pragma GCC unroll 8
+        for (int j = 0; j < kDots; ++j) {
+          const S wk = S::load(row[j] + k, n);
+#pragma GCC unroll 4
+          for (int m = 0; m < M; ++m) acc[j][m] = acc[j][m] + x[m] * wk;
+        }
+      };
+      for (int64_t k = 0; k < whole; k += S::W) add(k, S::W);
+      if (rest) add(whole, rest);
+#pragma GCC unroll 8
+      for (int j = 0; j < kDots; ++j) {
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+          E lanes_of[S::W];
+          acc[j][m].store(lanes_of);
+          if (first + j < S::W) {
+            const E b = bias ? bias[g * ld_bias + first + j] : E(0);
+            out[(m * G + g) * S::W + first + j] = b + sum_of<E, S::W>(lanes_of);
+          }
+        }
+      }
+    }
   }
 }
 
@@ -90,39 +155,52 @@ struct Reads {
 // there.
 template <int G, class E, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const E* a,
-                        int64_t lda, const E* w, int64_t K, const E* bias, int64_t ld_bias, bool backwards,
-                        const Reads<E>& reads, Epilogue&& epilogue) {
+                        int64_t lda, const cpu::Weight<E>& weight, int64_t K, const E* bias, int64_t ld_bias,
+                        bool backwards, const Reads<E>& reads, Epilogue&& epilogue) {
   using S = Simd<E>;
   using Tile = TileShape<G>;
   constexpr int kMostUnits = Tile::kUnitsOneRow > Tile::kUnits ? Tile::kUnitsOneRow : Tile::kUnits;
-  constexpr int kMost =
-      (Tile::kRows * Tile::kUnits > kMostUnits ? Tile::kRows * Tile::kUnits : kMostUnits) * G;
-  alignas(64) E out[kMost * S::W];
+  constexpr int kTile = Tile::kRows * Tile::kUnits > kMostUnits ? Tile::kRows * Tile::kUnits : kMostUnits;
+  constexpr int kMost = (kTile > 4 ? kTile : 4) * G;
+  alignas(64) E out[kMost * S::W] = {};
   const int64_t rows = row1 - row0;
   if (rows <= 0) return;
-  const int64_t tiles = (rows + Tile::kRows - 1) / Tile::kRows;
-  const int wide = rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
+  const bool dots = weight.layout == cpu::Weight<E>::kRows;
+  const int most = dots ? 4 : Tile::kRows;
+  const int64_t tiles = (rows + most - 1) / most;
+  const int wide = dots ? 1 : rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
   const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
+  const bool packed = weight.layout == cpu::Weight<E>::kPacked;
+  const int64_t step = packed ? G * S::W : units, block = packed ? K * G * S::W : dots ? S::W * K : S::W;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
     const int U = at < wides ? wide : 1;
     const int64_t b = block0 + (at < wides ? at * wide : wides * wide + at - wides);
-    const E* wb = w + b * K * G * S::W;
+    const E* w = weight.data + b * block;
     const int64_t after = backwards ? b - wide : b + U;
-    const E* next = after >= block0 && after < block1 ? w + after * K * G * S::W : nullptr;
+    const E* next = packed && after >= block0 && after < block1 ? weight.data + after * block : nullptr;
     const E* bias_b = bias ? bias + b * S::W : nullptr;
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t r = row0 + rows * i / tiles;
       const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
       // While this sweep's tiles are worked on, the next sweep's weights come nearer, K vectors a tile.
-      const E* ahead = next && i < U * G ? next + i * K * S::W : wb;
+      const E* ahead = next && i < U * G ? next + i * K * S::W : w;
+      const E* a_r = a + r * lda;
       reads.fetch(r, M, b * S::W, U);
-      if (U == 1) {
-        tile_of<E, G, 1, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
+      if (dots) {
+        const int64_t left = units - b * S::W;
+        const int lanes = static_cast<int>(left < S::W ? left : S::W);
+        const auto run = M == 1   ? &dot_tile<E, G, 1>
+                         : M == 2 ? &dot_tile<E, G, 2>
+                         : M == 3 ? &dot_tile<E, G, 3>
+                                  : &dot_tile<E, G, 4>;
+        run(a_r, lda, w, units, K, lanes, bias_b, ld_bias, out);
+      } else if (U == 1) {
+        tile_of<E, G, 1, Tile::kRows>(M, a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
       } else if (rows == 1) {
-        tile<E, G, Tile::kUnitsOneRow, 1>(a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
+        tile<E, G, Tile::kUnitsOneRow, 1>(a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
       } else {
-        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a + r * lda, lda, wb, K, bias_b, ld_bias, ahead, out);
+        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
       }
 #pragma GCC unroll 1
       for (int mu = 0; mu < M * U; ++mu) {
