@@ -15,7 +15,7 @@ from fastrnn.bench.grid import GATES, Shape
 TORCH = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
 # torch.nn's gates are i f g o and r z n; ONNX orders them i o f c and z r h.
 ONNX_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
-SETTLE = 0.05  # seconds
+SETTLE, WAKE = 0.05, 0.02  # seconds
 
 
 def forward(module: nn.Module, x: Tensor) -> Tensor:
@@ -78,10 +78,13 @@ def onnxruntime_forward(cell: str, module: nn.Module, shape: Shape, x: Tensor) -
 
 
 def settle(wake: Callable[[], Tensor]) -> None:
-    """Waits until another library's threads have stopped spinning, then wakes one's own with an untimed call.
+    """Waits until another library's threads have stopped spinning, then wakes one's own with untimed calls.
 
     Measured on two cores: a torch.nn.LSTM of 4.5 ms took 9 ms right after an onnxruntime call, still so
-    after a pause of 10 ms, and 4.7 ms after 50 ms; onnxruntime right after torch loses as much.
+    after a pause of 10 ms, and 4.7 ms after 50 ms; onnxruntime right after torch loses as much. The first
+    calls after a pause wait for their threads: torch.relu of 300,000 numbers took 5 ms instead of 0.03.
     """
     time.sleep(SETTLE)
-    wake()
+    end = time.perf_counter() + WAKE
+    while time.perf_counter() < end:
+        wake()

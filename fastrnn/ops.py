@@ -139,6 +139,18 @@ def _backward_reference(
     return tuple(vjp(grads))
 
 
+def _double_backward(
+    plan: _Plan, masks: tuple[Tensor | None, ...], count: int, flat: Sequence[Tensor], grads: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """The derivative of _backward_reference by `flat`; grads: those of x, states and params."""
+
+    def formula(*values: Tensor) -> tuple[Tensor, ...]:
+        return _backward_reference(plan, masks, count, *values)
+
+    vjp: Any = torch.func.vjp(formula, *flat)[1]
+    return tuple(vjp(tuple(grads)))
+
+
 def _split_grads(
     states: int, grads: Sequence[Tensor | None], outputs: Sequence[Tensor]
 ) -> tuple[Tensor | None, list[Tensor], list[Tensor]]:
@@ -172,11 +184,7 @@ class _LayerBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        def formula(*flat: Tensor) -> tuple[Tensor, ...]:
-            return _backward_reference(ctx.plan, ctx.masks, ctx.count, *flat)
-
-        vjp: Any = torch.func.vjp(formula, *ctx.saved_tensors)[1]
-        return (None, None, None, *vjp(tuple(grads)))
+        return (None, None, None, *_double_backward(ctx.plan, ctx.masks, ctx.count, ctx.saved_tensors, grads))
 
 
 def _run_backward(
@@ -379,15 +387,38 @@ def _registered_backward(ctx: Any, dy: Any, dlast: Any, dseq: Any, dsaved: Any) 
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    cell, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, *_ = inputs
+    cell, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved, *_ = inputs
     ctx.plan = _Plan(cell, len(states), len(params))
-    ctx.save_for_backward(lengths, batch_sizes, reset, dy, *dlast, *dseq, x, *states, *params)
+    ctx.given = [dy is not None, bool(dlast), bool(dseq)]
+    ctx.shapes = [y.shape, *(s.shape for s in states), *(s.shape for s in seq)]
+    ctx.none = [None] * len(seq), [None] * len(saved)
+    ctx.set_materialize_grads(False)
+    grads = [g for g in (dy, *dlast, *dseq) if g is not None]
+    ctx.save_for_backward(lengths, batch_sizes, reset, x, *states, *params, *grads)
 
 
-def _registered_double_backward(ctx: Any, ddx: Tensor, ddstates: Any, ddparams: Any) -> tuple[Any, ...]:
-    raise NotImplementedError(
-        "double backward of a compiled fastrnn layer is not supported yet: take it outside torch.compile"
-    )
+def _registered_double_backward(ctx: Any, ddx: Any, ddstates: Any, ddparams: Any) -> tuple[Any, ...]:
+    plan: _Plan = ctx.plan
+    S, flat = plan.states, ctx.saved_tensors
+    primals, given = flat[3 : 4 + S + plan.params], list(flat[4 + S + plan.params :])
+    # A gradient that did not come is zero.
+    present = [ctx.given[0]] + [ctx.given[1]] * S + [ctx.given[2]] * (S - 1)
+    dense = [
+        given.pop(0) if there else primals[0].new_zeros(shape)
+        for there, shape in zip(present, ctx.shapes, strict=True)
+    ]
+    # One that was not asked for came back with no elements.
+    asked = [ddx, *(ddstates or [None] * S), *(ddparams or [None] * plan.params)]
+    grads = [
+        torch.zeros_like(p) if g is None or g.shape != p.shape else g
+        for g, p in zip(asked, primals, strict=True)
+    ]
+    out = list(_double_backward(plan, flat[:3], 2 * S, (*dense, *primals), grads))
+    dy = out[0] if ctx.given[0] else None
+    dlast = out[1 : 1 + S] if ctx.given[1] else []
+    dseq = out[1 + S : 2 * S] if ctx.given[2] else []
+    dx, dstates, dparams = out[2 * S], out[2 * S + 1 : 3 * S + 1], out[3 * S + 1 :]
+    return None, dy, dlast, dseq, dx, dstates, dparams, None, None, None, None, *ctx.none, None, None
 
 
 if LOADED:

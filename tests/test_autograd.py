@@ -140,6 +140,24 @@ def test_opcheck(cell):
         torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, (*back, True, True))
 
 
+@pytest.mark.parametrize("outputs", [slice(None), slice(0, 1), slice(1, 2)], ids=["all", "y", "h"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_registered_rules_gradgradcheck(cell, outputs):
+    """The operator itself, as compiled graphs call it: both rules, with gradients for some outputs only."""
+    x, states, params = random_case(cell, 3, 2, 2, 3)
+    leaves = [t.requires_grad_() for t in (x, *states, *params)]
+    S = len(states)
+
+    def f(*flat):
+        out = torch.ops.fastrnn.layer(
+            cell, flat[0], list(flat[1 : 1 + S]), list(flat[1 + S :]), None, None, None, True, True
+        )
+        return (out[0], *out[1], *out[2])[outputs]
+
+    assert torch.autograd.gradcheck(f, leaves)
+    assert torch.autograd.gradgradcheck(f, leaves)
+
+
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_compiles_whole(kind):
     """Forward and backward in one graph, with no break."""
