@@ -8,6 +8,7 @@ from . import functional
 from ._version import __version__
 from .backends import BackendError, Explanation, backend, explain
 from .cells import GRUCell, LSTMCell, RNNCell
+from .conversion import convert, revert
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
 from .ops import GRUFunction, LSTMFunction, RNNFunction
@@ -28,6 +29,8 @@ __all__ = [
     "States",
     "__version__",
     "backend",
+    "convert",
     "explain",
     "functional",
+    "revert",
 ]

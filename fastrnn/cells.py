@@ -53,12 +53,16 @@ class _Cell(torch_rnn.RNNCellBase):
         # The leading 1 is the one direction.
         return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
 
+    def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
+        """torch.nn's equal; ValueError where an option has none."""
+        raise NotImplementedError
+
     def to_torch(self) -> torch_rnn.RNNCellBase:
         """This cell as torch.nn's, on the very same Parameter objects.
 
         Raises ValueError where an option has no equal in torch.nn.
         """
-        raise NotImplementedError
+        return as_torch(self, self._torch_class())
 
     def __prepare_scriptable__(self) -> torch_rnn.RNNCellBase:
         # TorchScript cannot see through the library's calls, so it gets torch.nn's cell.
@@ -99,8 +103,8 @@ class LSTMCell(_Cell):
         h, c = self._step(input, hx)
         return h, c
 
-    def to_torch(self) -> torch_rnn.LSTMCell:
-        return as_torch(self, _TORCH_LSTM_CELL)
+    def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
+        return _TORCH_LSTM_CELL
 
 
 class GRUCell(_Cell):
@@ -143,10 +147,10 @@ class GRUCell(_Cell):
         _checks.cell_ranks("GRUCell", input, states, ("hidden",))
         return self._step(input, states)[0]
 
-    def to_torch(self) -> torch_rnn.GRUCell:
+    def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         if not self.reset_after:
             raise ValueError("GRUCell with reset_after=False has no torch.nn equal")
-        return as_torch(self, _TORCH_GRU_CELL, own=("reset_after",))
+        return _TORCH_GRU_CELL
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
@@ -191,5 +195,5 @@ class RNNCell(_Cell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return self._step(input, states)[0]
 
-    def to_torch(self) -> torch_rnn.RNNCell:
-        return as_torch(self, _TORCH_RNN_CELL)
+    def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
+        return _TORCH_RNN_CELL

@@ -46,14 +46,15 @@ class States(NamedTuple):
     c: Tensor | None
 
 
-def as_torch(module: torch.nn.Module, torch_class: type[_M], own: Sequence[str] = ()) -> _M:
-    """A torch_class with everything the module holds: the same Parameter objects, hooks, parametrizations.
+# Options that torch.nn's layers do not have; each is off where torch.nn has an equal.
+OWN = ("reset_after",)
 
-    own  attributes that torch_class does not have
-    """
+
+def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
+    """A torch_class with everything the module holds: the same Parameter objects, hooks, parametrizations."""
     twin = torch_class.__new__(torch_class)
     for name, value in module.__dict__.items():
-        if name not in own:
+        if name not in OWN:
             # Containers are copied: registering a hook on one module must not reach the other.
             twin.__dict__[name] = value.copy() if isinstance(value, dict | list | set) else value
     twin.__dict__["_compiled_call_impl"] = None
@@ -122,12 +123,16 @@ class _Layer(torch_rnn.RNNBase):
             return hx.index_select(1, permutation)
         return tuple(h.index_select(1, permutation) for h in hx)
 
+    def _torch_class(self) -> type[torch_rnn.RNNBase]:
+        """torch.nn's equal; ValueError where an option has none."""
+        return _TORCH_LAYERS[self.mode]
+
     def to_torch(self) -> torch_rnn.RNNBase:
         """This layer as torch.nn's, on the very same Parameter objects, with its hooks and parametrizations.
 
         Raises ValueError where an option has no equal in torch.nn.
         """
-        twin = as_torch(self, _TORCH_LAYERS[self.mode], own=("reset_after",))
+        twin = as_torch(self, self._torch_class())
         twin._init_flat_weights()
         return twin
 
@@ -394,10 +399,10 @@ class GRU(_Layer):
     def _cell(self) -> str:
         return "gru" if self.reset_after else "gru_reset_before"
 
-    def to_torch(self) -> torch_rnn.RNNBase:
+    def _torch_class(self) -> type[torch_rnn.RNNBase]:
         if not self.reset_after:
             raise ValueError("GRU with reset_after=False has no torch.nn equal")
-        return super().to_torch()
+        return super()._torch_class()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")

@@ -1,0 +1,83 @@
+"""Whole models from torch.nn's recurrent layers to ours, and back."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch.nn.modules import rnn as torch_rnn
+from torch.nn.utils import parametrize
+
+from .cells import GRUCell, LSTMCell, RNNCell
+from .modules import GRU, LSTM, OWN, RNN
+
+_M = TypeVar("_M", bound=torch.nn.Module)
+
+# Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
+_OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
+    torch_rnn.LSTM: LSTM,
+    torch_rnn.GRU: GRU,
+    torch_rnn.RNN: RNN,
+    torch_rnn.LSTMCell: LSTMCell,
+    torch_rnn.GRUCell: GRUCell,
+    torch_rnn.RNNCell: RNNCell,
+}
+
+
+def _class_of(module: torch.nn.Module) -> type[torch.nn.Module]:
+    """The class that was written; torch gives a parametrized module a class of its own."""
+    kind: type[torch.nn.Module] = parametrize.type_before_parametrizations(module)
+    return kind
+
+
+def _become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
+    """Makes the module a `kind`. The object stays, and with it all that refers to it: parents that share it,
+    optimizers, the handles of its hooks."""
+    module.__class__ = kind
+    if parametrize.is_parametrized(module):
+        parametrize._inject_new_class(module)
+        for name in module.parametrizations:  # type: ignore[union-attr]
+            parametrize._inject_property(module, name)
+
+
+def _checked(model: Any) -> torch.nn.Module:
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def convert(model: _M) -> _M:
+    """Turns every torch.nn.LSTM, GRU, RNN and their cells inside the model into fastrnn's, in place.
+
+    model    any module, or a bare layer; parametrized layers are converted, a user's subclasses of torch.nn's
+             layers are left alone (their own `forward` would be lost)
+    returns  the model itself. Every layer stays the same object with the very same Parameters, so that
+             optimizers, sharing, hooks and flags go on
+
+    Raises TypeError where the model is no module.
+    """
+    for module in _checked(model).modules():
+        ours = _OURS.get(_class_of(module))
+        if ours is not None:
+            _become(module, ours)
+    return model
+
+
+def revert(model: _M) -> _M:
+    """The way back: every fastrnn layer and cell inside the model becomes torch.nn's, in place.
+
+    Raises ValueError that names the module where an option has no equal in torch.nn, before any is changed;
+    TypeError where the model is no module.
+    """
+    found = []
+    for name, module in _checked(model).named_modules():
+        if _class_of(module) in _OURS.values():
+            try:
+                found.append((module, module._torch_class()))  # type: ignore[operator]
+            except ValueError as error:
+                raise ValueError(f"{name or 'the model'}: {error}") from None
+    for module, kind in found:
+        for option in OWN:
+            module.__dict__.pop(option, None)
+        _become(module, kind)
+    return model
