@@ -11,6 +11,7 @@ from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
+from .onnx import export_onnx
 from .ops import GRUFunction, LSTMFunction, RNNFunction
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "backend",
     "convert",
     "explain",
+    "export_onnx",
     "functional",
     "revert",
 ]

@@ -282,10 +282,13 @@ def layer(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`functional.layer` by the compiled operators."""
     inputs = Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)
-    needs_grad = torch.is_grad_enabled() and (
+    tracing = torch._C._get_tracing_state() is not None
+    # torch.jit.trace checks its graph by tracing again without gradients: what is saved must not differ.
+    needs_grad = (tracing or torch.is_grad_enabled()) and (
         x.requires_grad or any(t.requires_grad for t in (*states, *params))
     )
-    if needs_grad and not torch.compiler.is_compiling():
+    # A graph keeps the operator; the Function below is opaque to it.
+    if needs_grad and not tracing and not torch.compiler.is_compiling():
         S = len(states)
         plan = _Plan(cell, S, len(params))
         function = _FUNCTIONS.get(cell, _LayerFunction)

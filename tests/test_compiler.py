@@ -1,0 +1,136 @@
+"""torch.compile, torch.export, AOTInductor and torch.jit.trace: one graph, any T and B."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.utils.rnn import pack_padded_sequence
+
+import fastrnn
+
+KINDS = ("LSTM", "GRU", "RNN")
+
+
+class Tagger(nn.Module):
+    def __init__(self, kind, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = getattr(fastrnn, kind)(4, 6, num_layers=2, bidirectional=True, **options)
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x, lengths=None):
+        return self.head(self.layer(x, lengths=lengths)[0])
+
+
+@pytest.fixture
+def counter():
+    torch._dynamo.reset()
+    return CompileCounterWithBackend("aot_eager")
+
+
+def assert_same_training(compiled, plain, *args):
+    ours, theirs = compiled(*args), plain(*args)
+    torch.testing.assert_close(ours, theirs)
+    parameters = list(plain.parameters())
+    a = torch.autograd.grad(ours.square().sum(), parameters)
+    b = torch.autograd.grad(theirs.square().sum(), parameters)
+    for p, q in zip(a, b, strict=True):
+        torch.testing.assert_close(p, q)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sizes_compile_once_each(kind, counter):
+    """T, then B, each becomes dynamic at its second value; nothing is compiled after that."""
+    model = Tagger(kind)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for T, B in ((10, 3), (500, 3), (7, 5), (12, 2), (90, 9), (2, 4)):
+        assert_same_training(compiled, model, torch.randn(T, B, 4))
+    assert counter.frame_count == 3
+
+
+def test_the_graph_does_not_grow_with_time(counter):
+    """One operator a layer, however long the sequence."""
+    sizes = []
+    for T in (3, 300):
+        torch._dynamo.reset()
+        counter.graphs.clear()
+        torch.compile(Tagger("LSTM"), fullgraph=True, backend=counter)(torch.randn(T, 2, 4))
+        sizes.append(len(counter.graphs[0].graph.nodes))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lengths(kind, counter):
+    model = Tagger(kind)
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    for T, B in ((6, 3), (9, 4), (5, 2), (8, 7)):
+        assert_same_training(compiled, model, torch.randn(T, B, 4), torch.randint(0, T + 1, (B,)))
+    assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_input(kind, enforce_sorted, counter):
+    layer = getattr(fastrnn, kind)(4, 6)
+
+    def data(packed):
+        return layer(packed)[0].data
+
+    compiled = torch.compile(data, fullgraph=True, backend=counter)
+    for lengths in ([5, 3, 2], [7, 7, 1, 1], [4, 2], [6, 6, 6, 6, 1]):
+        x = torch.randn(max(lengths), len(lengths), 4)
+        packed = pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=enforce_sorted)
+        torch.testing.assert_close(compiled(packed), data(packed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export_with_dynamic_time_and_batch(kind):
+    model = Tagger(kind).eval()
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    program = torch.export.export(model, (torch.randn(6, 3, 4),), dynamic_shapes={"x": {0: T, 1: B}})
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for T, B in ((6, 3), (50, 2), (3, 9)):
+        x = torch.randn(T, B, 4)
+        torch.testing.assert_close(loaded(x), model(x))
+
+
+@pytest.mark.slow
+def test_inductor_and_its_packages(tmp_path):
+    torch._dynamo.reset()
+    model = Tagger("LSTM").eval()
+    compiled = torch.compile(model, fullgraph=True)
+    assert_same_training(compiled, model, torch.randn(7, 3, 4))
+    T, B = torch.export.Dim("T"), torch.export.Dim("B")
+    program = torch.export.export(model, (torch.randn(6, 3, 4),), dynamic_shapes={"x": {0: T, 1: B}})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "m.pt2"))
+    runner = torch._inductor.aoti_load_package(package)
+    for T, B in ((6, 3), (40, 8)):
+        x = torch.randn(T, B, 4)
+        torch.testing.assert_close(runner(x), model(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_traced(kind, gradients):
+    """The trace holds the operator, so that T is not baked in; it trains, and goes through a file."""
+    model = Tagger(kind)
+    with torch.set_grad_enabled(gradients), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, torch.randn(5, 2, 4))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    loaded = torch.jit.load(file)
+    for T, B in ((5, 2), (9, 3)):
+        x = torch.randn(T, B, 4)
+        assert_same_training(traced, model, x)
+        torch.testing.assert_close(loaded(x), model(x))

@@ -1,0 +1,140 @@
+"""export_onnx: one node a layer, every size dynamic, and onnxruntime's numbers equal to ours."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import fastrnn
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxscript")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+LAYERS = {
+    "lstm": lambda **o: fastrnn.LSTM(5, 7, **o),
+    "gru": lambda **o: fastrnn.GRU(5, 7, **o),
+    "gru_reset_before": lambda **o: fastrnn.GRU(5, 7, reset_after=False, **o),
+    "rnn_tanh": lambda **o: fastrnn.RNN(5, 7, **o),
+    "rnn_relu": lambda **o: fastrnn.RNN(5, 7, nonlinearity="relu", **o),
+}
+NODE = {"lstm": "LSTM", "gru": "GRU", "gru_reset_before": "GRU", "rnn_tanh": "RNN", "rnn_relu": "RNN"}
+OPTIONS = (
+    {},
+    {"num_layers": 2, "bidirectional": True, "batch_first": True},
+    {"bias": False, "bidirectional": True},
+)
+
+
+class Tagger(nn.Module):
+    """A layer among others, as a model holds it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.embed = nn.Linear(4, 5)
+        self.layer = layer
+        self.head = nn.Linear(layer.hidden_size * (2 if layer.bidirectional else 1), 3)
+
+    def forward(self, x):
+        y, last = self.layer(self.embed(x))
+        return self.head(y), last
+
+
+def export(model, args, path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.onnx's own
+        fastrnn.export_onnx(model.eval(), args, path, verbose=False)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(*values):
+        names = [i.name for i in session.get_inputs()]
+        feed = {name: value.numpy() for name, value in zip(names, values, strict=True)}
+        return [torch.from_numpy(out) for out in session.run(None, feed)]
+
+    return run, [node.op_type for node in onnx.load(path).graph.node]
+
+
+def assert_same(ours, theirs):
+    leaves = torch.utils._pytree.tree_leaves(theirs)
+    assert len(ours) == len(leaves)
+    for a, b in zip(ours, leaves, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "deep", "nobias"])
+@pytest.mark.parametrize("cell", LAYERS)
+def test_layers(cell, options, tmp_path):
+    model = Tagger(LAYERS[cell](**options))
+    run, nodes = export(model, torch.randn(6, 3, 4), tmp_path / "m.onnx")
+    assert nodes.count(NODE[cell]) == options.get("num_layers", 1)
+    for size in ((6, 3), (11, 2), (1, 1)):
+        x = torch.randn(*size, 4)
+        assert_same(run(x), model(x))
+
+
+def test_one_sequence_in_the_example_fixes_nothing(tmp_path):
+    model = Tagger(fastrnn.GRU(5, 7))
+    run, _ = export(model, (torch.randn(8, 1, 4),), tmp_path / "m.onnx")
+    x = torch.randn(3, 5, 4)
+    assert_same(run(x), model(x))
+
+
+def test_states_and_lengths(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.LSTM(4, 6, bidirectional=True)
+
+        def forward(self, x, h, c, lengths):
+            return self.layer(x, (h, c), lengths=lengths)
+
+    model = Model()
+
+    def inputs(T, B):
+        return torch.randn(T, B, 4), torch.randn(2, B, 6), torch.randn(2, B, 6), torch.randint(1, T + 1, (B,))
+
+    run, _ = export(model, inputs(5, 3), tmp_path / "m.onnx")
+    for size in ((5, 3), (9, 4), (2, 2)):
+        values = inputs(*size)
+        assert_same(run(*values), model(*values))
+
+
+def test_cells(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.gru = fastrnn.LSTMCell(4, 6), fastrnn.GRUCell(6, 5)
+            self.rnn = fastrnn.RNNCell(5, 5)
+
+        def forward(self, x):
+            h, c = self.lstm(x)
+            return self.rnn(self.gru(h)), c
+
+    model = Model()
+    run, nodes = export(model, torch.randn(3, 4), tmp_path / "m.onnx")
+    assert {"LSTM", "GRU", "RNN"} <= set(nodes)
+    for B in (3, 1, 8):
+        x = torch.randn(B, 4)
+        assert_same(run(x), model(x))
+
+
+def test_what_onnx_lacks(tmp_path):
+    path = tmp_path / "m.onnx"
+    with pytest.raises(ValueError, match=r"^0: ONNX's LSTM has no equal of proj_size"):
+        fastrnn.export_onnx(nn.Sequential(fastrnn.LSTM(4, 6, proj_size=2)), torch.randn(3, 2, 4), path)
+
+    class Reset(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.GRU(4, 6)
+
+        def forward(self, x, reset):
+            return self.layer(x, reset=reset)[0]
+
+    with pytest.raises(Exception, match="no equal of reset="):
+        export(Reset(), (torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.bool)), path)
+    assert not path.exists()
+    assert not fastrnn.functional.RECORDER
