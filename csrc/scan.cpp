@@ -61,9 +61,10 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
   if (batch_sizes) {
     STD_TORCH_CHECK(x.dim() == 2, "a packed input must be [N, I], got ", text(shape_of(x)));
     STD_TORCH_CHECK(!lengths && !reset, "a packed input takes neither lengths nor reset");
-    a.T = batch_sizes->size(0);
+    a.batch_sizes = torch::stable::contiguous(*batch_sizes);
+    a.T = a.batch_sizes->size(0);
     a.N = x.size(0);
-    const int64_t* sizes = check_indices("batch_sizes", *batch_sizes, a.T);
+    const int64_t* sizes = check_indices("batch_sizes", *a.batch_sizes, a.T);
     int64_t sum = 0;
     for (int64_t t = 0; t < a.T; ++t) {
       STD_TORCH_CHECK(sizes[t] > 0 && sizes[t] <= (t ? sizes[t - 1] : a.B),
@@ -79,7 +80,6 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
   }
   STD_TORCH_CHECK(a.T > 0, "Expected sequence length to be larger than 0");
   a.x = x;
-  a.batch_sizes = batch_sizes;
   a.x = expect("input", x, a.row_shape(a.I), a);
   if (lengths) {
     a.lengths = torch::stable::contiguous(*lengths);

@@ -51,34 +51,24 @@ class BackwardPass {
         projected_(a_.params[0].w_hr.has_value()),
         steps_(chunk_steps(a_, cell_.grads * a_.H, sizeof(E))) {
     const int64_t D = a_.D, N = a_.N;
-    expect_numel("y", y, N * D * P_);
-    y_ = torch::stable::contiguous(y);
-    if (dy) {
-      expect_numel("dy", *dy, N * D * P_);
-      dy_ = torch::stable::contiguous(*dy);
-    }
     const size_t others = static_cast<size_t>(cell_.states - 1);
     STD_TORCH_CHECK(seq.size() == others && saved.size() == (projected_ ? 2u : 1u),
                     "layer_backward needs what layer saved: expected ", others, " sequences of states, got ",
                     seq.size());
-    expect_numel("saved", saved[0], D * N * cell_.saved * H_);
-    if (projected_) expect_numel("saved", saved[1], D * N * H_);
-    for (const Tensor& t : saved) saved_.push_back(torch::stable::contiguous(t));
-    for (const Tensor& t : seq) {
-      expect_numel("seq", t, D * N * H_);
-      seq_.push_back(torch::stable::contiguous(t));
-    }
     STD_TORCH_CHECK(dlast.empty() || dlast.size() == others + 1, "dlast must be empty or one for each state");
     STD_TORCH_CHECK(dseq.empty() || dseq.size() == others,
                     "dseq must be empty or one for each state after h");
-    for (size_t j = 0; j < dlast.size(); ++j) {
-      expect_numel("dlast", dlast[j], D * a_.B * (j ? H_ : P_));
-      dlast_.push_back(torch::stable::contiguous(dlast[j]));
-    }
-    for (const Tensor& t : dseq) {
-      expect_numel("dseq", t, D * N * H_);
-      dseq_.push_back(torch::stable::contiguous(t));
-    }
+    const auto y_shape = a_.row_shape(D * P_);
+    auto seq_shape = a_.row_shape(H_);
+    seq_shape.insert(seq_shape.begin(), D);
+    y_ = expect("y", y, y_shape, a_.dtype);
+    if (dy) dy_ = expect("dy", *dy, y_shape, a_.dtype);
+    saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>));
+    if (projected_) saved_.push_back(expect("saved", saved[1], {D, N, H_}, kScalar<E>));
+    for (const Tensor& t : seq) seq_.push_back(expect("seq", t, seq_shape, kScalar<E>));
+    for (size_t j = 0; j < dlast.size(); ++j)
+      dlast_.push_back(expect("dlast", dlast[j], {D, a_.B, j ? H_ : P_}, a_.dtype));
+    for (const Tensor& t : dseq) dseq_.push_back(expect("dseq", t, seq_shape, kScalar<E>));
   }
 
   Gradients run() {
@@ -99,9 +89,13 @@ class BackwardPass {
   }
 
  private:
-  static void expect_numel(const char* name, const Tensor& t, int64_t numel) {
-    STD_TORCH_CHECK(t.numel() == numel && t.is_cpu(), name, " must have ", numel,
-                    " elements on the CPU, got ", t.numel());
+  static Tensor expect(const char* name, const Tensor& t, const std::vector<int64_t>& shape,
+                       ScalarType dtype) {
+    const auto sizes = t.sizes();
+    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_cpu() &&
+                        t.scalar_type() == dtype,
+                    name, " must be as the forward pass gave it, in shape, dtype and device");
+    return torch::stable::contiguous(t);
   }
 
   void prepare() {
