@@ -170,7 +170,7 @@ class BackwardPass {
       dx_ = a_.lengths ? torch::stable::new_zeros(a_.x, a_.row_shape(a_.I))
                        : torch::stable::new_empty(a_.x, a_.row_shape(a_.I));
       dx_rows_ = direct_x_ ? static_cast<E*>(dx_.mutable_data_ptr()) : arena_.get<E>(table_.rows() * a_.I);
-      if (D > 1) std::memset(dx_rows_, 0, table_.rows() * a_.I * sizeof(E));
+      if (D > 1) std::fill_n(dx_rows_, table_.rows() * a_.I, E(0));
     }
   }
 
