@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from .lm.errors import UserError
+from .lm.errors import LostProcessError, UserError
 
 USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -74,7 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"fastrnn: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"fastrnn: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
+        if isinstance(error, LostProcessError):
+            os._exit(USER_ERROR)  # gloo's threads would abort an orderly exit
         return USER_ERROR
     except KeyboardInterrupt:
         print("fastrnn: interrupted", file=sys.stderr)

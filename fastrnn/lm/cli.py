@@ -14,6 +14,7 @@ from . import checkpoint, demo, generate, report, train
 from .corpus import VALID_MAX, Corpus, read_text
 from .errors import UserError
 from .model import CELLS, IMPLEMENTATIONS, Config
+from .world import joined, local_device
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[Any]
@@ -99,6 +100,7 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"--device {name}: unknown device, expected cpu, cuda or cuda:N") from error
+    device = local_device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"--device {name}: torch {torch.__version__} sees no CUDA device here")
     try:
@@ -142,12 +144,15 @@ def _train(args: argparse.Namespace) -> int:
     corpus.check_size(config.batch, config.bptt, args.data or "the standard library")
     config.check(len(corpus.vocabulary))
 
-    trainer = train.Trainer(config, corpus, device)
-    if saved is not None:
-        trainer.restore(saved, args.checkpoint)
-    whole = train.run(
-        trainer, args.steps, args.checkpoint, save_every=args.save_every, valid_every=args.valid_every
-    )
+    with joined(device) as world:
+        trainer = train.Trainer(config, corpus, device, world)
+        if saved is not None:
+            trainer.restore(saved, args.checkpoint)
+        whole = train.run(
+            trainer, args.steps, args.checkpoint, save_every=args.save_every, valid_every=args.valid_every
+        )
+    if not world.first:
+        return 0 if whole else 130
     if args.plot is not None and trainer.losses:
         name = f"{demo.NAMES[config.implementation]}.{CELLS[config.cell]}"
         curve = report.Curve(name, trainer.losses, trainer.seconds, trainer.tokens_per_step)

@@ -10,3 +10,7 @@ class UserError(Exception):
 def os_reason(error: OSError) -> str:
     """The short reason of an OSError ("No such file or directory"), without number and path."""
     return error.strerror or type(error).__name__
+
+
+class LostProcessError(UserError):
+    """Another process of the run is gone; what connects them cannot be taken down in order then."""

@@ -13,12 +13,13 @@ SECONDS_BETWEEN_LINES = 5.0
 class Progress:
     """Shows loss and tokens/s of a run of `total` steps on stderr. total=None: unknown."""
 
-    def __init__(self, total: int | None, start: int = 0) -> None:
+    def __init__(self, total: int | None, start: int = 0, silent: bool = False) -> None:
+        self._silent = silent
         self._total = total
         self._step = start
         self._printed = time.monotonic()
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not silent:
             try:
                 tqdm = importlib.import_module("tqdm").tqdm
             except ImportError:
@@ -28,6 +29,8 @@ class Progress:
     def update(self, text: str) -> None:
         """One step more; text says how it went."""
         self._step += 1
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(1)
@@ -40,6 +43,8 @@ class Progress:
 
     def write(self, text: str) -> None:
         """A line on stdout that does not break the bar."""
+        if self._silent:
+            return
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         else:

@@ -21,20 +21,28 @@ from .corpus import Chunks, Corpus, Vocabulary
 from .errors import UserError
 from .model import CharacterModel, Config, State, build, detach
 from .progress import Progress
+from .world import World, each
 
 
 class Trainer:
     """A model in training; `step` counts the chunks it has been trained on.
 
     losses [step] in nats per character and seconds [step] are the history, validations the pairs
-    (step, perplexity).
+    (step, perplexity). With several processes each trains on its share of the columns, and all of them hold
+    the same parameters, losses and validations.
     """
 
-    def __init__(self, config: Config, corpus: Corpus, device: torch.device) -> None:
+    def __init__(
+        self, config: Config, corpus: Corpus, device: torch.device, world: World | None = None
+    ) -> None:
+        self.world = world or World()
+        self.world.check(config.batch)
         self.config = config
         self.corpus = corpus
         self.device = device
         self.model = build(config, len(corpus.vocabulary), device)
+        self.parallel = self.world.wrap(self.model)
+        self.interrupted = False  # in any of the processes
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.chunks = Chunks(corpus.train.to(device), config.batch, config.bptt)
         self.step = 0
@@ -47,26 +55,32 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.config.batch * self.config.bptt
 
-    def train_step(self) -> float:
-        """One chunk forward and backward and one step of Adam; returns the loss before that step."""
+    def train_step(self, interrupted: bool = False) -> float:
+        """One chunk forward and backward and one step of Adam; returns the loss before that step.
+
+        interrupted: whether this process was asked to stop, which all then learn of.
+        """
         began = time.perf_counter()
         position = self.step % len(self.chunks)
         if position == 0:
             self.state = None  # a new pass over the text
-        inputs, targets = self.chunks.chunk(position)
+        inputs, targets = map(self.world.columns, self.chunks.chunk(position))
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
-        logits, state = self.model(inputs, self.state)
+        logits, state = self.parallel(inputs, self.state)
         loss = cross_entropy(logits, targets)
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.state = detach(state)
-        value = loss.item()  # waits for the device, so that the time below is the step's
+        news = torch.stack([loss.detach(), loss.new_tensor(float(interrupted))])
+        # Waits for the device, so that the time below is the step's.
+        value, stop = self.world.mean(news).tolist()
+        self.interrupted = stop > 0
         self.step += 1
         self.losses.append(value)
         self.seconds.append(time.perf_counter() - began)
-        return value
+        return float(value)
 
     def validate(self) -> float:
         """Perplexity on the validation text, with the state carried through it; kept in `validations`."""
@@ -75,7 +89,10 @@ class Trainer:
         return value
 
     def fields(self) -> dict[str, Any]:
-        """All that a checkpoint needs to go on as if nothing had happened."""
+        """All that a checkpoint needs to go on as if nothing had happened, on any number of processes.
+
+        Called by all of them.
+        """
         rng = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
@@ -87,7 +104,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "position": self.step % len(self.chunks),
-            "state": self.state,
+            "state": each(self.state, self.world.gathered),
             "rng": rng,
             "losses": torch.tensor(self.losses, dtype=torch.double),
             "seconds": torch.tensor(self.seconds, dtype=torch.double),
@@ -104,7 +121,7 @@ class Trainer:
             self.step = saved["step"]
             if saved["position"] != self.step % len(self.chunks) or len(saved["losses"]) != self.step:
                 raise ValueError("step, position and history disagree")
-            self.state = _to(saved["state"], self.device)
+            self.state = each(saved["state"], lambda s: self.world.columns(s).to(self.device))
             torch.set_rng_state(saved["rng"]["cpu"])
             if self.device.type == "cuda" and "cuda" in saved["rng"]:
                 torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
@@ -135,12 +152,6 @@ def perplexity(model: CharacterModel, tokens: Tensor, config: Config) -> float:
     # exp overflows for a model that has diverged; infinity is the honest answer.
     mean = total / len(chunks)
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def _to(state: State | None, device: torch.device) -> State | None:
-    if state is None or isinstance(state, Tensor):
-        return None if state is None else state.to(device)
-    return state[0].to(device), state[1].to(device)
 
 
 def config_of(saved: dict[str, Any], path: str) -> Config:
@@ -199,18 +210,20 @@ def interrupts() -> Iterator[Interrupt]:
 
 def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every: int) -> bool:
     """Trains up to `steps` steps in all, saving to `path` on the way. Returns False after Ctrl-C."""
-    progress = Progress(steps, trainer.step)
+    progress = Progress(steps, trainer.step, silent=not trainer.world.first)
     saved_at = -1
 
     def save() -> None:
         nonlocal saved_at
-        checkpoint.save(path, trainer.fields())
+        fields = trainer.fields()
+        if trainer.world.first:
+            checkpoint.save(path, fields)
         saved_at = trainer.step
 
     try:
         with interrupts() as interrupt:
-            while trainer.step < steps and not interrupt.pressed:
-                loss = trainer.train_step()
+            while trainer.step < steps and not trainer.interrupted:
+                loss = trainer.train_step(interrupt.pressed)
                 rate = trainer.tokens_per_step / trainer.seconds[-1]
                 progress.update(f"loss {loss:.4f}  {rate:,.0f} tokens/s")
                 last = trainer.step == steps
@@ -219,8 +232,8 @@ def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every
                     progress.write(f"step {trainer.step}: validation perplexity {value:.3f}")
                 if last or trainer.step % save_every == 0:
                     save()
-            if interrupt.pressed and saved_at != trainer.step:
+            if trainer.interrupted and saved_at != trainer.step:
                 save()
-            return not interrupt.pressed
+            return not trainer.interrupted
     finally:
         progress.close()

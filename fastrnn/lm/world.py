@@ -1,0 +1,97 @@
+"""The processes of a run: one by itself, or those that torchrun started, by torch.distributed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import LostProcessError, UserError
+from .model import State
+
+# What gloo and NCCL say when the other end has gone.
+_LOST = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "gloo", "nccl", "timed out")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process is number `rank` of `size`; each has its share of the batch's columns."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """True in the one process that speaks and writes."""
+        return self.rank == 0
+
+    def check(self, batch: int) -> None:
+        """Raises UserError where the batch cannot be shared out evenly."""
+        if batch % self.size:
+            raise UserError(f"--batch {batch} must be a multiple of the {self.size} processes")
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model, its gradients averaged over the processes."""
+        return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
+
+    def columns(self, batched: Tensor, dim: int = 1) -> Tensor:
+        """This process's share of the columns."""
+        if self.size == 1:
+            return batched
+        share = batched.size(dim) // self.size
+        return batched.narrow(dim, self.rank * share, share)
+
+    def gathered(self, share: Tensor) -> Tensor:
+        """All columns [.., B, ..] from every process's share; called by all processes."""
+        if self.size == 1:
+            return share
+        parts = [torch.empty_like(share) for _ in range(self.size)]
+        dist.all_gather(parts, share.contiguous())
+        return torch.cat(parts, 1)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes; called by all."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values / self.size
+
+
+def each(state: State | None, f: object) -> State | None:
+    """f of every tensor of a recurrent state."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return f(state)  # type: ignore[operator, no-any-return]
+    return f(state[0]), f(state[1])  # type: ignore[operator]
+
+
+def local_device(device: torch.device) -> torch.device:
+    """`cuda` becomes the GPU of this process among those of its machine."""
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    return device
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[World]:
+    """The run's processes, joined while the block lasts; LostProcessError where one of them is lost."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
+        yield World()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size())
+    except RuntimeError as error:
+        if any(word in str(error).lower() for word in _LOST):
+            raise LostProcessError(
+                "another process of this run is gone; its checkpoint is whole: start all again with --resume"
+            ) from error
+        raise
+    dist.destroy_process_group()
