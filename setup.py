@@ -52,7 +52,7 @@ def find_torch() -> Path:
             return Path(found).parent
     raise fail(
         f"PyTorch is not installed for {sys.executable}: run `pip install torch==2.13.0` (2.11 or newer) "
-        "first; if it is installed, add --no-build-isolation"
+        "first; if it is installed, add --no-build-isolation (pip, uv) or --no-isolation (build)"
     )
 
 
@@ -74,12 +74,13 @@ class Compiler:
 
 def find_compiler() -> Compiler:
     named = os.environ.get("CXX")
-    candidates = [shlex.split(named)] if named else [["g++"], ["c++"], ["clang++"]]
+    candidates = [shlex.split(named)] if named and named.strip() else [["g++"], ["c++"], ["clang++"]]
     command = next((c for c in candidates if shutil.which(c[0])), None)
     if command is None:
         looked = named or "g++, c++, clang++"
         raise fail(
-            f"no C++ compiler ({looked} not found): install g++ 11 or newer (Debian, Ubuntu: apt install g++)"
+            f"no C++ compiler ({looked} not found): install g++ 11 or clang 14, or newer "
+            "(Debian, Ubuntu: apt install g++)"
         )
     macros = dict(re.findall(r"#define (\S+) (.*)", output(*command, "-dM", "-E", "-x", "c++", "/dev/null")))
     kind = "clang" if "__clang_major__" in macros else "g++"
@@ -95,7 +96,10 @@ def find_compiler() -> Compiler:
 def find_cuda() -> tuple[str, Path] | None:
     """nvcc and the toolkit's folder; None where CUDA stays out of the library."""
     wish = os.environ.get("FASTRNN_CUDA", "auto")
-    if wish == "0" or not list((ROOT / "csrc/cuda").glob("*.cu")):
+    sources = list((ROOT / "csrc/cuda").glob("*.cu"))
+    if wish == "1" and not sources:
+        raise fail("FASTRNN_CUDA=1, but this version of fastrnn has no CUDA sources")
+    if wish == "0" or not sources:
         return None
     homes = [Path(h) for h in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if h]
     nvcc = shutil.which("nvcc") or next(
@@ -176,7 +180,10 @@ class BuildExt(build_ext):
                 lock, fcntl.LOCK_EX
             )  # two builds of one checkout at a time would tidy away each other's objects
             names = [self.object_path(objects, unit, common.copy()) for unit in plan.units]
-            jobs = int(os.environ.get("MAX_JOBS") or max(2, os.cpu_count() or 1))
+            wish = os.environ.get("MAX_JOBS") or str(max(2, os.cpu_count() or 1))
+            if not wish.isdecimal() or int(wish) < 1:
+                raise fail(f"MAX_JOBS must be a number of 1 or more, got {wish!r}")
+            jobs = int(wish)
             with ThreadPoolExecutor(jobs) as pool:
                 # Reversed: the vector units are the slowest, and start first.
                 work = list(reversed(list(zip(plan.units, names, strict=True))))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from fastrnn.lm.checkpoint import check_writable
+from fastrnn.lm.errors import Parser, UserError
+
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="fastrnn bench", description=__doc__)
+    p = Parser(prog="python -m fastrnn bench", description=__doc__, allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="three shapes, few rounds")
     p.add_argument(
         "--cell", action="append", choices=["lstm", "gru", "rnn"], help="may be given more than once"
@@ -29,14 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if missing:
-        print(
-            f"fastrnn bench: {', '.join(missing)} not installed: pip install 'fastrnn[bench]'",
-            file=sys.stderr,
-        )
-        return 1
+        raise UserError(f"bench needs {', '.join(missing)}: pip install 'fastrnn[bench]'")
     if args.threads is not None and args.threads < 1:
-        print(f"fastrnn bench: --threads must be at least 1, got {args.threads}", file=sys.stderr)
-        return 2
+        raise UserError(f"--threads must be at least 1, got {args.threads}")
+    for path in (args.json, args.plot):
+        check_writable(str(path))
     import pytest
 
     from fastrnn.bench import report, rivals

@@ -1,6 +1,28 @@
 // The operators' schemas; each device registers its own implementation.
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
+namespace {
+
+// What compiled this library, for `python -m fastrnn info`.
+std::string build_info() {
+#if defined(__clang__)
+  const std::string compiler = "clang " __clang_version__;
+#else
+  const std::string compiler = "g++ " __VERSION__;
+#endif
+#if defined(__x86_64__)
+  return compiler + ", x86-64";
+#elif defined(__aarch64__)
+  return compiler + ", aarch64";
+#else
+  return compiler;
+#endif
+}
+
+}  // namespace
+
 STABLE_TORCH_LIBRARY(fastrnn, m) {
   // last: the states at each sequence's end, as `states`. seq: the sequences of the states after h, [D, T, B,
   // H] (packed [D, N, H]), empty unless save or return_states. saved: what layer_backward needs, empty unless
@@ -17,4 +39,9 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor[] saved, bool need_x, bool need_params) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
+  m.def("build_info() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
 }

@@ -8,19 +8,10 @@ import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
-from .lm.errors import LostProcessError, UserError
+from .lm.errors import USER_ERROR, LostProcessError, Parser, UserError
 
-USER_ERROR = 2
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
-class Parser(argparse.ArgumentParser):
-    """Reports a wrong option in one line, as all other errors."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"fastrnn: {message} (see {self.prog} --help)\n")
 
 
 def _parser() -> Parser:

@@ -6,6 +6,7 @@ y, (h_n, c_n) = fastrnn.functional.lstm(x, (h0, c0), params)
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,9 +14,16 @@ from torch import Tensor
 
 from . import ops, reference
 from .backends import autocast_dtype, choose
+from .reference import CELLS
 
-# While a model is exported, the last of these takes every call of `layer`, checked.
-RECORDER: list[Callable[..., Any]] = []
+
+class _Recorder(threading.local):
+    """While this thread exports a model, what takes every call of `layer`."""
+
+    take: Callable[..., Any] | None = None
+
+
+RECORDER = _Recorder()
 
 
 def layer(
@@ -40,21 +48,26 @@ def layer(
     reset       BoolTensor [T, B]: the state is zeroed before step t
     returns     (y [T, B, D*P], last states like `states`, sequences of the states after the first,
                 each [D, T, B, H], packed [D, N, H]; empty unless return_states)
-    Raises ValueError for sizes that do not agree, BackendError where the backend asked for cannot serve.
+    Raises ValueError for sizes that do not agree, RuntimeError for dtypes that differ, BackendError where
+    the backend asked for cannot serve.
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
         x, states, params = x.to(dtype), [s.to(dtype) for s in states], [p.to(dtype) for p in params]
-    ops.check(cell, x, states, params)
-    if RECORDER:
-        recorded: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]] = RECORDER[-1](
-            cell, x, states, params, lengths, batch_sizes, reset, return_states
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    inputs = ops.Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)
+    if RECORDER.take is not None:
+        ops.check(inputs)
+        recorded: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]] = RECORDER.take(
+            *inputs, return_states
         )
         return recorded
     if choose(x) == "reference":
-        y, last, seq = reference.layer(cell, x, states, params, lengths, batch_sizes, reset)
+        ops.check(inputs)
+        y, last, seq = reference.layer(*inputs)
         return y, last, seq if return_states else ()
-    return ops.layer(cell, x, states, params, lengths, batch_sizes, reset, return_states)
+    return ops.layer(inputs, return_states)
 
 
 def lstm(

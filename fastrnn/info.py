@@ -6,7 +6,6 @@ import importlib.util
 import platform
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,29 +32,20 @@ def report() -> str:
     return "\n".join(f"{name:{width}s}  {value}" for name, value in lines)
 
 
-def _loaded() -> bool:
-    return bool(getattr(ops, "LOADED", False))
+def _build() -> str:
+    if not ops.LOADED:
+        return f"the compiled library is not loaded: {_load_error()}"
+    return str(torch.ops.fastrnn.build_info())
 
 
 def _load_error() -> str:
-    error = str(getattr(ops, "LOAD_ERROR", "")) or "reason unknown"
-    return error.strip().splitlines()[0]
-
-
-def _build() -> str:
-    if not _loaded():
-        return f"the compiled library is not loaded: {_load_error()}"
-    information: Any = getattr(ops, "build_info", None)
-    return str(information()) if callable(information) else "the compiled library is loaded"
+    return str(ops.LOAD_ERROR).strip().splitlines()[0]
 
 
 def _instruction_sets() -> str:
-    # Functions of the compiled library: without it there is nothing to ask.
-    usable: Any = getattr(ops, "instruction_sets", None)
-    in_force: Any = getattr(ops, "instruction_set", None)
-    if not _loaded() or usable is None or in_force is None:
+    if not ops.LOADED:
         return "unknown, the compiled library is not loaded"
-    return f"{', '.join(usable())}; in force: {in_force()}"
+    return f"{', '.join(ops.instruction_sets())}; in force: {ops.instruction_set()}"
 
 
 def _gpus() -> str:
@@ -72,7 +62,7 @@ def _kernels() -> dict[str, str]:
     from .backends import BACKENDS
 
     kernels = {
-        "cpu": "available" if _loaded() else f"not available: {_load_error()}",
+        "cpu": "available" if ops.LOADED else f"not available: {_load_error()}",
         "cuda": _gpu_kernel("cuda"),
         "triton": _gpu_kernel("triton"),
         "reference": "available",
@@ -81,11 +71,6 @@ def _kernels() -> dict[str, str]:
 
 
 def _gpu_kernel(name: str) -> str:
-    # A backend says by itself why it cannot run, once it exists: ops.unavailable(name) -> reason or None.
-    why_not: Any = getattr(ops, "unavailable", None)
-    if callable(why_not):
-        reason = why_not(name)
-        return "available" if reason is None else f"not available: {reason}"
     if name == "triton" and importlib.util.find_spec("triton") is None:
         return "not available: triton is not installed"
     if not torch.cuda.is_available():

@@ -72,11 +72,11 @@ def _record(
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    functional.RECORDER.append(_record)
+    functional.RECORDER.take = _record
     try:
         yield
     finally:
-        functional.RECORDER.pop()
+        functional.RECORDER.take = None
 
 
 def _translate(cell: str, x: Any, states: Any, params: Any, lengths: Any = None) -> Any:

@@ -9,6 +9,7 @@ taken by `torch.func.vjp`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .reference import CELLS, split_params
@@ -46,6 +48,11 @@ def instruction_set() -> str:
     return str(torch.ops.fastrnn.instruction_set()) if LOADED else "none"
 
 
+def transforms_active() -> bool:
+    """True under torch.func transforms or forward-mode AD, which need plain torch operations."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 class Inputs(NamedTuple):
     """The arguments of a layer, as the operators take them; see `functional.layer`."""
 
@@ -69,19 +76,34 @@ class Outputs(NamedTuple):
     saved: list[Tensor]
 
 
-def check(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """Raises a ValueError that says what was expected and what came."""
-    spec = CELLS.get(cell)
-    if spec is None:
-        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    if len(states) != spec.states:
-        raise ValueError(f"{cell} has {spec.states} states, got {len(states)}")
+def check(inputs: Inputs) -> None:
+    """Says what was expected and what came: a ValueError, for dtypes a RuntimeError as in torch."""
+    cell, x, states, params, lengths, batch_sizes, reset = inputs
+    spec = CELLS[cell]
+    if x.dim() != (2 if batch_sizes is not None else 3):
+        raise ValueError(
+            f"{cell}: the input must be [T, B, I], or [N, I] with batch_sizes, got {list(x.shape)}"
+        )
+    if len(states) != spec.states or states[0].dim() != 3:
+        found = ", ".join(str(list(s.shape)) for s in states)
+        raise ValueError(f"{cell}: states must be {spec.states} of shape [D, B, .], got {found or 'none'}")
     directions, batch = states[0].shape[0], states[0].shape[1]
     if directions not in (1, 2) or len(params) % directions or not 2 <= len(params) // directions <= 5:
         raise ValueError(
             "params must be (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each of 1 or 2 directions, "
             f"got {len(params)} tensors for {directions} directions"
         )
+    if batch_sizes is None and x.shape[1] != batch:
+        raise ValueError(f"{cell}: the input is of {x.shape[1]} sequences, the states are of {batch}")
+    for name, mask, shape, dtype in (
+        ("lengths", lengths, (batch,), torch.int64),
+        ("batch_sizes", batch_sizes, (batch_sizes.numel() if batch_sizes is not None else 0,), torch.int64),
+        ("reset", reset, tuple(x.shape[:2]), torch.bool),
+    ):
+        if mask is not None and (tuple(mask.shape) != shape or mask.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if batch_sizes is not None and (lengths is not None or reset is not None):
+        raise ValueError("batch_sizes cannot be combined with lengths or reset")
     rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
     for p in split_params(params, directions):
         P = H if p.w_hr is None else p.w_hr.shape[0]
@@ -99,14 +121,16 @@ def check(cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tenso
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{cell}: {name} must be {list(shape)}, got {list(tensor.shape)}")
             if tensor is not None and tensor.dtype != x.dtype:
-                raise ValueError(f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}")
+                raise RuntimeError(f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}")
 
 
 # --- autograd
 
 
 def _call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
-    return Outputs(*torch.ops.fastrnn.layer(*inputs, save, return_states))
+    """The kernel, past the registered autograd rule: that is Python, and takes 15 us to do nothing."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return Outputs(*torch.ops.fastrnn.layer.default(*inputs, save, return_states))
 
 
 class _Plan(NamedTuple):
@@ -149,6 +173,20 @@ def _double_backward(
 
     vjp: Any = torch.func.vjp(formula, *flat)[1]
     return tuple(vjp(tuple(grads)))
+
+
+def _is_batched(t: Tensor) -> bool:
+    """True under the vmap of torch.autograd.grad(..., is_grads_batched=True)."""
+    return bool(torch._C._functorch.is_legacy_batchedtensor(t))
+
+
+def _unpack(plan: _Plan, flat: Sequence[Tensor]) -> tuple[Inputs, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """What a forward pass kept: its inputs; tensors shaped like y, last, seq; then y, seq, gates ..."""
+    S = plan.states
+    inputs = plan.inputs(flat)
+    kept = tuple(flat[4 + S + plan.params :])
+    # The last states are shaped like the first.
+    return inputs, (kept[0], *inputs.states, *kept[1:S]), kept
 
 
 def _split_grads(
@@ -198,7 +236,7 @@ def _run_backward(
     need_params: bool,
 ) -> tuple[Tensor | None, ...]:
     y, seq, gates = saved[0], list(saved[1:states]), list(saved[states:])
-    dx, dstates, dparams = torch.ops.fastrnn.layer_backward(
+    dx, dstates, dparams = torch.ops.fastrnn.layer_backward.default(
         inputs.cell,
         dy,
         dlast,
@@ -224,23 +262,26 @@ class _LayerFunction(torch.autograd.Function):
         out = _call(plan.inputs(flat), True, False)
         ctx.plan = plan
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*flat, out.y, *out.last, *out.seq, *out.saved)
+        # Not the last states: the backward pass does not read them, and callers edit them in place.
+        ctx.save_for_backward(*flat, out.y, *out.seq, *out.saved)
         return (out.y, *out.last, *out.seq)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         plan: _Plan = ctx.plan
         S, flat = plan.states, ctx.saved_tensors
-        primals = 4 + S + plan.params
-        inputs = plan.inputs(flat)
-        outputs = flat[primals : primals + 2 * S]  # y, last, seq
-        saved = (outputs[0], *flat[primals + 1 + S :])  # y, seq, gates ...
         if all(g is None for g in grads):
-            return (None,) * (1 + primals)
-        if torch.is_grad_enabled():
+            return (None,) * (5 + S + plan.params)
+        inputs, outputs, saved = _unpack(plan, flat)
+        primals = flat[3 : 4 + S + plan.params]
+        batched = transforms_active() or any(g is not None and _is_batched(g) for g in grads)
+        if torch.is_grad_enabled() or batched:
             dense = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
-            apply: Any = _LayerBackward.apply
-            given = apply(plan, saved, inputs.masks, *dense, *flat[3:primals])
+            if batched:  # gradients under vmap, which the kernel does not take
+                given: Any = _backward_reference(plan, inputs.masks, 2 * S, *dense, *primals)
+            else:
+                apply: Any = _LayerBackward.apply
+                given = apply(plan, saved, inputs.masks, *dense, *primals)
         else:
             needs = ctx.needs_input_grad[1:]
             given = _run_backward(
@@ -250,15 +291,24 @@ class _LayerFunction(torch.autograd.Function):
 
 
 class LSTMFunction(_LayerFunction):
-    """apply(plan, lengths, batch_sizes, reset, x, h0, c0, *params) -> (y, h_n, c_n, c)."""
+    """What `functional.lstm` applies; plan is internal.
+
+    apply(plan, lengths, batch_sizes, reset, x, h0, c0, *params) -> (y, h_n, c_n, c).
+    """
 
 
 class GRUFunction(_LayerFunction):
-    """apply(plan, lengths, batch_sizes, reset, x, h0, *params) -> (y, h_n); both forms of the reset gate."""
+    """What `functional.gru` applies, for both forms of the reset gate; plan is internal.
+
+    apply(plan, lengths, batch_sizes, reset, x, h0, *params) -> (y, h_n).
+    """
 
 
 class RNNFunction(_LayerFunction):
-    """apply(plan, lengths, batch_sizes, reset, x, h0, *params) -> (y, h_n); tanh and relu."""
+    """What `functional.rnn` applies; plan is internal.
+
+    apply(plan, lengths, batch_sizes, reset, x, h0, *params) -> (y, h_n).
+    """
 
 
 _FUNCTIONS: dict[str, type[_LayerFunction]] = {
@@ -270,33 +320,32 @@ _FUNCTIONS: dict[str, type[_LayerFunction]] = {
 }
 
 
-def layer(
-    cell: str,
-    x: Tensor,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    return_states: bool,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`functional.layer` by the compiled operators."""
-    inputs = Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)
+    cell, x, states, params, *masks = inputs
     tracing = torch._C._get_tracing_state() is not None
+    in_graph = tracing or torch.compiler.is_compiling()
     # torch.jit.trace checks its graph by tracing again without gradients: what is saved must not differ.
     needs_grad = (tracing or torch.is_grad_enabled()) and (
         x.requires_grad or any(t.requires_grad for t in (*states, *params))
     )
-    # A graph keeps the operator; the Function below is opaque to it.
-    if needs_grad and not tracing and not torch.compiler.is_compiling():
-        S = len(states)
-        plan = _Plan(cell, S, len(params))
-        function = _FUNCTIONS.get(cell, _LayerFunction)
-        apply: Any = function.apply
-        out = apply(plan, lengths, batch_sizes, reset, x, *states, *params)
-        y, last, seq = out[0], out[1 : 1 + S], out[1 + S :]
+    if in_graph:
+        check(inputs)
+        y, last, seq, _ = torch.ops.fastrnn.layer(*inputs, needs_grad, return_states)
     else:
-        y, last, seq, _ = _call(inputs, needs_grad, return_states)
+        try:
+            if needs_grad:
+                # A graph keeps the operator, to which this Function is opaque.
+                plan = _Plan(cell, len(states), len(params))
+                apply: Any = _FUNCTIONS.get(cell, _LayerFunction).apply
+                y, *rest = apply(plan, *masks, x, *states, *params)
+                last, seq = rest[: len(states)], rest[len(states) :]
+            else:
+                y, last, seq, _ = _call(inputs, False, return_states)
+        except (RuntimeError, IndexError):
+            # The kernel has checked all before it began; the words are better here.
+            check(inputs)
+            raise
     if not return_states:
         return y, tuple(last), ()
     # The cell state is kept in the arithmetic's type; the caller sees the input's.
@@ -362,29 +411,25 @@ def _fake_backward(
 
 def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
     cell, x, states, params, lengths, batch_sizes, reset, save, _ = inputs
-    y, last, seq, saved = output
+    y, _, seq, saved = output
     ctx.plan = _Plan(cell, len(states), len(params))
     ctx.save, ctx.dtype = save, x.dtype
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(lengths, batch_sizes, reset, x, *states, *params, y, *last, *seq, *saved)
+    ctx.save_for_backward(lengths, batch_sizes, reset, x, *states, *params, y, *seq, *saved)
 
 
 def _registered_backward(ctx: Any, dy: Any, dlast: Any, dseq: Any, dsaved: Any) -> tuple[Any, ...]:
     plan: _Plan = ctx.plan
     if not ctx.save:
         raise RuntimeError("fastrnn::layer was called with save=False: there is nothing to differentiate")
-    S, flat = plan.states, ctx.saved_tensors
-    primals = 4 + S + plan.params
-    inputs = plan.inputs(flat)
-    outputs = flat[primals : primals + 2 * S]
+    S = plan.states
+    inputs, outputs, kept = _unpack(plan, ctx.saved_tensors)
     grads = [dy, *(dlast or [None] * S), *(dseq or [None] * (S - 1))]
     dy, dlast, dseq = _split_grads(S, grads, outputs)
     needs_x = ctx.needs_input_grad[1]
     needs_params = any(p.requires_grad for p in inputs.params)
-    given = _run_backward(
-        inputs, dy, dlast, dseq, (outputs[0], *flat[primals + 1 + S :]), S, needs_x, needs_params
-    )
+    given = _run_backward(inputs, dy, dlast, dseq, kept, S, needs_x, needs_params)
     dparams = list(given[1 + S :]) if needs_params else [None] * plan.params
     return None, given[0], list(given[1 : 1 + S]), dparams, None, None, None, None, None
 
@@ -424,7 +469,21 @@ def _registered_double_backward(ctx: Any, ddx: Any, ddstates: Any, ddparams: Any
     return None, dy, dlast, dseq, dx, dstates, dparams, None, None, None, None, *ctx.none, None, None
 
 
+def _layer_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any) -> int:
+    """Of the matrix products, for torch.utils.flop_counter; masks count as if every step ran."""
+    return sum(2 * math.prod(x[:-1]) * math.prod(shape) for shape in params if len(shape) == 2)
+
+
+def _backward_flops(
+    cell: Any, dy: Any, dlast: Any, dseq: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any
+) -> int:
+    """Each weight's product once for its own gradient and once for what it was multiplied with."""
+    return 2 * _layer_flops(cell, x, states, params)
+
+
 if LOADED:
+    register_flop_formula(torch.ops.fastrnn.layer)(_layer_flops)
+    register_flop_formula(torch.ops.fastrnn.layer_backward)(_backward_flops)
     torch.library.register_fake("fastrnn::layer", _fake_layer)
     torch.library.register_fake("fastrnn::layer_backward", _fake_backward)
     torch.library.register_autograd("fastrnn::layer", _registered_backward, setup_context=_setup_layer)

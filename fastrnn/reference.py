@@ -177,7 +177,7 @@ def _packed_layer(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """A PackedSequence's data through the padded form and back: row i of step t stands at offset[t] + i."""
     T, B = batch_sizes.numel(), states[0].shape[1]
-    rows = torch.arange(B)[None, :] < batch_sizes.cpu()[:, None]  # [T, B]
+    rows = torch.arange(B, device="cpu")[None, :] < batch_sizes.cpu()[:, None]  # [T, B]
     lengths = rows.sum(0)
     flat = rows.flatten().nonzero().squeeze(1).to(x.device)  # packed row -> t*B + i
     padded = x.new_zeros(T * B, x.shape[1]).index_copy(0, flat, x).view(T, B, -1)

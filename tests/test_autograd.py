@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import MASKS, random_case, random_masks
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn import functional
@@ -84,6 +85,49 @@ def test_two_backwards_and_an_edit_in_place():
         y.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         total.backward()
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_last_states_may_be_edited_before_backward(kind):
+    """As reinforcement learning does with finished episodes; torch.nn allows it too."""
+    results = []
+    for library in (fastrnn, torch.nn):
+        torch.manual_seed(0)
+        layer = getattr(library, kind)(2, 3)
+        state, loss = None, 0
+        for _ in range(3):
+            y, state = layer(torch.randn(1, 4, 2), state)
+            loss = loss + y.sum()
+            with torch.no_grad():
+                for s in state if kind == "LSTM" else [state]:
+                    s[:, 1] = 0
+        results.append(torch.autograd.grad(loss, list(layer.parameters())))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_batched_gradients(kind):
+    layer = getattr(fastrnn, kind)(2, 3).double()
+    x = torch.randn(4, 2, 2, dtype=torch.float64, requires_grad=True)
+    y = layer(x)[0]
+    rows = torch.eye(y.numel(), dtype=torch.float64).view(-1, *y.shape)
+    batched = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)[0]
+    for row, ours in zip(rows, batched, strict=True):
+        torch.testing.assert_close(ours, torch.autograd.grad(y, x, row, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_flop_counter(kind):
+    """Twice the weights a row, and twice that again in the backward pass."""
+    layer, x = getattr(fastrnn, kind)(5, 7, num_layers=2, bidirectional=True), torch.randn(6, 3, 5)
+    weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(x)
+    assert counter.get_total_flops() == 2 * 6 * 3 * weights
+    with FlopCounterMode(display=False) as counter:
+        layer(x)[0].sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 3 * weights
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -185,6 +185,28 @@ def test_bad_checkpoints_give_one_line(capsys, text, tmp_path):
         assert bad.read_bytes() == content
     sample = ("lm", "sample", "--checkpoint", str(path))
     assert_one_line(call(capsys, *sample, "--prompt", "\u4e2d"), "does not occur")
+    assert_one_line(call(capsys, *sample, "--prompt", "\udcff"), "not valid in the terminal's encoding")
+    assert call(capsys, *sample, "--temperature", "1e-50", "--length", "5")[0] == 0
+
+
+def test_sampling_a_diverged_model(capsys, text, tmp_path):
+    path = tmp_path / "lm.pt"
+    assert train(capsys, text, path, "--steps", "3", "--lr", "1e30")[0] == 0
+    assert_one_line(call(capsys, "lm", "sample", "--checkpoint", str(path)), "diverged")
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (("--cell", "foo"), "invalid choice: 'foo'"),
+        (("--threads", "x"), "invalid int value: 'x'"),
+        (("--threads", "0"), "--threads must be at least 1, got 0"),
+        (("--json", "/dev/null/x.json"), "cannot write /dev/null/x.json"),
+    ],
+)
+def test_bench_says_what_is_wrong_before_it_measures(capsys, options, part):
+    pytest.importorskip("pytest_benchmark")
+    assert_one_line(call(capsys, "bench", *options), part)
 
 
 def test_training_never_drops_a_checkpoint_silently(capsys, text, tmp_path):

@@ -1,14 +1,19 @@
-"""The operators by themselves, called with what no module would pass: the right answer or an exception."""
+"""Generated cases: the operators with what no module would pass give the right answer or an exception."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from helpers import random_case
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from helpers import MASKS, random_case, random_masks
+from test_kernels import assert_agree as assert_agree_with_reference
 
-from fastrnn import reference
+import fastrnn
+from fastrnn import functional, reference
 from fastrnn.reference import CELLS
+
+pytest.importorskip("hypothesis")
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 INT64 = torch.iinfo(torch.int64)
 WILD = st.sampled_from([INT64.min, -7, -1, 0, 1, 2, 3, 7, 2**31, 2**40, INT64.max])
@@ -169,3 +174,32 @@ def test_strided_batch_sizes():
         "gru", x.flatten(0, 1)[:5], states, params, None, batch_sizes, None, False, False
     )[0]
     assert_same(y, reference.layer("gru", x.flatten(0, 1)[:5], states, params, None, batch_sizes)[0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    cell=st.sampled_from(sorted(CELLS)),
+    T=st.integers(1, 9),
+    B=st.integers(0, 20),
+    I=st.integers(1, 20),
+    H=st.integers(1, 70),
+    D=st.integers(1, 2),
+    bias=st.booleans(),
+    mask=st.sampled_from(MASKS),
+    seed=st.integers(0, 1000),
+)
+# A single column, which matrix products treat by other paths.
+@example(cell="rnn_relu", T=1, B=2, I=5, H=1, D=2, bias=False, mask="none", seed=0)
+def test_parity_generated(cell, T, B, I, H, D, bias, mask, seed):
+    torch.manual_seed(seed)
+    mask = "none" if B == 0 else mask
+    x, states, params = random_case(cell, T, B, I, H, D=D, bias=bias)
+    x, masks = random_masks(mask, x)
+    if B == 0:
+        with fastrnn.backend("cpu"):
+            y, last, _ = functional.layer(cell, x.requires_grad_(), states, params)
+        (y.sum() + sum(s.sum() for s in last)).backward()
+        assert y.shape == (T, 0, D * H)
+        assert x.grad.shape == x.shape
+        return
+    assert_agree_with_reference(cell, x, states, params, masks)

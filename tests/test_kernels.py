@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import subprocess
 import sys
@@ -10,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import MASKS, random_case, random_masks
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 import fastrnn
 from fastrnn import functional, ops
@@ -67,35 +66,6 @@ def test_parity_projection(P, D, mask):
     assert_agree("lstm", x, states, params, masks)
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    cell=st.sampled_from(sorted(CELLS)),
-    T=st.integers(1, 9),
-    B=st.integers(0, 20),
-    I=st.integers(1, 20),
-    H=st.integers(1, 70),
-    D=st.integers(1, 2),
-    bias=st.booleans(),
-    mask=st.sampled_from(MASKS),
-    seed=st.integers(0, 1000),
-)
-# A single column, which matrix products treat by other paths.
-@example(cell="rnn_relu", T=1, B=2, I=5, H=1, D=2, bias=False, mask="none", seed=0)
-def test_parity_generated(cell, T, B, I, H, D, bias, mask, seed):
-    torch.manual_seed(seed)
-    mask = "none" if B == 0 else mask
-    x, states, params = random_case(cell, T, B, I, H, D=D, bias=bias)
-    x, masks = random_masks(mask, x)
-    if B == 0:
-        with fastrnn.backend("cpu"):
-            y, last, _ = functional.layer(cell, x.requires_grad_(), states, params)
-        (y.sum() + sum(s.sum() for s in last)).backward()
-        assert y.shape == (T, 0, D * H)
-        assert x.grad.shape == x.shape
-        return
-    assert_agree(cell, x, states, params, masks)
-
-
 @pytest.mark.parametrize("isa", ops.instruction_sets())
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_instruction_set(cell, isa, monkeypatch):
@@ -116,36 +86,45 @@ def test_unknown_instruction_set(monkeypatch):
         functional.layer("lstm", x, states, params)
 
 
-TORCH = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "rnn_tanh": torch.nn.RNN}
+RIVALS = {
+    "lstm": (torch.nn.LSTM, {}),
+    "lstm_proj": (torch.nn.LSTM, {"proj_size": 20}),
+    "gru": (torch.nn.GRU, {}),
+    "rnn_tanh": (torch.nn.RNN, {}),
+    "rnn_relu": (torch.nn.RNN, {"nonlinearity": "relu"}),
+}
 
 
 @pytest.mark.parametrize("isa", ops.instruction_sets())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cell", TORCH)
-def test_error_is_at_most_twice_torchs(cell, dtype, isa, monkeypatch):
-    """Root mean square against float64, over the output and every gradient."""
+@pytest.mark.parametrize(
+    "shape", [(60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40)], ids=str
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RIVALS)
+def test_error_is_at_most_twice_torchs(name, dtype, shape, isa, monkeypatch):
+    """Root mean square against float64, over the output and every gradient; the median of three draws."""
     monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
-    module = TORCH[cell](48, 96).to(dtype)
-    x = torch.randn(60, 8, 48).to(dtype)
+    kind, options = RIVALS[name]
+    T, B, I, H = shape
+    ratios = []
 
-    def run_torch(m, x):
+    def run(module, x):
         x = x.clone().requires_grad_()
-        y = m(x)[0]
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *m.parameters()])]
+        y = module(x)[0]
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
 
-    def run_ours(m, x):
-        x = x.clone().requires_grad_()
-        params = list(m.parameters())
-        states = [x.new_zeros(1, 8, 96)] * CELLS[cell].states
-        y = functional.layer(cell, x, states, params)[0]
-        return [y, *torch.autograd.grad(y.square().sum(), [x, *params])]
-
-    ours, theirs = run_ours(module, x), run_torch(module, x)
-    exact = run_torch(module.double(), x.double())
-    for mine, rival, true in zip(ours, theirs, exact, strict=True):
-        error = (mine.double() - true).square().mean().sqrt()
-        rivals = (rival.double() - true).square().mean().sqrt()
-        assert error <= 2 * rivals
+    for _ in range(3):
+        theirs = kind(I, H, **options).to(dtype)
+        ours = fastrnn.convert(copy.deepcopy(theirs))
+        x = torch.randn(T, B, I).to(dtype)
+        exact = run(copy.deepcopy(theirs).double(), x.double())
+        errors = [
+            [(a.double() - e).square().mean().sqrt() for a, e in zip(run(m, x), exact, strict=True)]
+            for m in (ours, theirs)
+        ]
+        ratios.append([(a / b).item() for a, b in zip(*errors, strict=True)])
+    medians = torch.tensor(ratios).median(0).values
+    assert (medians <= 2).all(), medians
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -223,8 +202,17 @@ def test_every_element_is_written():
     assert done.returncode == 0, done.stderr
 
 
-def test_denormals_are_flushed_only_inside():
-    x, states, params = random_case("lstm", 2, 2, 2, 2, dtype=torch.float32)
-    functional.layer("lstm", x, states, params)
-    tiny = torch.tensor(1e-40)
-    assert float(tiny * 1.0) > 0
+@pytest.mark.parametrize("threads", [1, 2])
+def test_denormals_are_flushed_only_inside(threads):
+    """h = relu(x) hands a denormal on unless it is flushed; the caller's own arithmetic keeps it."""
+    tiny, before = 1e-40, torch.get_num_threads()
+    x = torch.full((3, 40, 64), tiny)
+    eye, zero = torch.eye(64), torch.zeros(64, 64)
+    try:
+        torch.set_num_threads(threads)
+        with torch.no_grad():
+            y = functional.layer("rnn_relu", x, [torch.full((1, 40, 64), tiny)], [zero, eye])[0]
+    finally:
+        torch.set_num_threads(before)
+    assert not y.any()
+    assert float(torch.tensor(tiny) * 1.0) > 0

@@ -15,8 +15,9 @@ const std::vector<InstructionSet>& instruction_sets() {
     std::vector<InstructionSet> s{instruction_set_baseline()};
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) s.push_back(instruction_set_avx2());
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (avx2) s.push_back(instruction_set_avx2());
+    if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       s.push_back(instruction_set_avx512());
     }

@@ -39,6 +39,9 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
 
 template <class Cell, class E>
 constexpr cpu::CellKernels<E> cell_kernels() {
+  // The rows of saved values receive the input product first; the first of two stages saves its gates.
+  static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
+  static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");
   return {Cell::kName,
           Cell::kGates,
           Cell::kStates,

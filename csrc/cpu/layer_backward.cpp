@@ -208,6 +208,20 @@ class BackwardPass {
     });
   }
 
+  // out += a^T b over `rows` rows, or out = where `add` is false. In blocks: one float accumulator over
+  // thousands of rows would lose a digit to torch.nn's sums of per-step products. A block costs a pass over
+  // `out`, so that large ones take more rows.
+  static void weight_gradient(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool add) {
+    const int64_t least = out.rows * out.columns <= kSmallWeight ? kSmallBlock : kLargeBlock;
+    const int64_t blocks = std::max<int64_t>(1, a.rows / least);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t r0 = a.rows * i / blocks, r1 = a.rows * (i + 1) / blocks;
+      const Matrix<E> a_rows{a.data + r0 * a.row_stride, r1 - r0, a.columns, a.row_stride};
+      const Matrix<E> b_rows{b.data + r0 * b.row_stride, r1 - r0, b.columns, b.row_stride};
+      multiply<E>(out, a_rows.transposed(), b_rows, add || i > 0);
+    }
+  }
+
   // What is one big product: the weights' gradients, and the input's.
   void products(int64_t d) {
     const Direction<E>& s = scan_.dir[d];
@@ -217,22 +231,21 @@ class BackwardPass {
     if (need_params_) {
       const bool add = scan_.k0 > 0;
       const E* x = input_rows<E>(a_, table_, first_[d], rows, x_rows_);
-      multiply<E>({weights_[d].w_ih, G * H_, a_.I, a_.I}, dgx.transposed(), {x, rows, a_.I, a_.I}, add);
+      weight_gradient({weights_[d].w_ih, G * H_, a_.I, a_.I}, dgx, {x, rows, a_.I, a_.I}, add);
       for (int g0 = 0, stage = 0, stage_end = cell_.stage_gates[0]; g0 < G;) {
         // A run of gates of one stage whose recurrent gradients lie side by side.
         int g1 = g0 + 1;
         while (g1 < stage_end && cell_.hidden_grad[g1] == cell_.hidden_grad[g1 - 1] + 1) ++g1;
         const Matrix<E> dgh{s.dg + cell_.hidden_grad[g0] * H_, rows, (g1 - g0) * H_, ld};
         const Matrix<E> source{stage ? s.mid_out : h_prev_[d], rows, P_, P_};
-        multiply<E>({weights_[d].w_hh + g0 * H_ * P_, (g1 - g0) * H_, P_, P_}, dgh.transposed(), source, add);
+        weight_gradient({weights_[d].w_hh + g0 * H_ * P_, (g1 - g0) * H_, P_, P_}, dgh, source, add);
         g0 = g1;
         if (g0 == stage_end && g0 < G) stage_end += cell_.stage_gates[++stage];
       }
       if (a_.params[d].b_ih) add_column_sums(s.dg, rows, cell_.grads * H_, ld, weights_[d].bias);
       if (projected_) {
         const E* raw = static_cast<const E*>(saved_[1].const_data_ptr()) + (d * a_.N + first_[d]) * H_;
-        multiply<E>({weights_[d].w_hr, P_, H_, H_}, Matrix<E>{s.dh_out, rows, P_, P_}.transposed(),
-                    {raw, rows, H_, H_}, add);
+        weight_gradient({weights_[d].w_hr, P_, H_, H_}, {s.dh_out, rows, P_, P_}, {raw, rows, H_, H_}, add);
       }
     }
     if (need_x_) {
@@ -286,6 +299,8 @@ class BackwardPass {
     }
     return out;
   }
+
+  static constexpr int64_t kSmallWeight = 1 << 16, kSmallBlock = 64, kLargeBlock = 256;
 
   const CellKernels<E>& cell_;
   const LayerArgs a_;

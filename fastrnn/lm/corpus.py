@@ -82,6 +82,8 @@ class Vocabulary:
         """LongTensor [len(text)]. Raises UserError for a character that the vocabulary lacks."""
         if not text:
             return torch.empty(0, dtype=torch.long)
+        if any("\ud800" <= c <= "\udfff" for c in text):  # bytes of the command line that are no text
+            raise UserError("the text holds bytes that are not valid in the terminal's encoding")
         table = _code_points(self.characters)
         points = _code_points(text)
         tokens = torch.searchsorted(table, points).clamp(max=len(self) - 1)

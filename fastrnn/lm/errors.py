@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
+import argparse
+from typing import NoReturn
+
+USER_ERROR = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports a wrong option in one line, as all other errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"fastrnn: {message} (see {self.prog} --help)\n")
+
 
 class UserError(Exception):
     """Something the user can mend: a bad option, file or output path. The message is one line."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .corpus import Vocabulary
+from .errors import UserError
 from .model import CharacterModel
 
 
@@ -16,8 +17,8 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     if 0 < top_k < logits.numel():
         kept = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(0, kept.indices, kept.values)
-    # Subtracting the maximum first keeps a tiny temperature from overflowing to inf - inf.
-    weights = torch.softmax((logits - logits.max()) / temperature, dim=-1)
+    # The maximum is subtracted first, in double: a tiny temperature must not make inf - inf, nor be 0.
+    weights = torch.softmax((logits - logits.max()).double() / temperature, dim=-1)
     return torch.multinomial(weights, 1, generator=generator)
 
 
@@ -46,6 +47,8 @@ def generate(
     tokens: list[Tensor] = []
     for _ in range(length):
         logits, state = model(inputs.to(device), state)
+        if not logits.isfinite().all():
+            raise UserError("the model's outputs are not finite: its training has diverged")
         token = choose(logits[-1, 0].float().cpu(), temperature, top_k, generator)
         tokens.append(token)
         inputs = token[:, None]

@@ -1,0 +1,159 @@
+"""Choosing a backend: for the process, for a block, by the environment; what explain says."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from helpers import random_case
+
+import fastrnn
+from fastrnn import backends, functional
+from fastrnn.backends import current_backend
+
+
+@pytest.fixture(autouse=True)
+def no_default(monkeypatch):
+    monkeypatch.setattr(backends, "_process_default", [None])
+    monkeypatch.delenv("FASTRNN_BACKEND", raising=False)
+
+
+def in_another_thread(function):
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_plain_call_sets_the_process():
+    fastrnn.backend("reference")
+    assert in_another_thread(current_backend) == "reference"
+    assert current_backend() == "reference"
+    held = fastrnn.backend("cpu")  # as a notebook holds the value of a cell
+    assert current_backend() == "cpu"
+    assert in_another_thread(current_backend) == "cpu"
+    del held
+    assert current_backend() == "cpu"
+
+
+def test_a_block_ends_and_nests():
+    fastrnn.backend("cpu")
+    with fastrnn.backend("reference"):
+        assert current_backend() == "reference"
+        assert in_another_thread(current_backend) == "cpu"
+        with fastrnn.backend("auto"):
+            assert current_backend() == "auto"
+        assert current_backend() == "reference"
+    assert current_backend() == "cpu"
+
+
+def test_blocks_made_first_and_entered_twice():
+    outer, inner = fastrnn.backend("reference"), fastrnn.backend("cpu")
+    with outer, inner, outer:
+        assert current_backend() == "reference"
+    assert current_backend() == "auto"
+    assert backends._process_default == [None]
+
+
+def test_blocks_reach_no_other_thread():
+    seen, stop = set(), threading.Event()
+
+    def watch():
+        while not stop.is_set():
+            seen.add(current_backend())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(4) as pool:
+
+        def enter(_):
+            for _ in range(500):
+                with fastrnn.backend("reference"):
+                    assert current_backend() == "reference"
+
+        list(pool.map(enter, range(4)))
+    stop.set()
+    watcher.join()
+    assert seen == {"auto"}
+    assert current_backend() == "auto"
+
+
+def test_the_environment(monkeypatch):
+    monkeypatch.setenv("FASTRNN_BACKEND", "reference")
+    assert current_backend() == "reference"
+    monkeypatch.setenv("FASTRNN_BACKEND", "gpu")
+    with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"):
+        current_backend()
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="got 'oneDNN'"):
+        fastrnn.backend("oneDNN")
+    assert current_backend() == "auto"
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_only_auto_falls_back(name):
+    layer, x = fastrnn.LSTM(2, 3), torch.randn(4, 1, 2)
+    with fastrnn.backend(name), pytest.raises(fastrnn.BackendError, match=f'backend="{name}" cannot serve'):
+        layer(x)
+    half = layer.half()
+    with fastrnn.backend("cpu"), pytest.raises(fastrnn.BackendError, match="the input is float16"):
+        half(x.half())
+    assert half(x.half())[0].dtype == torch.float16
+
+
+def test_an_explicit_backend_does_not_fall_back_under_transforms():
+    x, states, params = random_case("gru", 3, 2, 2, 3)
+
+    def loss(x):
+        return functional.layer("gru", x, states, params)[0].sum()
+
+    with fastrnn.backend("cpu"), pytest.raises(fastrnn.BackendError, match="transform"):
+        torch.func.grad(loss)(x)
+
+
+def test_explain():
+    x = torch.randn(4, 1, 2)
+    said = fastrnn.explain(fastrnn.GRU(2, 3, reset_after=False), x)
+    assert said.backend == "cpu"
+    assert "gru_reset_before" in said.kernel
+    assert str(said).startswith("backend cpu, kernel gru_reset_before scan in C++")
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
+    assert fastrnn.explain(fastrnn.LSTM(2, 3).half(), packed.to(torch.float16)).backend == "reference"
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "float32 arithmetic" in str(fastrnn.explain(fastrnn.LSTMCell(2, 3), x))
+    with fastrnn.backend("triton"):
+        assert str(fastrnn.explain(fastrnn.RNN(2, 3), x)).startswith("cannot run: ")
+    for stranger in (torch.nn.LSTM(2, 3), torch.nn.Linear(2, 3)):
+        with pytest.raises(TypeError, match="explain takes a fastrnn layer or cell"):
+            fastrnn.explain(stranger, x)
+
+
+def test_functional_says_what_is_wrong():
+    """The same words on both backends."""
+    x, states, params = random_case("lstm", 3, 2, 2, 3)
+    wrong = {
+        "the input is of 1 sequences, the states are of 2": (x[:, :1], states, params, {}),
+        r"the input must be \[T, B, I\]": (x[0], states, params, {}),
+        r"states must be 2 of shape \[D, B, \.\]": (x, [s[0] for s in states], params, {}),
+        "states must be 2": (x, states[:1], params, {}),
+        r"w_hh must be \[12, 3\], got \[12, 2\]": (x, states, [params[0], params[1][:, :2], *params[2:]], {}),
+        r"reset must be torch.bool \[3, 2\]": (x, states, params, {"reset": torch.zeros(3, 2)}),
+        r"lengths must be torch.int64 \[2\]": (
+            x,
+            states,
+            params,
+            {"lengths": torch.arange(3)},
+        ),
+        "params must be": (x, states, params[:1], {}),
+    }
+    for name in ("cpu", "reference"):
+        with fastrnn.backend(name):
+            for words, (x_, states_, params_, masks) in wrong.items():
+                with pytest.raises(ValueError, match=words):
+                    functional.layer("lstm", x_, states_, params_, **masks)
+            with pytest.raises(RuntimeError, match=r"w_hh must be torch\.float64 like the input"):
+                functional.layer("lstm", x, states, [params[0], params[1].float(), *params[2:]])
+    with pytest.raises(ValueError, match="cell must be one of lstm, gru"):
+        functional.layer("lstn", x, states, params)
