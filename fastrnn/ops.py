@@ -9,6 +9,7 @@ taken by `torch.func.vjp`.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -17,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
 from .reference import CELLS, split_params
@@ -481,9 +481,20 @@ def _backward_flops(
     return 2 * _layer_flops(cell, x, states, params)
 
 
-if LOADED:
+def _register_flops() -> None:
+    log = logging.getLogger("torch.utils.flop_counter")
+    level = log.level
+    log.setLevel(logging.ERROR)  # torch 2.11 warns on import where triton is missing
+    try:
+        from torch.utils.flop_counter import register_flop_formula
+    finally:
+        log.setLevel(level)
     register_flop_formula(torch.ops.fastrnn.layer)(_layer_flops)
     register_flop_formula(torch.ops.fastrnn.layer_backward)(_backward_flops)
+
+
+if LOADED:
+    _register_flops()
     torch.library.register_fake("fastrnn::layer", _fake_layer)
     torch.library.register_fake("fastrnn::layer_backward", _fake_backward)
     torch.library.register_autograd("fastrnn::layer", _registered_backward, setup_context=_setup_layer)
