@@ -1,5 +1,6 @@
-// What a CPU scan works on: plain structs of pointers, filled by scan.cpp, read by the kernels of every
-// instruction set. E is the type of the arithmetic: float (also for bfloat16 tensors) or double.
+// What a CPU scan works on: plain structs of pointers, filled by layer_forward.cpp and layer_backward.cpp,
+// read by the kernels of every instruction set. E is the type of the arithmetic: float (also for bfloat16
+// tensors) or double.
 //
 // Rows are *packed*: step t's active sequences stand at rows offset[t] .. offset[t] + active[t]. In a dense
 // batch that is t*B .. t*B + B; in a ragged one the sequences are sorted by length, so a step's rows are a
