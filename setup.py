@@ -6,7 +6,6 @@ insists on them, FASTRNN_CUDA_ARCHS="80;90" names the GPU architectures.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +34,15 @@ MAPPED = {
 
 def fail(message: str) -> SystemExit:
     return SystemExit(f"\nfastrnn: {message}\n")
+
+
+def words(variable: str, default: str = "") -> list[str]:
+    """The words of an environment variable, quoted as in a shell."""
+    text = os.environ.get(variable, default)
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise fail(f"{variable}={text}: {error}") from None
 
 
 def output(*command: str) -> str:
@@ -73,11 +81,11 @@ class Compiler:
 
 
 def find_compiler() -> Compiler:
-    named = os.environ.get("CXX")
-    candidates = [shlex.split(named)] if named and named.strip() else [["g++"], ["c++"], ["clang++"]]
+    named = words("CXX")
+    candidates = [named] if named else [["g++"], ["c++"], ["clang++"]]
     command = next((c for c in candidates if shutil.which(c[0])), None)
     if command is None:
-        looked = named or "g++, c++, clang++"
+        looked = ", ".join(c[0] for c in candidates)
         raise fail(
             f"no C++ compiler ({looked} not found): install g++ 11 or clang 14, or newer "
             "(Debian, Ubuntu: apt install g++)"
@@ -125,8 +133,8 @@ class Plan:
 
 def make_plan(compiler: Compiler, torch: Path) -> Plan:
     include = [f"-isystem{torch / 'include'}"]
-    common = [*compiler.command, *FLAGS["common"], *include, *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *shlex.split(os.environ.get("LDFLAGS", "-s"))])
+    common = [*compiler.command, *FLAGS["common"], *include, *words("CXXFLAGS")]
+    plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *words("LDFLAGS", "-s")])
     isa: list[tuple[Path, list[str]]] = []
     for source in sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]):
         name = source.stem.rpartition("_")[2]
@@ -161,6 +169,8 @@ class BuildExt(build_ext):
             raise fail(
                 f"{sys.platform} is not supported: fastrnn builds on Linux (x86-64 tested, aarch64 portable)"
             )
+        import fcntl  # here: other platforms have none, and get the message above
+
         torch = find_torch()
         torch_version = check_torch(torch)
         compiler = find_compiler()
@@ -176,9 +186,8 @@ class BuildExt(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
         with (objects / "lock").open("w") as lock:
-            fcntl.flock(
-                lock, fcntl.LOCK_EX
-            )  # two builds of one checkout at a time would tidy away each other's objects
+            # Two builds of one checkout at a time would tidy away each other's objects.
+            fcntl.flock(lock, fcntl.LOCK_EX)
             names = [self.object_path(objects, unit, common.copy()) for unit in plan.units]
             wish = os.environ.get("MAX_JOBS") or str(max(2, os.cpu_count() or 1))
             if not wish.isdecimal() or int(wish) < 1:
@@ -197,6 +206,8 @@ class BuildExt(build_ext):
             part.replace(target)  # a process that has the old library loaded keeps it
 
     def run(self) -> None:
+        for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
+            words(variable)  # before setuptools reads them, with a traceback for an open quote
         super().run()
         if self.inplace:
             for package, folder in MAPPED.items():

@@ -34,7 +34,7 @@ def check_writable(path: str) -> None:
     target = Path(path)
     try:
         if target.is_dir():
-            raise UserError(f"cannot write {path}: it is a directory")
+            raise UserError(f"cannot write {path or repr(path)}: it is a directory")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Only a file really made tells: permission bits say nothing to root or on a read-only mount.
         with tempfile.TemporaryFile(dir=target.parent):
