@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import ops
+from . import kernels
 from .reference import CELLS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -92,8 +92,8 @@ class Decision:
 
 
 def _why_not_cpu(x: Tensor) -> str | None:
-    if not ops.LOADED:
-        return f"the compiled library is not loaded ({ops.LOAD_ERROR})"
+    if not kernels.LOADED:
+        return f"the compiled library is not loaded ({kernels.LOAD_ERROR})"
     if x.device.type not in ("cpu", "meta"):
         return f"it takes CPU tensors, the input is on {x.device}"
     if x.dtype not in CPU_DTYPES:
@@ -121,9 +121,6 @@ def decide(x: Tensor) -> Decision:
     if asked in ("cuda", "triton"):
         return Decision(None, f"this build of fastrnn has no {asked} backend")
     why_not = _why_not_cpu(x)
-    if why_not is None and not torch.compiler.is_compiling() and ops.transforms_active():
-        # Differentiating through plain operations is right under every transform.
-        why_not = "a torch.func transform or forward-mode AD is active"
     if why_not is None:
         return Decision("cpu", "asked for" if asked == "cpu" else "the fastest backend for this input")
     if asked == "cpu":
@@ -134,8 +131,8 @@ def decide(x: Tensor) -> Decision:
 def choose(x: Tensor) -> str:
     """The backend's name; raises BackendError where the one asked for cannot serve the call."""
     # The usual case first, without the words: they would take 5 us of a step's 20.
-    usual = x.is_cpu and x.dtype in CPU_DTYPES and ops.LOADED and current_backend() in ("auto", "cpu")
-    if usual and (torch.compiler.is_compiling() or not ops.transforms_active()):
+    usual = x.is_cpu and x.dtype in CPU_DTYPES and kernels.LOADED and current_backend() in ("auto", "cpu")
+    if usual:
         return "cpu"
     decision = decide(x)
     if decision.backend is None:
@@ -176,5 +173,5 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanati
     if decision.backend == "reference":
         return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
-    kernel = f"{cell} scan in C++, {ops.instruction_set()}, {arithmetic} arithmetic"
+    kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
     return Explanation("cpu", kernel, decision.reason)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import ops, reference
+from . import kernels, ops, reference
 from .backends import autocast_dtype, choose
 from .reference import CELLS
 
@@ -56,15 +56,15 @@ def layer(
         x, states, params = x.to(dtype), [s.to(dtype) for s in states], [p.to(dtype) for p in params]
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
-    inputs = ops.Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)
+    inputs = kernels.Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)
     if RECORDER.take is not None:
-        ops.check(inputs)
+        kernels.check(inputs)
         recorded: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]] = RECORDER.take(
             *inputs, return_states
         )
         return recorded
     if choose(x) == "reference":
-        ops.check(inputs)
+        kernels.check(inputs)
         y, last, seq = reference.layer(*inputs)
         return y, last, seq if return_states else ()
     return ops.layer(inputs, return_states)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from . import ops
 from ._version import __version__
+from .kernels import LOAD_ERROR, LOADED, instruction_set, instruction_sets
 
 
 def report() -> str:
@@ -33,19 +33,19 @@ def report() -> str:
 
 
 def _build() -> str:
-    if not ops.LOADED:
+    if not LOADED:
         return f"the compiled library is not loaded: {_load_error()}"
     return str(torch.ops.fastrnn.build_info())
 
 
 def _load_error() -> str:
-    return str(ops.LOAD_ERROR).strip().splitlines()[0]
+    return str(LOAD_ERROR).strip().splitlines()[0]
 
 
 def _instruction_sets() -> str:
-    if not ops.LOADED:
+    if not LOADED:
         return "unknown, the compiled library is not loaded"
-    return f"{', '.join(ops.instruction_sets())}; in force: {ops.instruction_set()}"
+    return f"{', '.join(instruction_sets())}; in force: {instruction_set()}"
 
 
 def _gpus() -> str:
@@ -62,7 +62,7 @@ def _kernels() -> dict[str, str]:
     from .backends import BACKENDS
 
     kernels = {
-        "cpu": "available" if ops.LOADED else f"not available: {_load_error()}",
+        "cpu": "available" if LOADED else f"not available: {_load_error()}",
         "cuda": _gpu_kernel("cuda"),
         "triton": _gpu_kernel("triton"),
         "reference": "available",

@@ -1,186 +1,33 @@
-"""The compiled operators: loading, fakes, checks and autograd.
+"""The operators' derivatives, and the call of a layer by them.
 
-One pair of operators serves every cell: `torch.ops.fastrnn.layer` and `layer_backward` (csrc/ops.cpp).
-They are reached in two ways. Eager calls go through an `autograd.Function` with `forward(ctx, ...)`, the
-cheapest there is; calls inside torch.compile or torch.export take the operator itself, whose autograd rule
-is registered below. The backward pass is differentiable too: its derivative is that of the plain reference,
-taken by `torch.func.vjp`.
+A call reaches the kernels in one of three ways. Eager, through an `autograd.Function` with
+`forward(ctx, ...)`, the cheapest there is. In torch.compile, torch.export and torch.jit.trace, by the
+operator, whose Autograd key holds the same Function. Under torch.func's transforms and forward-mode AD, by
+the Functions of `transforms`, which also serve every derivative after the first.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import os
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .reference import CELLS, split_params
+from . import transforms
+from .kernels import LOADED, Inputs, Outputs, Plan, call, check, compute_dtype, run_backward
+from .reference import CELLS
+from .transforms import MASKS, backward_reference
 
 
-def _load() -> str | None:
-    path = Path(__file__).parent / "_C.abi3.so"
-    if not path.exists():
-        return f"{path.name} is not built: run `pip install .` in fastrnn's sources"
-    try:
-        torch.ops.load_library(os.fspath(path))
-    except OSError as error:
-        return str(error)
-    return None
+def _is_batched(t: Tensor | None) -> bool:
+    """True under the vmap of torch.autograd.grad(..., is_grads_batched=True); it knows no rule of ours."""
+    return t is not None and bool(torch._C._functorch.is_legacy_batchedtensor(t))
 
 
-LOAD_ERROR = _load()
-LOADED = LOAD_ERROR is None
-
-
-def instruction_sets() -> list[str]:
-    """The instruction sets that this build has kernels for and that this processor runs, best last."""
-    return list(torch.ops.fastrnn.instruction_sets()) if LOADED else []
-
-
-def instruction_set() -> str:
-    """The instruction set in force: the best, or the one that FASTRNN_CPU_ISA names."""
-    return str(torch.ops.fastrnn.instruction_set()) if LOADED else "none"
-
-
-def transforms_active() -> bool:
-    """True under torch.func transforms or forward-mode AD, which need plain torch operations."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-class Inputs(NamedTuple):
-    """The arguments of a layer, as the operators take them; see `functional.layer`."""
-
-    cell: str
-    x: Tensor
-    states: list[Tensor]
-    params: list[Tensor]
-    lengths: Tensor | None
-    batch_sizes: Tensor | None
-    reset: Tensor | None
-
-    @property
-    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        return self.lengths, self.batch_sizes, self.reset
-
-
-class Outputs(NamedTuple):
-    y: Tensor
-    last: list[Tensor]
-    seq: list[Tensor]  # sequences of the states after h
-    saved: list[Tensor]
-
-
-def check(inputs: Inputs) -> None:
-    """Says what was expected and what came: a ValueError, for dtypes a RuntimeError as in torch."""
-    cell, x, states, params, lengths, batch_sizes, reset = inputs
-    spec = CELLS[cell]
-    if x.dim() != (2 if batch_sizes is not None else 3):
-        raise ValueError(
-            f"{cell}: the input must be [T, B, I], or [N, I] with batch_sizes, got {list(x.shape)}"
-        )
-    if len(states) != spec.states or states[0].dim() != 3:
-        found = ", ".join(str(list(s.shape)) for s in states)
-        raise ValueError(f"{cell}: states must be {spec.states} of shape [D, B, .], got {found or 'none'}")
-    directions, batch = states[0].shape[0], states[0].shape[1]
-    if directions not in (1, 2) or len(params) % directions or not 2 <= len(params) // directions <= 5:
-        raise ValueError(
-            "params must be (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each of 1 or 2 directions, "
-            f"got {len(params)} tensors for {directions} directions"
-        )
-    if batch_sizes is None and x.shape[1] != batch:
-        raise ValueError(f"{cell}: the input is of {x.shape[1]} sequences, the states are of {batch}")
-    for name, mask, shape, dtype in (
-        ("lengths", lengths, (batch,), torch.int64),
-        ("batch_sizes", batch_sizes, (batch_sizes.numel() if batch_sizes is not None else 0,), torch.int64),
-        ("reset", reset, tuple(x.shape[:2]), torch.bool),
-    ):
-        if mask is not None and (tuple(mask.shape) != shape or mask.dtype != dtype):
-            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-    if batch_sizes is not None and (lengths is not None or reset is not None):
-        raise ValueError("batch_sizes cannot be combined with lengths or reset")
-    rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
-    for p in split_params(params, directions):
-        P = H if p.w_hr is None else p.w_hr.shape[0]
-        if p.w_hr is not None and not spec.projectable:
-            raise ValueError(f"{cell} takes no projection")
-        wanted = [
-            ("w_ih", p.w_ih, (H * spec.gates, x.shape[-1])),
-            ("w_hh", p.w_hh, (rows, P)),
-            ("b_ih", p.b_ih, (rows,)),
-            ("b_hh", p.b_hh, (rows,)),
-            ("w_hr", p.w_hr, (P, H)),
-        ]
-        wanted += [(f"state {i}", s, (directions, batch, H if i else P)) for i, s in enumerate(states)]
-        for name, tensor, shape in wanted:
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"{cell}: {name} must be {list(shape)}, got {list(tensor.shape)}")
-            if tensor is not None and tensor.dtype != x.dtype:
-                raise RuntimeError(f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}")
-
-
-# --- autograd
-
-
-def _call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
-    """The kernel, past the registered autograd rule: that is Python, and takes 15 us to do nothing."""
-    with torch._C._AutoDispatchBelowAutograd():
-        return Outputs(*torch.ops.fastrnn.layer.default(*inputs, save, return_states))
-
-
-class _Plan(NamedTuple):
-    """How the flat arguments of the Functions fall into inputs."""
-
-    cell: str
-    states: int
-    params: int
-
-    def inputs(self, flat: Sequence[Tensor | None]) -> Inputs:
-        # (lengths, batch_sizes, reset, x, *states, *params)
-        lengths, batch_sizes, reset, x = flat[:4]
-        states = [s for s in flat[4 : 4 + self.states] if s is not None]
-        params = [p for p in flat[4 + self.states : 4 + self.states + self.params] if p is not None]
-        assert x is not None
-        return Inputs(self.cell, x, states, params, lengths, batch_sizes, reset)
-
-
-def _backward_reference(
-    plan: _Plan, masks: tuple[Tensor | None, ...], count: int, *flat: Tensor
-) -> tuple[Tensor, ...]:
-    """The backward pass by plain torch; flat: `count` gradients (dy, dlast, dseq), x, states, params."""
-    grads, primals = flat[:count], flat[count:]
-
-    def forward(*values: Tensor) -> tuple[Tensor, ...]:
-        y, last, seq = reference.layer(*plan.inputs((*masks, *values)))
-        return (y, *last, *seq)
-
-    vjp: Any = torch.func.vjp(forward, *primals)[1]
-    return tuple(vjp(grads))
-
-
-def _double_backward(
-    plan: _Plan, masks: tuple[Tensor | None, ...], count: int, flat: Sequence[Tensor], grads: Sequence[Tensor]
-) -> tuple[Tensor, ...]:
-    """The derivative of _backward_reference by `flat`; grads: those of x, states and params."""
-
-    def formula(*values: Tensor) -> tuple[Tensor, ...]:
-        return _backward_reference(plan, masks, count, *values)
-
-    vjp: Any = torch.func.vjp(formula, *flat)[1]
-    return tuple(vjp(tuple(grads)))
-
-
-def _is_batched(t: Tensor) -> bool:
-    """True under the vmap of torch.autograd.grad(..., is_grads_batched=True)."""
-    return bool(torch._C._functorch.is_legacy_batchedtensor(t))
-
-
-def _unpack(plan: _Plan, flat: Sequence[Tensor]) -> tuple[Inputs, tuple[Tensor, ...], tuple[Tensor, ...]]:
+def _unpack(plan: Plan, flat: Sequence[Tensor]) -> tuple[Inputs, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """What a forward pass kept: its inputs; tensors shaped like y, last, seq; then y, seq, gates ..."""
     S = plan.states
     inputs = plan.inputs(flat)
@@ -205,87 +52,55 @@ def _split_grads(
     return grads[0], group(1, 1 + states), group(1 + states, 2 * states)
 
 
-class _LayerBackward(torch.autograd.Function):
-    """The backward pass as a function that can be differentiated; only under create_graph=True."""
-
-    @staticmethod
-    def forward(ctx: Any, plan: _Plan, saved: tuple[Tensor, ...], masks: Any, *flat: Tensor) -> Any:
-        # flat: dy, dlast, dseq (dense), x, states, params. saved: y, seq, gates ...
-        S = plan.states
-        count = 2 * S
-        ctx.plan, ctx.masks, ctx.count = plan, masks, count
-        ctx.save_for_backward(*flat)
-        inputs = plan.inputs((*masks, *flat[count:]))
-        return _run_backward(
-            inputs, flat[0], list(flat[1 : 1 + S]), list(flat[1 + S : count]), saved, S, True, True
-        )
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        return (None, None, None, *_double_backward(ctx.plan, ctx.masks, ctx.count, ctx.saved_tensors, grads))
-
-
-def _run_backward(
-    inputs: Inputs,
-    dy: Tensor | None,
-    dlast: list[Tensor],
-    dseq: list[Tensor],
-    saved: Sequence[Tensor],
-    states: int,
-    need_x: bool,
-    need_params: bool,
+def _composed(
+    plan: Plan,
+    needs: Sequence[bool],
+    flat: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    outputs: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    y, seq, gates = saved[0], list(saved[1:states]), list(saved[states:])
-    dx, dstates, dparams = torch.ops.fastrnn.layer_backward.default(
-        inputs.cell,
-        dy,
-        dlast,
-        dseq,
-        inputs.x,
-        inputs.states,
-        inputs.params,
-        *inputs.masks,
-        y,
-        seq,
-        gates,
-        need_x,
-        need_params,
-    )
-    return (dx if need_x else None, *dstates, *(dparams if need_params else [None] * len(inputs.params)))
+    """The gradients of x, states and params in a form that can be differentiated, and goes under vmap."""
+    dtype = flat[MASKS].dtype
+    dense = [
+        torch.zeros_like(o, dtype=dtype) if g is None else g.to(dtype)
+        for o, g in zip(outputs, grads, strict=True)
+    ]
+    if any(map(_is_batched, dense)):
+        return backward_reference(plan, flat[:MASKS], *dense, *flat[MASKS:])
+    return transforms.gradients(plan, needs, flat, dense)
+
+
+def _kept(ctx: Any, plan: Plan, flat: Sequence[Tensor | None]) -> Outputs:
+    """The forward pass, with all that its backward pass needs kept in ctx."""
+    out = call(plan.inputs(flat), True, False)
+    ctx.plan = plan
+    ctx.set_materialize_grads(False)
+    # Not the last states: the backward pass does not read them, and callers edit them in place.
+    ctx.save_for_backward(*flat, out.y, *out.seq, *out.saved)
+    return out
 
 
 class _LayerFunction(torch.autograd.Function):
     """(y, *last, *seq) = apply(plan, lengths, batch_sizes, reset, x, *states, *params)."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, *flat: Tensor | None) -> Any:
-        out = _call(plan.inputs(flat), True, False)
-        ctx.plan = plan
-        ctx.set_materialize_grads(False)
-        # Not the last states: the backward pass does not read them, and callers edit them in place.
-        ctx.save_for_backward(*flat, out.y, *out.seq, *out.saved)
+    def forward(ctx: Any, plan: Plan, *flat: Tensor | None) -> Any:
+        out = _kept(ctx, plan, flat)
         return (out.y, *out.last, *out.seq)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        plan: _Plan = ctx.plan
+        plan: Plan = ctx.plan
         S, flat = plan.states, ctx.saved_tensors
         if all(g is None for g in grads):
             return (None,) * (5 + S + plan.params)
+        needs = ctx.needs_input_grad[1:]
         inputs, outputs, saved = _unpack(plan, flat)
-        primals = flat[3 : 4 + S + plan.params]
-        batched = transforms_active() or any(g is not None and _is_batched(g) for g in grads)
-        if torch.is_grad_enabled() or batched:
-            dense = [torch.zeros_like(o) if g is None else g for o, g in zip(outputs, grads, strict=True)]
-            if batched:  # gradients under vmap, which the kernel does not take
-                given: Any = _backward_reference(plan, inputs.masks, 2 * S, *dense, *primals)
-            else:
-                apply: Any = _LayerBackward.apply
-                given = apply(plan, saved, inputs.masks, *dense, *primals)
+        if torch.is_grad_enabled() or transforms.active() or any(map(_is_batched, grads)):
+            given = _composed(plan, needs, flat[: 4 + S + plan.params], grads, outputs)
         else:
-            needs = ctx.needs_input_grad[1:]
-            given = _run_backward(
-                inputs, *_split_grads(S, grads, outputs), saved, S, needs[3], any(needs[4 + S :])
+            given = run_backward(
+                inputs, *_split_grads(S, grads, outputs), saved, needs[3], any(needs[4 + S :])
             )
         return (None, None, None, None, *given)
 
@@ -320,28 +135,31 @@ _FUNCTIONS: dict[str, type[_LayerFunction]] = {
 }
 
 
+def _any_needs_grad(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`functional.layer` by the compiled operators."""
     cell, x, states, params, *masks = inputs
-    tracing = torch._C._get_tracing_state() is not None
-    in_graph = tracing or torch.compiler.is_compiling()
-    # torch.jit.trace checks its graph by tracing again without gradients: what is saved must not differ.
-    needs_grad = (tracing or torch.is_grad_enabled()) and (
-        x.requires_grad or any(t.requires_grad for t in (*states, *params))
-    )
-    if in_graph:
+    in_graph = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+    if transforms.active():
         check(inputs)
-        y, last, seq, _ = torch.ops.fastrnn.layer(*inputs, needs_grad, return_states)
+        y, *rest = transforms.forward(Plan(cell, len(states), len(params)), *masks, x, *states, *params)
+        last, seq = rest[: len(states)], rest[len(states) :]
+    elif in_graph:
+        # A graph keeps the operator, to which the Functions are opaque.
+        check(inputs)
+        y, last, seq, _ = torch.ops.fastrnn.layer(*inputs, False, return_states)
     else:
         try:
-            if needs_grad:
-                # A graph keeps the operator, to which this Function is opaque.
-                plan = _Plan(cell, len(states), len(params))
+            if _any_needs_grad(x, *states, *params):
+                plan = Plan(cell, len(states), len(params))
                 apply: Any = _FUNCTIONS.get(cell, _LayerFunction).apply
                 y, *rest = apply(plan, *masks, x, *states, *params)
                 last, seq = rest[: len(states)], rest[len(states) :]
             else:
-                y, last, seq, _ = _call(inputs, False, return_states)
+                y, last, seq, _ = call(inputs, False, return_states)
         except (RuntimeError, IndexError):
             # The kernel has checked all before it began; the words are better here.
             check(inputs)
@@ -353,10 +171,6 @@ def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ..
 
 
 # --- fakes and the registered rules
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _fake_layer(
@@ -374,7 +188,7 @@ def _fake_layer(
     spec = CELLS[cell]
     H = params[0].shape[0] // spec.gates
     N = x.shape[0] if batch_sizes is not None else x.shape[0] * x.shape[1]
-    dtype = _compute_dtype(x)
+    dtype = compute_dtype(x)
     y = x.new_empty((*x.shape[:-1], D * P))
     last = [s.new_empty(s.shape) for s in states]
     seq, saved = [], []
@@ -409,64 +223,82 @@ def _fake_backward(
     return dx, [s.new_empty(s.shape) for s in states], dparams
 
 
-def _setup_layer(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    cell, x, states, params, lengths, batch_sizes, reset, save, _ = inputs
-    y, _, seq, saved = output
-    ctx.plan = _Plan(cell, len(states), len(params))
-    ctx.save, ctx.dtype = save, x.dtype
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*saved)
-    ctx.save_for_backward(lengths, batch_sizes, reset, x, *states, *params, y, *seq, *saved)
+class _OperatorFunction(_LayerFunction):
+    """_LayerFunction with what it kept among the results: (y, *last, *seq, *saved)."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, *flat: Tensor | None) -> Any:
+        out = _kept(ctx, plan, flat)
+        ctx.mark_non_differentiable(*out.saved)
+        return (out.y, *out.last, *out.seq, *out.saved)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return _LayerFunction.backward(ctx, *grads[: ctx.plan.outputs])
 
 
-def _registered_backward(ctx: Any, dy: Any, dlast: Any, dseq: Any, dsaved: Any) -> tuple[Any, ...]:
-    plan: _Plan = ctx.plan
-    if not ctx.save:
-        raise RuntimeError("fastrnn::layer was called with save=False: there is nothing to differentiate")
+def _no_transforms() -> None:
+    if transforms.active():  # forward-mode AD would drop the tangents without a word
+        raise RuntimeError(
+            "torch.ops.fastrnn knows no transforms of torch.func and no forward-mode AD: use a fastrnn "
+            "module or fastrnn.functional, which do"
+        )
+
+
+def _autograd_layer(
+    cell: str,
+    x: Tensor,
+    states: list[Tensor],
+    params: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    save: bool,
+    return_states: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    _no_transforms()
+    inputs = Inputs(cell, x, states, params, lengths, batch_sizes, reset)
+    if not _any_needs_grad(x, *states, *params):
+        y, last, seq, saved = call(inputs, save, return_states)
+        return y, last, seq, saved
+    plan = Plan(cell, len(states), len(params))
+    apply: Any = _OperatorFunction.apply
+    y, *rest = apply(plan, *inputs.masks, x, *states, *params)
     S = plan.states
-    inputs, outputs, kept = _unpack(plan, ctx.saved_tensors)
-    grads = [dy, *(dlast or [None] * S), *(dseq or [None] * (S - 1))]
-    dy, dlast, dseq = _split_grads(S, grads, outputs)
-    needs_x = ctx.needs_input_grad[1]
-    needs_params = any(p.requires_grad for p in inputs.params)
-    given = _run_backward(inputs, dy, dlast, dseq, kept, S, needs_x, needs_params)
-    dparams = list(given[1 + S :]) if needs_params else [None] * plan.params
-    return None, given[0], list(given[1 : 1 + S]), dparams, None, None, None, None, None
+    last, seq, saved = rest[:S], rest[S : plan.outputs - 1], rest[plan.outputs - 1 :]
+    return y, last, seq if save or return_states else [], saved if save else []
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
-    cell, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved, *_ = inputs
-    ctx.plan = _Plan(cell, len(states), len(params))
-    ctx.given = [dy is not None, bool(dlast), bool(dseq)]
-    ctx.shapes = [y.shape, *(s.shape for s in states), *(s.shape for s in seq)]
-    ctx.none = [None] * len(seq), [None] * len(saved)
-    ctx.set_materialize_grads(False)
-    grads = [g for g in (dy, *dlast, *dseq) if g is not None]
-    ctx.save_for_backward(lengths, batch_sizes, reset, x, *states, *params, *grads)
-
-
-def _registered_double_backward(ctx: Any, ddx: Any, ddstates: Any, ddparams: Any) -> tuple[Any, ...]:
-    plan: _Plan = ctx.plan
-    S, flat = plan.states, ctx.saved_tensors
-    primals, given = flat[3 : 4 + S + plan.params], list(flat[4 + S + plan.params :])
-    # A gradient that did not come is zero.
-    present = [ctx.given[0]] + [ctx.given[1]] * S + [ctx.given[2]] * (S - 1)
-    dense = [
-        given.pop(0) if there else primals[0].new_zeros(shape)
-        for there, shape in zip(present, ctx.shapes, strict=True)
-    ]
-    # One that was not asked for came back with no elements.
-    asked = [ddx, *(ddstates or [None] * S), *(ddparams or [None] * plan.params)]
-    grads = [
-        torch.zeros_like(p) if g is None or g.shape != p.shape else g
-        for g, p in zip(asked, primals, strict=True)
-    ]
-    out = list(_double_backward(plan, flat[:3], 2 * S, (*dense, *primals), grads))
-    dy = out[0] if ctx.given[0] else None
-    dlast = out[1 : 1 + S] if ctx.given[1] else []
-    dseq = out[1 + S : 2 * S] if ctx.given[2] else []
-    dx, dstates, dparams = out[2 * S], out[2 * S + 1 : 3 * S + 1], out[3 * S + 1 :]
-    return None, dy, dlast, dseq, dx, dstates, dparams, None, None, None, None, *ctx.none, None, None
+def _autograd_backward(
+    cell: str,
+    dy: Tensor | None,
+    dlast: list[Tensor],
+    dseq: list[Tensor],
+    x: Tensor,
+    states: list[Tensor],
+    params: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+    y: Tensor,
+    seq: list[Tensor],
+    saved: list[Tensor],
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    _no_transforms()
+    S, plan = len(states), Plan(cell, len(states), len(params))
+    inputs = Inputs(cell, x, states, params, lengths, batch_sizes, reset)
+    if _any_needs_grad(*(g for g in (dy, *dlast, *dseq) if g is not None), x, *states, *params):
+        needs = (False,) * MASKS + (need_x,) + (True,) * S + (need_params,) * plan.params
+        none: list[Any] = [None]
+        grads = (dy, *(dlast or none * S), *(dseq or none * (S - 1)))
+        flat: Any = (*inputs.masks, x, *states, *params)
+        given: Any = _composed(plan, needs, flat, grads, (y, *states, *seq))
+    else:
+        given = run_backward(inputs, dy, dlast, dseq, (y, *seq, *saved), need_x, need_params)
+    dx, *others = given
+    return x.new_empty(0) if dx is None else dx, list(others[:S]), list(others[S:]) if need_params else []
 
 
 def _layer_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any) -> int:
@@ -497,7 +329,6 @@ if LOADED:
     _register_flops()
     torch.library.register_fake("fastrnn::layer", _fake_layer)
     torch.library.register_fake("fastrnn::layer_backward", _fake_backward)
-    torch.library.register_autograd("fastrnn::layer", _registered_backward, setup_context=_setup_layer)
-    torch.library.register_autograd(
-        "fastrnn::layer_backward", _registered_double_backward, setup_context=_setup_backward
-    )
+    _LIBRARY = torch.library.Library("fastrnn", "IMPL")
+    _LIBRARY.impl("layer", _autograd_layer, "Autograd")
+    _LIBRARY.impl("layer_backward", _autograd_backward, "Autograd")

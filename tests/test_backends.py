@@ -103,16 +103,6 @@ def test_only_auto_falls_back(name):
     assert half(x.half())[0].dtype == torch.float16
 
 
-def test_an_explicit_backend_does_not_fall_back_under_transforms():
-    x, states, params = random_case("gru", 3, 2, 2, 3)
-
-    def loss(x):
-        return functional.layer("gru", x, states, params)[0].sum()
-
-    with fastrnn.backend("cpu"), pytest.raises(fastrnn.BackendError, match="transform"):
-        torch.func.grad(loss)(x)
-
-
 def test_explain():
     x = torch.randn(4, 1, 2)
     said = fastrnn.explain(fastrnn.GRU(2, 3, reset_after=False), x)

@@ -13,7 +13,7 @@ import torch
 from helpers import MASKS, random_case, random_masks
 
 import fastrnn
-from fastrnn import functional, ops
+from fastrnn import functional, kernels
 from fastrnn.reference import CELLS
 
 # T, B, I, H: single elements, odd sizes, more than one chunk of time, units beyond a vector.
@@ -66,11 +66,11 @@ def test_parity_projection(P, D, mask):
     assert_agree("lstm", x, states, params, masks)
 
 
-@pytest.mark.parametrize("isa", ops.instruction_sets())
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("cell", CELLS)
 def test_each_instruction_set(cell, isa, monkeypatch):
     monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
-    assert ops.instruction_set() == isa
+    assert kernels.instruction_set() == isa
     x, states, params = random_case(cell, 9, 11, 5, 37, D=2)
     assert_agree(cell, x, states, params, {"lengths": torch.randint(0, 10, (11,))})
     # One row a step, packed; then few enough rows that the weights are read where torch keeps them.
@@ -95,7 +95,7 @@ RIVALS = {
 }
 
 
-@pytest.mark.parametrize("isa", ops.instruction_sets())
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize(
     "shape", [(60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40)], ids=str
 )

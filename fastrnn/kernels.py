@@ -1,0 +1,163 @@
+"""The compiled operators: loading them, checking what they are given, and calling their kernels.
+
+One pair of operators serves every cell: `torch.ops.fastrnn.layer` and `layer_backward` (csrc/ops.cpp).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import CELLS, split_params
+
+
+def _load() -> str | None:
+    path = Path(__file__).parent / "_C.abi3.so"
+    if not path.exists():
+        return f"{path.name} is not built: run `pip install .` in fastrnn's sources"
+    try:
+        torch.ops.load_library(os.fspath(path))
+    except OSError as error:
+        return str(error)
+    return None
+
+
+LOAD_ERROR = _load()
+LOADED = LOAD_ERROR is None
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this build has kernels for and that this processor runs, best last."""
+    return list(torch.ops.fastrnn.instruction_sets()) if LOADED else []
+
+
+def instruction_set() -> str:
+    """The instruction set in force: the best, or the one that FASTRNN_CPU_ISA names."""
+    return str(torch.ops.fastrnn.instruction_set()) if LOADED else "none"
+
+
+class Inputs(NamedTuple):
+    """The arguments of a layer, as the operators take them; see `functional.layer`."""
+
+    cell: str
+    x: Tensor
+    states: list[Tensor]
+    params: list[Tensor]
+    lengths: Tensor | None
+    batch_sizes: Tensor | None
+    reset: Tensor | None
+
+    @property
+    def masks(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.lengths, self.batch_sizes, self.reset
+
+
+class Outputs(NamedTuple):
+    y: Tensor
+    last: list[Tensor]
+    seq: list[Tensor]  # sequences of the states after h
+    saved: list[Tensor]
+
+
+def check(inputs: Inputs) -> None:
+    """Says what was expected and what came: a ValueError, for dtypes a RuntimeError as in torch."""
+    cell, x, states, params, lengths, batch_sizes, reset = inputs
+    spec = CELLS[cell]
+    if x.dim() != (2 if batch_sizes is not None else 3):
+        raise ValueError(
+            f"{cell}: the input must be [T, B, I], or [N, I] with batch_sizes, got {list(x.shape)}"
+        )
+    if len(states) != spec.states or states[0].dim() != 3:
+        found = ", ".join(str(list(s.shape)) for s in states)
+        raise ValueError(f"{cell}: states must be {spec.states} of shape [D, B, .], got {found or 'none'}")
+    directions, batch = states[0].shape[0], states[0].shape[1]
+    if directions not in (1, 2) or len(params) % directions or not 2 <= len(params) // directions <= 5:
+        raise ValueError(
+            "params must be (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each of 1 or 2 directions, "
+            f"got {len(params)} tensors for {directions} directions"
+        )
+    if batch_sizes is None and x.shape[1] != batch:
+        raise ValueError(f"{cell}: the input is of {x.shape[1]} sequences, the states are of {batch}")
+    for name, mask, shape, dtype in (
+        ("lengths", lengths, (batch,), torch.int64),
+        ("batch_sizes", batch_sizes, (batch_sizes.numel() if batch_sizes is not None else 0,), torch.int64),
+        ("reset", reset, tuple(x.shape[:2]), torch.bool),
+    ):
+        if mask is not None and (tuple(mask.shape) != shape or mask.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype} {list(shape)}, got {mask.dtype} {list(mask.shape)}")
+    if batch_sizes is not None and (lengths is not None or reset is not None):
+        raise ValueError("batch_sizes cannot be combined with lengths or reset")
+    rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
+    for p in split_params(params, directions):
+        P = H if p.w_hr is None else p.w_hr.shape[0]
+        if p.w_hr is not None and not spec.projectable:
+            raise ValueError(f"{cell} takes no projection")
+        wanted = [
+            ("w_ih", p.w_ih, (H * spec.gates, x.shape[-1])),
+            ("w_hh", p.w_hh, (rows, P)),
+            ("b_ih", p.b_ih, (rows,)),
+            ("b_hh", p.b_hh, (rows,)),
+            ("w_hr", p.w_hr, (P, H)),
+        ]
+        wanted += [(f"state {i}", s, (directions, batch, H if i else P)) for i, s in enumerate(states)]
+        for name, tensor, shape in wanted:
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"{cell}: {name} must be {list(shape)}, got {list(tensor.shape)}")
+            if tensor is not None and tensor.dtype != x.dtype:
+                raise RuntimeError(f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}")
+
+
+class Plan(NamedTuple):
+    """How the flat arguments of an autograd.Function fall into inputs."""
+
+    cell: str
+    states: int
+    params: int
+
+    @property
+    def outputs(self) -> int:
+        """How many (y, *last, *seq) are."""
+        return 2 * self.states
+
+    def inputs(self, flat: Sequence[Tensor | None]) -> Inputs:
+        # (lengths, batch_sizes, reset, x, *states, *params)
+        lengths, batch_sizes, reset, x = flat[:4]
+        states = [s for s in flat[4 : 4 + self.states] if s is not None]
+        params = [p for p in flat[4 + self.states : 4 + self.states + self.params] if p is not None]
+        assert x is not None
+        return Inputs(self.cell, x, states, params, lengths, batch_sizes, reset)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type of the kernels' arithmetic, and of the sequences of states after h."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
+    """The kernel, past the registered autograd rule: that is Python, and takes 15 us to do nothing."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return Outputs(*torch.ops.fastrnn.layer.default(*inputs, save, return_states))
+
+
+def run_backward(
+    inputs: Inputs,
+    dy: Tensor | None,
+    dlast: list[Tensor],
+    dseq: list[Tensor],
+    saved: Sequence[Tensor],
+    need_x: bool,
+    need_params: bool,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x, states and params, None where not asked for; saved: y, seq, then the gates."""
+    cell, x, states, params, *masks = inputs
+    y, seq, gates = saved[0], list(saved[1 : len(states)]), list(saved[len(states) :])
+    with torch._C._AutoDispatchBelowAutograd():
+        dx, dstates, dparams = torch.ops.fastrnn.layer_backward.default(
+            cell, dy, dlast, dseq, x, states, params, *masks, y, seq, gates, need_x, need_params
+        )
+    return (dx if need_x else None, *dstates, *(dparams if need_params else [None] * len(params)))
