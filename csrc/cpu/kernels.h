@@ -60,7 +60,7 @@ cpu::Kernels<E> kernels() {
 #define FASTRNN_ENTRY(Cell) cell_kernels<Cell, E>(),
   static constexpr cpu::CellKernels<E> cells[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
 #undef FASTRNN_ENTRY
-  return {Simd<E>::W, sizeof(cells) / sizeof(cells[0]), cells, &pack<E>};
+  return {Simd<E>::W, sizeof(cells) / sizeof(cells[0]), cells, &pack<E>, &small_product<E>};
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

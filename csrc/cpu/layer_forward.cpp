@@ -46,9 +46,7 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
   scan.H = H;
   scan.P = P;
   const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H;
-  // A single column is not padded: the library would take another path than for the saved gates, with other
-  // bits.
-  const int64_t ld_gx = columns == 1 ? 1 : padded<E>(columns);
+  const int64_t ld_gx = padded<E>(columns);
   const int64_t steps = chunk_steps(a, columns, sizeof(E));
   int64_t weight_bytes = 0;
 

@@ -38,11 +38,12 @@ template <class E>
 struct Weight {
   enum Layout {
     kPacked,  // [units/W][K][G][W]
-    kRows,    // [G][units][K]: dot products along k
-    kColumns  // [K][units], G = 1, whole vectors of units
+    kRows,    // [G][units][K], rows of ld: dot products along k
+    kColumns  // [K][units], rows of ld, G = 1, whole vectors of units
   };
   const E* data = nullptr;
   Layout layout = kPacked;
+  int64_t ld = 0;
   explicit operator bool() const { return data; }
 };
 
@@ -108,6 +109,18 @@ struct Pack {
   int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
 };
 
+// out [rows][units] = a [rows][K] w, or += it.
+template <class E>
+struct SmallProduct {
+  int64_t rows, K, units;
+  const E* a;
+  int64_t lda;
+  Weight<E> w;  // kRows or kColumns
+  E* out;
+  int64_t ld_out;
+  bool accumulate;
+};
+
 // One entry of an instruction set's table.
 template <class E>
 struct CellKernels {
@@ -127,6 +140,7 @@ struct Kernels {
   int count;
   const CellKernels<E>* cells;
   void (*pack)(const Pack&, E* dst, int64_t block0, int64_t block1);
+  void (*small_product)(const SmallProduct<E>&, int64_t block0, int64_t block1);  // blocks of units
 };
 
 struct InstructionSet {

@@ -86,8 +86,8 @@ FASTRNN_HD E sum_of(const E* v) {
 // The same tile from w [G][units][K] where torch keeps it, for one block of units: packing it would cost more
 // than the few rows gain. out [M][1][G][W].
 template <class E, int G, int M>
-__attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int64_t units, int64_t K,
-                                        int lanes, const E* bias, int64_t ld_bias, E* out) {
+__attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int64_t gate, int64_t ld,
+                                        int64_t K, int lanes, const E* bias, int64_t ld_bias, E* out) {
   using S = Simd<E>;
   constexpr int kDots = M == 1 ? 8 : 4;  // enough sums at once that none waits for the multiply-add
   const int64_t whole = K / S::W * S::W;
@@ -99,7 +99,7 @@ __attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int
 #pragma GCC unroll 8
       for (int j = 0; j < kDots; ++j) {
         const int lane = first + j < lanes ? first + j : lanes - 1;
-        row[j] = w + (g * units + lane) * K;
+        row[j] = w + g * gate + lane * ld;
 #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) acc[j][m] = S(0);
       }
@@ -171,7 +171,8 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const int wide = dots ? 1 : rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
   const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
   const bool packed = weight.layout == cpu::Weight<E>::kPacked;
-  const int64_t step = packed ? G * S::W : units, block = packed ? K * G * S::W : dots ? S::W * K : S::W;
+  const int64_t step = packed ? G * S::W : weight.ld;
+  const int64_t block = packed ? K * G * S::W : dots ? S::W * weight.ld : S::W;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
     const int U = at < wides ? wide : 1;
@@ -194,7 +195,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                          : M == 2 ? &dot_tile<E, G, 2>
                          : M == 3 ? &dot_tile<E, G, 3>
                                   : &dot_tile<E, G, 4>;
-        run(a_r, lda, w, units, K, lanes, bias_b, ld_bias, out);
+        run(a_r, lda, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
       } else if (U == 1) {
         tile_of<E, G, 1, Tile::kRows>(M, a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
       } else if (rows == 1) {
@@ -210,6 +211,28 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         const int64_t left = units - unit;
         epilogue(r + mu / U, unit, static_cast<int>(left < S::W ? left : S::W), v);
       }
+    }
+  }
+}
+
+// Blocks [block0, block1) of a product whose weight is read where it lies.
+template <class E>
+void small_product(const cpu::SmallProduct<E>& p, int64_t block0, int64_t block1) {
+  using S = Simd<E>;
+  const auto store = [&](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
+    E* to = p.out + row * p.ld_out + unit;
+    (p.accumulate ? S::load(to, lanes) + v[0] : v[0]).store(to, lanes);
+  };
+  const bool columns = p.w.layout == cpu::Weight<E>::kColumns;
+  const int64_t whole = columns && block1 * S::W > p.units ? p.units / S::W : block1;
+  product<1>(0, p.rows, block0, whole, p.units, p.a, p.lda, p.w, p.K, static_cast<const E*>(nullptr), 0,
+             false, Reads<E>{}, store);
+  for (int64_t u = whole * S::W; u < p.units && u < block1 * S::W; ++u) {  // columns past the last vector
+    for (int64_t r = 0; r < p.rows; ++r) {
+      E sum = 0;
+      for (int64_t k = 0; k < p.K; ++k) sum += p.a[r * p.lda + k] * p.w.data[k * p.w.ld + u];
+      E& to = p.out[r * p.ld_out + u];
+      to = p.accumulate ? to + sum : sum;
     }
   }
 }

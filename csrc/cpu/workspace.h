@@ -108,16 +108,61 @@ struct Matrix {
   }
 };
 
-// out = a b, or out += a b. The shims call the CPU kernels themselves: no dispatcher, so no autograd and no
-// autocast.
+// out = a b, or out += a b, by the BLAS. The shims call the CPU kernels themselves: no dispatcher, so no
+// autograd and no autocast.
 template <class E>
-void multiply(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate = false) {
-  if (out.rows == 0 || out.columns == 0) return;
+void blas(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate) {
   const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
   const auto error = accumulate
                          ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
                          : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get());
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "matrix product failed");
+}
+
+// The same for one row, by our own kernel.
+template <class E>
+void multiply_row(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate) {
+  std::vector<E> gathered;
+  const E* left = a.data;
+  if (a.column_stride != 1) {
+    for (int64_t k = 0; k < a.columns; ++k) gathered.push_back(a.data[k * a.column_stride]);
+    left = gathered.data();
+  }
+  const Weight<E> w = b.row_stride == 1 ? Weight<E>{b.data, Weight<E>::kRows, b.column_stride}
+                                        : Weight<E>{b.data, Weight<E>::kColumns, b.row_stride};
+  E* to = const_cast<E*>(out.data);
+  if (out.column_stride != 1) {  // one column, transposed: elements that are apart
+    for (int64_t j = 0; j < out.columns; ++j) {
+      multiply_row<E>({to + j * out.column_stride, 1, 1, 1}, {left, 1, a.columns, a.columns},
+                      {b.data + j * b.column_stride, a.columns, 1, b.row_stride}, accumulate);
+    }
+    return;
+  }
+  const SmallProduct<E> p{1, a.columns, b.columns, left, a.columns, w, to, b.columns, accumulate};
+  const Kernels<E>& k = kernels<E>();
+  for_rows(ceil_div(b.columns, k.width), a.columns * k.width,
+           [&](int64_t begin, int64_t end) { k.small_product(p, begin, end); });
+}
+
+// out = a b, or out += a b; of each, the rows or the columns are contiguous. The bits do not depend on the
+// number of threads: a BLAS shares out the long sums of a small product, so it gets them in pieces that MKL
+// leaves whole (tried for 1 to 8 threads), and those of a single row or column at any length, so these are
+// ours.
+template <class E>
+void multiply(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate = false) {
+  if (out.rows == 0 || out.columns == 0) return;
+  if (out.rows == 1) return multiply_row(out, a, b, accumulate);
+  if (out.columns == 1) return multiply_row(out.transposed(), b.transposed(), a.transposed(), accumulate);
+  constexpr int64_t kFewRows = 16, kLarge = 1 << 16;
+  const int64_t longest = std::min(out.rows, out.columns) <= kFewRows ? 128
+                          : out.rows * out.columns < kLarge           ? 256
+                                                                      : 512;
+  const int64_t pieces = std::max<int64_t>(1, ceil_div(a.columns, longest));
+  for (int64_t i = 0; i < pieces; ++i) {
+    const int64_t k0 = a.columns * i / pieces, k = a.columns * (i + 1) / pieces - k0;
+    blas<E>(out, {a.data + k0 * a.column_stride, a.rows, k, a.row_stride, a.column_stride},
+            {b.data + k0 * b.row_stride, k, b.columns, b.row_stride, b.column_stride}, accumulate || i > 0);
+  }
 }
 
 inline void check_dtype(const Tensor& x) {
@@ -168,8 +213,8 @@ Weight<E> weight(Arena& arena, const LayerArgs& a, const Pack& p) {
   constexpr int64_t kFewRows = 16;
   const bool few = a.T * a.B <= kFewRows;
   const E* src = static_cast<const E*>(p.src);
-  if (few && p.k_stride == 1) return {src, Weight<E>::kRows};
-  if (few && p.units % kernels<E>().width == 0) return {src, Weight<E>::kColumns};
+  if (few && p.k_stride == 1) return {src, Weight<E>::kRows, p.unit_stride};
+  if (few && p.units % kernels<E>().width == 0) return {src, Weight<E>::kColumns, p.k_stride};
   return {packed<E>(arena, p), Weight<E>::kPacked};
 }
 
