@@ -15,7 +15,9 @@ from . import kernels
 from .reference import CELLS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
-CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+# What torch's autocast casts; float64 it leaves alone.
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class BackendError(RuntimeError):
@@ -103,12 +105,12 @@ def _why_not_cpu(x: Tensor) -> str | None:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The type that autocast, where it is on, wants x in. As in torch, float64 is left alone."""
+    """The type that autocast, where it is on, wants x in."""
     device = x.device.type
     # is_autocast_enabled raises for meta; torch 2.11's compiler cannot trace is_autocast_available.
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if x.dtype not in AUTOCAST_DTYPES:
         return None
     return torch.get_autocast_dtype(device)
 

@@ -10,10 +10,11 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import kernels, ops, reference
-from .backends import autocast_dtype, choose
+from .backends import AUTOCAST_DTYPES, autocast_dtype, choose
 from .reference import CELLS
 
 
@@ -24,6 +25,11 @@ class _Recorder(threading.local):
 
 
 RECORDER = _Recorder()
+
+
+def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """As autocast does it: what it leaves alone is then refused, rather than rounded in silence."""
+    return [t.to(dtype) if t.dtype in AUTOCAST_DTYPES else t for t in tensors]
 
 
 def layer(
@@ -53,7 +59,7 @@ def layer(
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, states, params = x.to(dtype), [s.to(dtype) for s in states], [p.to(dtype) for p in params]
+        x, states, params = x.to(dtype), _cast(states, dtype), _cast(params, dtype)
     if cell not in CELLS:
         raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
     inputs = kernels.Inputs(cell, x, list(states), list(params), lengths, batch_sizes, reset)

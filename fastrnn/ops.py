@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import transforms
 from .kernels import LOADED, Inputs, Outputs, Plan, call, check, compute_dtype, run_backward
-from .reference import CELLS
+from .reference import CELLS, rounded
 from .transforms import MASKS, backward_reference
 
 
@@ -142,6 +142,9 @@ def _any_needs_grad(*tensors: Tensor) -> bool:
 def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """`functional.layer` by the compiled operators."""
     cell, x, states, params, *masks = inputs
+    if x.dtype == torch.float16:
+        check(inputs)
+        return rounded(layer(inputs.wide(), return_states), x.dtype)
     in_graph = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
     if transforms.active():
         check(inputs)

@@ -108,6 +108,14 @@ def split_params(params: Sequence[Tensor], directions: int) -> list[DirectionPar
     return groups
 
 
+def rounded(
+    result: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """A layer's result in another dtype."""
+    y, last, seq = result
+    return y.to(dtype), tuple(s.to(dtype) for s in last), tuple(s.to(dtype) for s in seq)
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -127,6 +135,16 @@ def layer(
     returns     y [T, B, D*P] (packed: [N, D*P]), the last states [D, B, .], and the sequences of
                 the states after the first, each [D, T, B, H] (packed: [D, N, H])
     """
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # it would round the products below
+        with torch.autocast(device, enabled=False):
+            return layer(cell, x, states, params, lengths, batch_sizes, reset)
+    if x.dtype in (torch.float16, torch.bfloat16):
+        # As in the kernels: 16 bits are for what is kept, the arithmetic is float32's, rounded once.
+        first, *states_params = (t.float() for t in (x, *states, *params))
+        S = len(states)
+        wide = layer(cell, first, states_params[:S], states_params[S:], lengths, batch_sizes, reset)
+        return rounded(wide, x.dtype)
     if batch_sizes is not None:
         return _packed_layer(cell, x, states, params, batch_sizes)
     D = states[0].shape[0]

@@ -223,7 +223,7 @@ def test_frozen_parts_get_no_gradient(cell):
 def test_autocast(cell):
     kind, _, extra = LAYERS[cell]
     layer = kind(IN, H, 2, **extra)
-    x, hx = torch.randn(T, B, IN), tensors(hidden(layer, B))
+    x, hx = torch.randn(T, B, IN), [h.float() for h in tensors(hidden(layer, B))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = [layer(x), layer(x.bfloat16(), hx if layer.mode == "LSTM" else hx[0])]
         # As in torch, autocast leaves float64 alone.
