@@ -156,6 +156,15 @@ def test_cells_under_autocast_err_no_more_than_torchs(name, dtype):
     assert (ratios(f"cell:{name}", dtype, True) <= 1.05).all()
 
 
+@each_reduced
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "plain"])
+@each_any_layer
+def test_the_reference_errs_no_more_than_torch(name, autocast, dtype):
+    """It serves what has no kernels: tensors of other devices."""
+    with fastrnn.backend("reference"):
+        assert (ratios(name, dtype, autocast) <= 1.05).all()
+
+
 @pytest.mark.parametrize("options", [{}, DEEP], ids=["one", "deep"])
 @each_any_layer
 def test_float16_errs_no_more_than_torch(name, options):
