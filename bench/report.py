@@ -159,6 +159,11 @@ def table(records: list[Record], peak: float) -> str:
     return "\n".join(lines)
 
 
+def disturbed(about: dict[str, Any]) -> bool:
+    """With a neighbour on one core torch's spinning threads have been seen to take 1000 times as long."""
+    return bool(about["steal"] + about["other_processes"] > 0.1)
+
+
 def describe(about: dict[str, Any]) -> str:
     text = (
         f"{about['cpu']}, {about['cpus']} CPUs, {about['threads']} threads, torch {about['torch']}\n"
@@ -167,8 +172,7 @@ def describe(about: dict[str, Any]) -> str:
         f"load average {about['load_average']}, CPU steal {about['steal']:.1%}, "
         f"other processes had {about['other_processes']:.1%} of the CPU time"
     )
-    if about["steal"] + about["other_processes"] > 0.1:
-        # With a neighbour on one core torch's spinning threads have been seen to take 1000 times as long.
+    if disturbed(about):
         text += "\nWARNING: the machine was busy with other things: these figures prove nothing, run again"
     return text
 
@@ -210,7 +214,12 @@ def write_plot(path: Path, records: list[Record], about: dict[str, Any]) -> None
         axis.set_xticks(range(len(shapes)), [f"T{s.T} B{s.B}\nH{s.H}" for s in shapes])
         axis.set_ylabel(f"{mode}: torch.nn's time / ours")
         axis.legend()
-    figure.suptitle(f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}", fontsize=9)
+    warning = (
+        "\nThe machine was busy with other things: these figures prove nothing" if disturbed(about) else ""
+    )
+    figure.suptitle(
+        f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}{warning}", fontsize=9
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

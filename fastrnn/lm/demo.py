@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import sys
 import time
@@ -24,6 +23,7 @@ NAMES = {"fastrnn": "fastrnn", "torch": "torch.nn"}
 BLOCK_STEPS = 4
 FIRST_STEPS = 50
 GENERATED = 400
+MOST_SPREAD = 3  # of the ratios, on a machine that does nothing else
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,11 @@ def alternate(trainers: dict[str, Trainer], seconds: float, interrupt: Interrupt
             spent: dict[str, float] = {}
             for name in order:
                 for _ in range(BLOCK_STEPS):
-                    loss = trainers[name].train_step()
-                    progress.update(f"{NAMES[name]:8s} loss {loss:.4f}")
+                    trainers[name].train_step()
                 spent[name] = sum(trainers[name].seconds[-BLOCK_STEPS:])
             ratios.append(spent["torch"] / spent["fastrnn"])
+            last = (f"{shown} loss {trainers[name].losses[-1]:.4f}" for name, shown in NAMES.items())
+            progress.update(", ".join(last), BLOCK_STEPS)
             order.reverse()
     finally:
         progress.close()
@@ -96,7 +97,6 @@ def demo(
         f"{torch.get_num_threads()} threads, fastrnn {__version__}, torch {torch.__version__}",
         flush=True,
     )
-    _print_load()
     trainers = {name: Trainer(replace(config, implementation=name), corpus, device) for name in NAMES}
     with interrupts() as interrupt:
         outcome = alternate(trainers, seconds, interrupt)
@@ -117,20 +117,9 @@ def demo(
         raise UserError(f"cannot write {files['sample.txt']}: {os_reason(error)}") from error
     written = ["demo.pt", "sample.txt"]
     if report.available():
-        report.plot(files["demo.png"], curves, f"{layer} {config.hidden} on characters")
+        report.plot(files["demo.png"], curves, f"{config.layers} x {layer}({config.hidden}) on characters")
         written.append("demo.png")
     print(f"written to {folder}: {', '.join(written)}")
-
-
-def _print_load() -> None:
-    """Warns on a busy machine: threads that wait for a core distort a comparison several times over."""
-    if not hasattr(os, "getloadavg"):
-        return
-    load, cores = os.getloadavg()[0], os.cpu_count() or 1
-    if load > 0.5 * cores:
-        print(
-            f"note: other programs run here (load {load:.1f} on {cores} cores), times are not to be trusted"
-        )
 
 
 def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
@@ -145,15 +134,23 @@ def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
     low, high = min(outcome.ratios), max(outcome.ratios)
     print(f"{theirs} / {ours} training time: {outcome.ratio:.2f}x")
     print(f"  median of {len(outcome.ratios)} pairs of blocks, from {low:.2f}x to {high:.2f}x")
+    if high > MOST_SPREAD * low:
+        print("  note: so wide a range means that other programs run here; times are not to be trusted")
     print(
         f"largest relative difference of the loss curves: {outcome.difference(first):.1e} "
         f"in the first {first} steps, {outcome.difference():.1e} in all {steps}"
     )
+    if steps > first:
+        print("  training amplifies rounding: so would torch.nn's curves part, begun 1e-7 apart")
 
 
 def _print_perplexities(trainers: dict[str, Trainer], corpus: Corpus, layer: str) -> None:
     bigram = MarkovModel(len(corpus.vocabulary), order=1).fit(corpus.train)
     print("validation perplexity per character:")
-    for name, trainer in trainers.items():
-        print(f"  {NAMES[name] + '.' + layer:14s} {trainer.validate():8.3f}")
-    print(f"  {'bigram Markov':14s} {float(bigram.perplexity(corpus.valid)):8.3f}", flush=True)
+    reached = {name: trainer.validate() for name, trainer in trainers.items()}
+    for name, perplexity in reached.items():
+        print(f"  {NAMES[name] + '.' + layer:14s} {perplexity:8.3f}")
+    counted = float(bigram.perplexity(corpus.valid))
+    print(f"  {'bigram Markov':14s} {counted:8.3f}", flush=True)
+    if reached["fastrnn"] > counted:
+        print("  not yet ahead of counting pairs of characters: give it more time, --seconds 300")

@@ -26,14 +26,14 @@ class Progress:
                 return
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True)
 
-    def update(self, text: str) -> None:
-        """One step more; text says how it went."""
-        self._step += 1
+    def update(self, text: str, steps: int = 1) -> None:
+        """So many steps more; text says how they went."""
+        self._step += steps
         if self._silent:
             return
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
-            self._bar.update(1)
+            self._bar.update(steps)
             return
         now = time.monotonic()
         if now - self._printed >= SECONDS_BETWEEN_LINES or self._step == self._total:

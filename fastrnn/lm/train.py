@@ -114,7 +114,7 @@ class Trainer:
     def restore(self, saved: dict[str, Any], path: str) -> None:
         """Takes over the fields of a checkpoint read from `path`."""
         if saved["digest"] != self.corpus.digest:
-            raise UserError(f"{path} was trained on another text: give the same --data to resume")
+            raise UserError(f"{path} was trained on another text: give the --data that it was trained on")
         try:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
