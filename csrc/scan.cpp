@@ -1,6 +1,7 @@
 #include "scan.h"
 
 #include <algorithm>
+#include <memory>
 #include <numeric>
 
 namespace fastrnn {
@@ -32,6 +33,16 @@ const int64_t* check_indices(const std::string& name, const Tensor& t, int64_t c
 }
 
 }  // namespace
+
+std::string take_string(StringHandle handle) {
+  const std::unique_ptr<StringOpaque, decltype(&torch_delete_string)> owner(handle, &torch_delete_string);
+  const char* data = nullptr;
+  size_t length = 0;
+  STD_TORCH_CHECK(torch_string_c_str(handle, &data) == AOTI_TORCH_SUCCESS &&
+                      torch_string_length(handle, &length) == AOTI_TORCH_SUCCESS,
+                  "not a string");
+  return {data, length};
+}
 
 LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& states,
                       const TensorList& params, const OptionalTensor& lengths,

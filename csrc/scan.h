@@ -19,6 +19,10 @@ using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using TensorList = std::vector<Tensor>;
 
+// A string argument, which the operator is to free. As a std::string it would leak: unboxing to one, torch
+// 2.13's headers allocate another that nobody frees, 48 bytes a call (pytorch/pytorch#191340).
+std::string take_string(StringHandle handle);
+
 // What the checks need to know of a cell.
 struct CellShape {
   int gates, states, saved;

@@ -1,8 +1,12 @@
-"""What the tests of the layers and the cells share: twins of torch.nn's modules, and comparisons."""
+"""What the tests of the layers and the cells share: twins of torch.nn's modules, comparisons, processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,6 +93,31 @@ def assert_same_error(ours: Callable[[], Any], theirs: Callable[[], Any], text: 
     assert type(o.value) is type(t.value), (o.value, t.value)
     if text:
         assert str(o.value) == str(t.value)
+
+
+class Fresh:
+    """A call of a tests' function, "module.function", in a process of its own. One that takes longer than
+    `seconds` says where it hangs, and ends."""
+
+    def __init__(self, function: str, *args: Any, seconds: int = 120, **environment: str) -> None:
+        code = (
+            f"import faulthandler; faulthandler.dump_traceback_later({seconds}, exit=True)\n"
+            f"import {function.partition('.')[0]}; {function}(*{args!r})"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            env=dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), **environment),
+            cwd=Path(__file__).parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self) -> str:
+        """What it printed; fails with its messages where it failed."""
+        out, errors = self.process.communicate()
+        assert self.process.returncode == 0, errors
+        return out
 
 
 # Cases for the functional layer: inputs, states and flat parameters of any registered cell.

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import MASKS, random_case, random_masks
+from helpers import MASKS, Fresh, random_case, random_masks
 
 import fastrnn
 from fastrnn import functional, kernels
@@ -193,13 +189,7 @@ def poisoned():
 
 def test_every_element_is_written():
     """New tensors hold NaN and new scratch holds 0x7f bytes, so that an element nobody wrote shows."""
-    code = "import test_kernels; test_kernels.poisoned()"
-    environment = dict(os.environ, MALLOC_PERTURB_="128", PYTHONPATH=os.pathsep.join(sys.path))
-    here = Path(__file__).parent
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, cwd=here, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    Fresh("test_kernels.poisoned", seconds=300, MALLOC_PERTURB_="128").finish()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -321,15 +321,16 @@ class BackwardPass {
   E *x_rows_ = nullptr, *dx_rows_ = nullptr;
 };
 
-std::tuple<Tensor, TensorList, TensorList> layer_backward(std::string cell, OptionalTensor dy,
+std::tuple<Tensor, TensorList, TensorList> layer_backward(StringHandle cell, OptionalTensor dy,
                                                           TensorList dlast, TensorList dseq, Tensor x,
                                                           TensorList states, TensorList params,
                                                           OptionalTensor lengths, OptionalTensor batch_sizes,
                                                           OptionalTensor reset, Tensor y, TensorList seq,
                                                           TensorList saved, bool need_x, bool need_params) {
+  const std::string name = take_string(cell);
   check_dtype(x);
   const auto run = [&]<class E>(E) {
-    return BackwardPass<E>(cell, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq,
+    return BackwardPass<E>(name, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq,
                            saved, need_x, need_params)
         .run();
   };

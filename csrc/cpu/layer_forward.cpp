@@ -147,13 +147,14 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
   return out;
 }
 
-std::tuple<Tensor, TensorList, TensorList, TensorList> layer(std::string cell, Tensor x, TensorList states,
+std::tuple<Tensor, TensorList, TensorList, TensorList> layer(StringHandle cell, Tensor x, TensorList states,
                                                              TensorList params, OptionalTensor lengths,
                                                              OptionalTensor batch_sizes, OptionalTensor reset,
                                                              bool save, bool return_states) {
+  const std::string name = take_string(cell);
   const auto run = x.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
   check_dtype(x);
-  Outputs out = run(cell, x, states, params, lengths, batch_sizes, reset, save, return_states);
+  Outputs out = run(name, x, states, params, lengths, batch_sizes, reset, save, return_states);
   return {std::move(out.y), std::move(out.last), std::move(out.seq), std::move(out.saved)};
 }
 
