@@ -1,19 +1,38 @@
-"""Around one call: threads that call at once, forked children, and sizes past 16 and 31 bits."""
+"""Around one call: processes, threads and signals, and sizes past 16 and 31 bits.
+
+What could hang runs in a process of its own, under a time limit.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shlex
+import signal
 import subprocess
-import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import Fresh
 
 import fastrnn
 
 KINDS = ("LSTM", "GRU", "RNN")
+# Kind, sizes, options, T, B: one row a step; few rows, with weights unpacked; rows and units shared out.
+CASES = (
+    ("LSTM", (16, 64), {}, 40, 1),
+    ("LSTM", (64, 256), {}, 3, 1),
+    ("LSTM", (32, 128), {}, 20, 5),
+    ("LSTM", (16, 64), {"num_layers": 2, "bidirectional": True}, 20, 5),
+    ("LSTM", (16, 96), {"proj_size": 40}, 20, 5),
+    ("GRU", (16, 96), {}, 20, 5),
+    ("GRU", (16, 96), {"reset_after": False}, 20, 5),
+    ("RNN", (16, 64), {"bidirectional": True}, 20, 40),
+)
 
 
 def make(kind, *sizes, **options):
@@ -22,61 +41,177 @@ def make(kind, *sizes, **options):
 
 
 def train(layer, x):
-    """The output, and its gradients for the parameters."""
+    """The output, and its gradients for the input and the parameters."""
+    x = x.detach().requires_grad_()
     y = layer(x)[0]
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), list(layer.parameters()))]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_python_threads_at_once(kind):
+def same(ours, expected):
+    return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+
+
+def python_threads():
+    for kind in KINDS:
+        layer = make(kind, 32, 64, num_layers=2, bidirectional=True)
+        inputs = [torch.randn(20, 3 + i, 32) for i in range(6)]
+        alone = [train(layer, x) for x in inputs]
+        with ThreadPoolExecutor(6) as pool:
+            for _ in range(5):
+                results = pool.map(lambda x, layer=layer: train(layer, x), inputs)
+                assert all(same(*pair) for pair in zip(results, alone, strict=True)), kind
+
+
+def test_python_threads_at_once():
     """Each call has its own team and barrier: the bits are those of calls one after another."""
-    layer = make(kind, 32, 64, num_layers=2, bidirectional=True)
-    inputs = [torch.randn(40, 3 + i, 32) for i in range(6)]
-    alone = [train(layer, x) for x in inputs]
-    with ThreadPoolExecutor(6) as pool:
-        for _ in range(5):
-            for ours, expected in zip(pool.map(lambda x: train(layer, x), inputs), alone, strict=True):
-                assert all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    Fresh("test_processes.python_threads").finish()
 
 
-FORK = """
-import os, signal, torch, fastrnn
-layer = fastrnn.LSTM(64, 128)
-x = torch.randn(30, 8, 64)
-def train():
-    y = layer(x)[0]
-    return torch.autograd.grad(y.square().sum(), list(layer.parameters()))
-expected = train()
-child = os.fork()
-if child == 0:
-    signal.alarm(60)
+def parallel_region(library):
+    """In an OpenMP region every thread calls, and a call's team is that one thread."""
+    cases = [
+        (make(kind, *sizes, **options), torch.randn(T, B, sizes[0])) for kind, sizes, options, T, B in CASES
+    ]
     torch.set_num_threads(1)
-    with torch.no_grad():
-        y = layer(x)[0]
-    os._exit(0 if y.isfinite().all() else 3)
-_, status = os.waitpid(child, 0)
-assert status == 0, status
-assert all(torch.equal(a, b) for a, b in zip(train(), expected))
-"""
+    expected = [train(*case) for case in cases]
+    torch.set_num_threads(4)
+    right = []
+
+    @ctypes.CFUNCTYPE(None)
+    def call():
+        right.extend(same(train(*case), e) for case, e in zip(cases, expected, strict=True))
+
+    ctypes.CDLL(library).parallel_region(4, call)
+    assert right == [True] * 4 * len(CASES)
+    assert same(train(*cases[0]), expected[0]), "a call of the whole team, after the region"
+
+
+def test_threads_of_a_parallel_region(tmp_path):
+    library = tmp_path / "parallel_region.so"
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    source = str(Path(__file__).with_name("parallel_region.cpp"))
+    subprocess.run(
+        [*compiler, "-shared", "-fPIC", "-fopenmp", source, "-o", str(library)], check=True, timeout=60
+    )
+    Fresh("test_processes.parallel_region", str(library)).finish()
+
+
+def tasks():
+    @torch.jit.script
+    def layer(x: torch.Tensor, h: torch.Tensor, params: list[torch.Tensor]) -> torch.Tensor:
+        return torch.ops.fastrnn.layer("gru", x, [h], params, None, None, None, False, False)[0]
+
+    @torch.jit.script
+    def at_once(xs: list[torch.Tensor], h: torch.Tensor, params: list[torch.Tensor]) -> list[torch.Tensor]:
+        tasks = [torch.jit.fork(layer, x, h, params) for x in xs]
+        return [torch.jit.wait(task) for task in tasks]
+
+    gru = make("GRU", 32, 96)
+    params, h = [p.detach() for p in gru.parameters()], torch.zeros(1, 5, 96)
+    xs = [torch.randn(40, 5, 32) for _ in range(16)]
+    expected = [gru(x)[0] for x in xs]
+    for _ in range(5):
+        assert same(at_once(xs, h, params), expected)
+    # Past the end of that pool, where torch aborts now and then, after tasks of torch.mm as well: "terminate
+    # called without an active exception".
+    os._exit(0)
+
+
+def test_threads_of_the_inter_op_pool():
+    """torch.jit.fork's tasks run on torch's other pool; each makes a team of its own."""
+    Fresh("test_processes.tasks").finish()
+
+
+def fork():
+    layer, x = make("LSTM", 64, 128), torch.randn(30, 8, 64)
+    expected = train(layer, x)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        torch.set_num_threads(1)
+        with torch.no_grad():
+            y = layer(x)[0]
+        os._exit(0 if torch.equal(y, expected[0]) else 3)
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    assert same(train(layer, x), expected)
 
 
 def test_forked_child():
     """A child has none of its parent's threads; with one thread, as a DataLoader's worker has, nothing waits
     for them. (With more, torch's own operators wait for ever.)"""
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    Fresh("test_processes.fork").finish()
 
 
-def test_more_threads_than_cores():
-    layer, x = make("LSTM", 16, 64), torch.randn(20, 5, 16)
-    expected, before = train(layer, x), torch.get_num_threads()
-    try:
-        torch.set_num_threads(4 * (os.cpu_count() or 1) + 1)
-        ours = train(layer, x)
-    finally:
-        torch.set_num_threads(before)
-    for a, b in zip(ours, expected, strict=True):
-        torch.testing.assert_close(a, b)
+def check_training(layer, x, expected):
+    assert same(train(layer, x), expected)
+
+
+def test_spawned_child():
+    """The layer itself goes to the child, which has as many threads as its parent."""
+    layer, x = make("GRU", 64, 128, bidirectional=True), torch.randn(30, 8, 64)
+    child = get_context("spawn").Process(target=check_training, args=(layer, x, train(layer, x)))
+    child.start()
+    child.join(120)
+    code = child.exitcode
+    child.kill()
+    assert code == 0
+
+
+class Encoded(torch.utils.data.Dataset):
+    """Items that a layer has made something of, in the worker that loads them."""
+
+    def __init__(self):
+        self.layer = make("LSTM", 32, 64, num_layers=2)
+        self.inputs = torch.randn(8, 20, 5, 32)
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, i):
+        with torch.no_grad():
+            return self.layer(self.inputs[i])[0]
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_dataloader_workers(start):
+    data = Encoded()
+    expected = [data[i] for i in range(len(data))]  # the parent has used its threads before the workers start
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=2, multiprocessing_context=start, timeout=120
+    )
+    assert same(list(loader), expected)
+    assert same([data[i] for i in range(len(data))], expected)
+
+
+def call_until_interrupted(training, times):
+    # A shell may have started all this with the signal ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    layer, x = make("LSTM", 32, 64, num_layers=2), torch.randn(20, 5, 32)
+    expected = train(layer, x)
+    for _ in range(times):
+        layer.requires_grad_(training)
+        try:
+            print("calling", flush=True)
+            while True:
+                if training:
+                    train(layer, x)
+                else:
+                    layer(x)
+        except KeyboardInterrupt:
+            pass
+        layer.requires_grad_()
+        assert same(train(layer, x), expected)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_interrupt_between_calls(training):
+    """Ctrl-C, at many moments of a call: KeyboardInterrupt comes, and the next call is right."""
+    child = Fresh("test_processes.call_until_interrupted", training, 20)
+    for moment, _ in enumerate(child.process.stdout):
+        time.sleep(0.01 + 0.0013 * moment)
+        child.process.send_signal(signal.SIGINT)
+    child.finish()
 
 
 @pytest.mark.parametrize(("kind", "T", "B"), [("RNN", 70_000, 1), ("LSTM", 2, 70_000), ("GRU", 2, 70_000)])
