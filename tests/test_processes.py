@@ -51,6 +51,39 @@ def same(ours, expected):
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
+def train_cases():
+    results = []
+    for kind, sizes, options, T, B in CASES:
+        layer = make(kind, *sizes, **options)
+        results.append(train(layer, torch.randn(T, B, sizes[0])))
+    return results
+
+
+def one_thread(path):
+    assert torch.get_num_threads() == 1
+    results = train_cases()
+    assert all(t.isfinite().all() for case in results for t in case)
+    torch.save(results, path)
+
+
+def other_numbers_of_threads(path):
+    expected = torch.load(path)
+    for threads in (*range(1, 9), 4 * (os.cpu_count() or 1) + 1):
+        torch.set_num_threads(threads)
+        for case, ours, theirs in zip(CASES, train_cases(), expected, strict=True):
+            for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+                if not torch.equal(a, b):
+                    what = ("y", "dx")[i] if i < 2 else f"gradient of parameter {i - 2}"
+                    print(f"{threads} threads, {case}: {what} by {(a - b).abs().max():.1g}")
+
+
+def test_any_number_of_threads(tmp_path):
+    """The bits are those of a process with OMP_NUM_THREADS=1, with fewer threads than cores and with more."""
+    path = str(tmp_path / "expected.pt")
+    Fresh("test_processes.one_thread", path, OMP_NUM_THREADS="1").finish()
+    assert Fresh("test_processes.other_numbers_of_threads", path).finish() == ""
+
+
 def python_threads():
     for kind in KINDS:
         layer = make(kind, 32, 64, num_layers=2, bidirectional=True)
