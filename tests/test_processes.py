@@ -22,7 +22,8 @@ from helpers import Fresh
 import fastrnn
 
 KINDS = ("LSTM", "GRU", "RNN")
-# Kind, sizes, options, T, B: one row a step; few rows, with weights unpacked; rows and units shared out.
+# Kind, sizes, options, T, B: one row a step; few rows, with weights unpacked; rows and units shared out; single
+# columns; sums so long that a BLAS shares them out.
 CASES = (
     ("LSTM", (16, 64), {}, 40, 1),
     ("LSTM", (64, 256), {}, 3, 1),
@@ -32,6 +33,10 @@ CASES = (
     ("GRU", (16, 96), {}, 20, 5),
     ("GRU", (16, 96), {"reset_after": False}, 20, 5),
     ("RNN", (16, 64), {"bidirectional": True}, 20, 40),
+    ("RNN", (1, 1), {"bidirectional": True}, 300, 7),
+    ("GRU", (1, 300), {}, 100, 4),
+    ("LSTM", (1000, 33), {}, 7, 2),
+    ("LSTM", (300, 300), {}, 1, 1),
 )
 
 
