@@ -22,8 +22,8 @@ from helpers import Fresh
 import fastrnn
 
 KINDS = ("LSTM", "GRU", "RNN")
-# Kind, sizes, options, T, B: one row a step; few rows, with weights unpacked; rows and units shared out; single
-# columns; sums so long that a BLAS shares them out.
+# Kind, sizes, options, T, B: one row a step; few rows, with weights unpacked; rows and units shared out;
+# single columns; sums so long that a BLAS shares them out.
 CASES = (
     ("LSTM", (16, 64), {}, 40, 1),
     ("LSTM", (64, 256), {}, 3, 1),
