@@ -21,7 +21,6 @@ from helpers import Fresh
 
 import fastrnn
 
-KINDS = ("LSTM", "GRU", "RNN")
 # Kind, sizes, options, T, B: one row a step; few rows, with weights unpacked; rows and units shared out;
 # single columns; sums so long that a BLAS shares them out.
 CASES = (
@@ -52,21 +51,18 @@ def train(layer, x):
     return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
+def cases():
+    layers = [(make(kind, *sizes, **options), T, B) for kind, sizes, options, T, B in CASES]
+    return [(layer, torch.randn(T, B, layer.input_size)) for layer, T, B in layers]
+
+
 def same(ours, expected):
     return all(torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
 
 
-def train_cases():
-    results = []
-    for kind, sizes, options, T, B in CASES:
-        layer = make(kind, *sizes, **options)
-        results.append(train(layer, torch.randn(T, B, sizes[0])))
-    return results
-
-
 def one_thread(path):
     assert torch.get_num_threads() == 1
-    results = train_cases()
+    results = [train(*case) for case in cases()]
     assert all(t.isfinite().all() for case in results for t in case)
     torch.save(results, path)
 
@@ -75,11 +71,11 @@ def other_numbers_of_threads(path):
     expected = torch.load(path)
     for threads in (*range(1, 9), 4 * (os.cpu_count() or 1) + 1):
         torch.set_num_threads(threads)
-        for case, ours, theirs in zip(CASES, train_cases(), expected, strict=True):
-            for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        for name, case, theirs in zip(CASES, cases(), expected, strict=True):
+            for i, (a, b) in enumerate(zip(train(*case), theirs, strict=True)):
                 if not torch.equal(a, b):
                     what = ("y", "dx")[i] if i < 2 else f"gradient of parameter {i - 2}"
-                    print(f"{threads} threads, {case}: {what} by {(a - b).abs().max():.1g}")
+                    print(f"{threads} threads, {name}: {what} by {(a - b).abs().max():.1g}")
 
 
 def test_any_number_of_threads(tmp_path):
@@ -90,14 +86,12 @@ def test_any_number_of_threads(tmp_path):
 
 
 def python_threads():
-    for kind in KINDS:
-        layer = make(kind, 32, 64, num_layers=2, bidirectional=True)
-        inputs = [torch.randn(20, 3 + i, 32) for i in range(6)]
-        alone = [train(layer, x) for x in inputs]
-        with ThreadPoolExecutor(6) as pool:
-            for _ in range(5):
-                results = pool.map(lambda x, layer=layer: train(layer, x), inputs)
-                assert all(same(*pair) for pair in zip(results, alone, strict=True)), kind
+    work = cases() * 2  # a layer is in use by two threads
+    alone = [train(*case) for case in work]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            results = pool.map(lambda case: train(*case), work)
+            assert all(same(*pair) for pair in zip(results, alone, strict=True))
 
 
 def test_python_threads_at_once():
@@ -107,21 +101,19 @@ def test_python_threads_at_once():
 
 def parallel_region(library):
     """In an OpenMP region every thread calls, and a call's team is that one thread."""
-    cases = [
-        (make(kind, *sizes, **options), torch.randn(T, B, sizes[0])) for kind, sizes, options, T, B in CASES
-    ]
+    work = cases()
     torch.set_num_threads(1)
-    expected = [train(*case) for case in cases]
+    expected = [train(*case) for case in work]
     torch.set_num_threads(4)
     right = []
 
     @ctypes.CFUNCTYPE(None)
     def call():
-        right.extend(same(train(*case), e) for case, e in zip(cases, expected, strict=True))
+        right.extend(same(train(*case), e) for case, e in zip(work, expected, strict=True))
 
     ctypes.CDLL(library).parallel_region(4, call)
     assert right == [True] * 4 * len(CASES)
-    assert same(train(*cases[0]), expected[0]), "a call of the whole team, after the region"
+    assert same(train(*work[2]), expected[2]), "a call of the whole team, after the region"
 
 
 def test_threads_of_a_parallel_region(tmp_path):
