@@ -101,6 +101,29 @@ def test_language_model_equals_one_process_and_resumes(text, tmp_path):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
+def test_nothing_holds_the_group_when_it_is_destroyed(text, tmp_path):
+    """Freed last by DistributedDataParallel, under a lock that its threads want, it hung one run in four."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        textwrap.dedent("""
+        import gc, sys, torch.distributed as dist
+        from torch.nn.parallel import DistributedDataParallel
+        from fastrnn.__main__ import main
+        destroy = dist.destroy_process_group
+
+        def checked():
+            kinds = DistributedDataParallel, dist.Reducer
+            print("held by", [type(o).__name__ for o in gc.get_objects() if isinstance(o, kinds)])
+            destroy()
+
+        dist.destroy_process_group = checked
+        sys.exit(main(sys.argv[1:]))
+    """)
+    )
+    train = ["lm", "train", "--data", text, *OPTIONS, "--steps", "2", "--checkpoint", str(tmp_path / "c.pt")]
+    assert run(*TORCHRUN, str(script), *train).count("held by []") == 2
+
+
 def test_batch_that_cannot_be_shared_out(text, tmp_path):
     train = ["-m", "fastrnn", "lm", "train", "--data", text, *OPTIONS, "--batch", "3"]
     done = subprocess.run(

@@ -151,6 +151,7 @@ def _train(args: argparse.Namespace) -> int:
         whole = train.run(
             trainer, args.steps, args.checkpoint, save_every=args.save_every, valid_every=args.valid_every
         )
+        trainer.leave()
     if not world.first:
         return 0 if whole else 130
     if args.plot is not None and trainer.losses:

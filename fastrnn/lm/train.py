@@ -51,6 +51,14 @@ class Trainer:
         self.seconds: list[float] = []
         self.validations: list[tuple[int, float]] = []
 
+    def leave(self) -> None:
+        """Lets go of the other processes, before the group that joins them is destroyed.
+
+        Of all that hold that group only torch's `destroy_process_group` frees it without Python's lock. Where
+        DistributedDataParallel is the last to hold it, freeing it waits for threads that wait for the lock.
+        """
+        self.parallel = self.model
+
     @property
     def tokens_per_step(self) -> int:
         return self.config.batch * self.config.bptt
