@@ -69,10 +69,11 @@ def grow(name, calls):
 
 
 @pytest.mark.parametrize(
-    ("name", "calls"), [("forward", 10_000), ("training", 10_000), ("double_backward", 300)]
+    ("name", "calls"), [("forward", 10_000), ("training", 10_000), ("double_backward", 1000)]
 )
 def test_nothing_is_left_behind(name, calls):
     objects, allocated, resident = map(int, Fresh("test_leaks.grow", name, calls).finish().split())
     assert objects < 50
-    assert allocated < 4096 + 8 * calls, f"{allocated / calls:.0f} bytes a call"
+    # Python's and malloc's own tables move by some 10 KB; the leak that there once was took 48 bytes a call.
+    assert allocated < (32 << 10) + 8 * calls, f"{allocated / calls:.0f} bytes a call"
     assert resident < 4 << 20
