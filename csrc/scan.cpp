@@ -1,6 +1,7 @@
 #include "scan.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <memory>
 #include <numeric>
 
@@ -18,21 +19,28 @@ std::vector<int64_t> shape_of(const Tensor& t) {
   return {sizes.begin(), sizes.end()};
 }
 
-Tensor expect(const std::string& name, const Tensor& t, const std::vector<int64_t>& shape,
-              const LayerArgs& args) {
-  STD_TORCH_CHECK(shape_of(t) == shape, name, " must be ", text(shape), ", got ", text(shape_of(t)));
-  STD_TORCH_CHECK(t.scalar_type() == args.dtype, name, " must have the input's dtype");
-  STD_TORCH_CHECK(t.is_cpu() == args.x.is_cpu(), name, " must be on the input's device");
-  return torch::stable::contiguous(t);
+bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
-const int64_t* check_indices(const std::string& name, const Tensor& t, int64_t count) {
+Tensor expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+              const LayerArgs& args) {
+  STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(shape_of(t)));
+  STD_TORCH_CHECK(t.scalar_type() == args.dtype, name, " must have the input's dtype");
+  STD_TORCH_CHECK(t.is_cpu() == args.x.is_cpu(), name, " must be on the input's device");
+  return dense(t);
+}
+
+const int64_t* check_indices(const char* name, const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && t.scalar_type() == ScalarType::Long && t.is_cpu(),
                   name, " must be a LongTensor [", count, "] on the CPU");
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
 }  // namespace
+
+Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 std::string take_string(StringHandle handle) {
   const std::unique_ptr<StringOpaque, decltype(&torch_delete_string)> owner(handle, &torch_delete_string);
@@ -72,7 +80,7 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
   if (batch_sizes) {
     STD_TORCH_CHECK(x.dim() == 2, "a packed input must be [N, I], got ", text(shape_of(x)));
     STD_TORCH_CHECK(!lengths && !reset, "a packed input takes neither lengths nor reset");
-    a.batch_sizes = torch::stable::contiguous(*batch_sizes);
+    a.batch_sizes = dense(*batch_sizes);
     a.T = a.batch_sizes->size(0);
     a.N = x.size(0);
     const int64_t* sizes = check_indices("batch_sizes", *a.batch_sizes, a.T);
@@ -91,17 +99,16 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
   }
   STD_TORCH_CHECK(a.T > 0, "Expected sequence length to be larger than 0");
   a.x = x;
-  a.x = expect("input", x, a.row_shape(a.I), a);
+  a.x = a.packed() ? expect("input", x, {a.N, a.I}, a) : expect("input", x, {a.T, a.B, a.I}, a);
   if (lengths) {
-    a.lengths = torch::stable::contiguous(*lengths);
+    a.lengths = dense(*lengths);
     check_indices("lengths", *a.lengths, a.B);
   }
   if (reset) {
-    STD_TORCH_CHECK(
-        shape_of(*reset) == (std::vector<int64_t>{a.T, a.B}) && reset->scalar_type() == ScalarType::Bool,
-        "reset must be a BoolTensor [", a.T, ", ", a.B, "]");
+    STD_TORCH_CHECK(has_shape(*reset, {a.T, a.B}) && reset->scalar_type() == ScalarType::Bool,
+                    "reset must be a BoolTensor [", a.T, ", ", a.B, "]");
     STD_TORCH_CHECK(reset->is_cpu() == x.is_cpu(), "reset must be on the input's device");
-    a.reset = torch::stable::contiguous(*reset);
+    a.reset = dense(*reset);
   }
   for (int j = 0; j < cell.states; ++j) {
     a.states.push_back(expect(j ? "c" : "h", states[j], {a.D, a.B, j ? a.H : a.P}, a));

@@ -23,6 +23,9 @@ using TensorList = std::vector<Tensor>;
 // 2.13's headers allocate another that nobody frees, 48 bytes a call (pytorch/pytorch#191340).
 std::string take_string(StringHandle handle);
 
+// t itself where it can be: torch's own operator would go through the dispatcher to say so.
+Tensor dense(const Tensor& t);
+
 // What the checks need to know of a cell.
 struct CellShape {
   int gates, states, saved;

@@ -1,4 +1,5 @@
-// The forward scan: state_t = cell(gx_t, R h_{t-1}, state_{t-1}), a chunk of steps at a time.
+// The forward scan: state_t = cell(gx_t, R h_{t-1}, state_{t-1}), with gx = W x + b of a chunk of steps at a
+// time: many rows share the sweep over W, and a chunk's gx is still in cache when its steps read it.
 #pragma once
 
 #include "step.h"
@@ -23,8 +24,7 @@ struct Forward {
   template <int N>
   FASTRNN_HD void load_gx(int64_t i, int64_t unit, int lanes, int gate0, Vec<S, N>& gx) const {
     for (int g = 0; g < N; ++g) {
-      gx[g] = S::load(gates + i * d.ld_gates + (gate0 + g) * p.H + unit, lanes) +
-              S::load(d.bx + (gate0 + g) * d.ld_state + unit);
+      gx[g] = S::load(gates + i * d.ld_gates + (gate0 + g) * p.H + unit, lanes);
     }
   }
 
@@ -115,27 +115,85 @@ struct Forward {
     end_phase(share);
   }
 
+  // The steps [t0, t1) of a chunk, and its packed rows from `first` on.
+  struct Chunk {
+    int64_t t0, t1, first;
+  };
+
+  // The chunk's rows of x, each by one of those that will read it.
+  static void gather_x(const Scan<E>& p, const Direction<E>& d, const Share& share, const Chunk& c) {
+    for (int64_t t = c.t0 + share.part; t < c.t1; t += share.parts) {
+      const int64_t row1 = at_most(share.row1, p.rows.active[t]);
+      for (int64_t row = p.rows.offset[t] + share.row0; row < p.rows.offset[t] + row1; ++row) {
+        const int64_t from = p.rows.at(row);
+        E* to = d.x_rows + (row - c.first) * d.ld_x;
+        for (int64_t k = 0; k < p.I; k += S::W) {
+          const int lanes = static_cast<int>(at_most(p.I - k, S::W));
+          load(p.x, from, k, lanes).store(to + k, lanes);
+        }
+      }
+    }
+    end_phase(share);
+  }
+
+  // gx of rows [first, first + count) and this member's units, for one stage's gates.
+  template <int N>
+  static void input_product(const Scan<E>& p, const Direction<E>& d, const Share& share, const Chunk& c,
+                            int stage, int gate0, int64_t first, int64_t count) {
+    int64_t block0, block1;
+    my_blocks<E>(share, p.H, block0, block1);
+    const E* x =
+        d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const E*>(p.x.data) + first * p.I;
+    E* to = d.gates + (first - (d.save ? 0 : c.first)) * d.ld_gates + gate0 * p.H;
+    product<N>(0, count, block0, block1, p.H, x, d.x_rows ? d.ld_x : p.I, d.w_x[stage], p.I,
+               d.bx + gate0 * d.ld_state, d.ld_state, false, Reads<E>{},
+               [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
+                 for (int g = 0; g < N; ++g) gx[g].store(to + i * d.ld_gates + g * p.H + unit, lanes);
+               });
+  }
+
+  static void input_products(const Scan<E>& p, const Direction<E>& d, const Share& share, const Chunk& c) {
+    const auto rows = [&](int64_t first, int64_t count) {
+      if constexpr (kFirst > 0) input_product<kFirst>(p, d, share, c, 0, 0, first, count);
+      input_product<kLast>(p, d, share, c, Cell::kStages - 1, kFirst, first, count);
+    };
+    if (share.row0 == 0 && share.row1 == p.rows.B) {
+      rows(c.first, p.rows.offset[c.t1] - c.first);
+    } else {
+      for (int64_t t = c.t0; t < c.t1; ++t) {
+        rows(p.rows.offset[t] + share.row0, at_most(share.row1, p.rows.active[t]) - share.row0);
+      }
+    }
+  }
+
   static void run(const Scan<E>& p, const Share& share) {
+    const int64_t T = p.rows.T;
     for (int which = share.dir0; which < share.dir1; ++which) {
       const Direction<E>& d = p.dir[which];
-      const auto time = [&](int64_t k) { return d.reverse ? p.rows.T - 1 - k : k; };
-      // The chunk's first row in memory is that of its earliest step.
-      const int64_t chunk_first = p.rows.offset[d.reverse ? time(p.k1 - 1) : time(p.k0)];
-      for (int64_t k = p.k0; k < p.k1; ++k) {
-        const Step now = step_at(p, d, time(k)), next = step_at(p, d, time(k + 1));
-        const Forward f{p,
-                        d,
-                        share,
-                        now,
-                        next,
-                        d.ring[k & 1],
-                        d.ring[(k + 1) & 1],
-                        d.gates + (now.first - chunk_first) * d.ld_gates,
-                        (k & 1) != 0};
-        const int64_t row1 = at_most(share.row1, now.active);
-        if constexpr (Cell::kStages == 2) f.first_stage(share.row0, row1);
-        f.last_stage(share.row0, row1);
-        if (d.w_proj) f.projection(share.row0, row1);
+      const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };
+      for (int64_t k0 = 0; k0 < T; k0 += p.steps) {
+        const int64_t k1 = at_most(k0 + p.steps, T);
+        Chunk c{d.reverse ? T - k1 : k0, d.reverse ? T - k0 : k1, 0};
+        c.first = p.rows.offset[c.t0];
+        // Whoever is still at the chunk before reads neither its rows of x nor another member's gx.
+        if (d.x_rows) gather_x(p, d, share, c);
+        input_products(p, d, share, c);
+        for (int64_t k = k0; k < k1; ++k) {
+          const Step now = step_at(p, d, time(k)), next = step_at(p, d, time(k + 1));
+          const Forward f{p,
+                          d,
+                          share,
+                          now,
+                          next,
+                          d.ring[k & 1],
+                          d.ring[(k + 1) & 1],
+                          d.gates + (now.first - (d.save ? 0 : c.first)) * d.ld_gates,
+                          (k & 1) != 0};
+          const int64_t row1 = at_most(share.row1, now.active);
+          if constexpr (Cell::kStages == 2) f.first_stage(share.row0, row1);
+          f.last_stage(share.row0, row1);
+          if (d.w_proj) f.projection(share.row0, row1);
+        }
       }
     }
   }

@@ -11,27 +11,27 @@ namespace fastrnn::FASTRNN_ISA {
 // dst [blocks][K][gates][W], zeros where units end.
 template <class E>
 void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
-  constexpr int W = Simd<E>::W;
-  const E* src = static_cast<const E*>(p.src);
+  using S = Simd<E>;
+  constexpr int W = S::W;
+  const Border<E> src{const_cast<void*>(p.src), 0, p.bf16};
   for (int64_t b = block0; b < block1; ++b) {
-    const int64_t lanes = at_most(p.units - b * W, W);
+    const int lanes = static_cast<int>(at_most(p.units - b * W, W));
     for (int64_t g = 0; g < p.gates; ++g) {
-      const E* from = src + g * p.gate_stride + b * W * p.unit_stride;
+      const int64_t from = g * p.gate_stride + b * W * p.unit_stride;
       E* to = dst + b * p.K * p.gates * W + g * W;
+      const int64_t step = p.gates * W;
       if (p.unit_stride == 1) {
-        for (int64_t k = 0; k < p.K; ++k) {
-          Simd<E>::load(from + k * p.k_stride, static_cast<int>(lanes)).store(to + k * p.gates * W);
-        }
+        for (int64_t k = 0; k < p.K; ++k) load(src, 0, from + k * p.k_stride, lanes).store(to + k * step);
         continue;
       }
-      constexpr int64_t kTile = 16;  // so that what is written stays in L1 while the lanes fill it
-      for (int64_t k0 = 0; k0 < p.K; k0 += kTile) {
-        const int64_t k1 = at_most(k0 + kTile, p.K);
-        for (int64_t lane = 0; lane < W; ++lane) {
-          for (int64_t k = k0; k < k1; ++k) {
-            to[k * p.gates * W + lane] = lane < lanes ? from[lane * p.unit_stride + k * p.k_stride] : E(0);
-          }
+      for (int64_t k = 0; k < p.K; k += W) {
+        const int columns = static_cast<int>(at_most(p.K - k, W));
+        S v[W];
+        for (int lane = 0; lane < W; ++lane) {
+          v[lane] = lane < lanes ? load(src, 0, from + lane * p.unit_stride + k, columns) : S(0);
         }
+        transpose(v);
+        for (int j = 0; j < columns; ++j) v[j].store(to + (k + j) * step);
       }
     }
   }

@@ -80,8 +80,10 @@ class BackwardPass {
         chunk(d);
         gather_h_prev(d);
       }
-      run_team(plan.threads(),
-               [&](int member, int size) { cell_.backward(scan_, plan.share(member, size)); });
+      run_team(plan.threads(), [&](int member, int size) {
+        if (scan_.k0 == 0) w_.pack(member, size);
+        cell_.backward(scan_, plan.share(member, size));
+      });
       for (int64_t d = 0; d < a_.D; ++d) products(d);
     }
     run_team(plan.threads(), [&](int member, int size) { cell_.finish(scan_, plan.share(member, size)); });
@@ -95,7 +97,7 @@ class BackwardPass {
     STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_cpu() &&
                         t.scalar_type() == dtype,
                     name, " must be as the forward pass gave it, in shape, dtype and device");
-    return torch::stable::contiguous(t);
+    return dense(t);
   }
 
   void prepare() {
@@ -112,15 +114,12 @@ class BackwardPass {
       Direction<E>& s = scan_.dir[d];
       s.reverse = d == 1;
       w_ih_[d] = need_x_ ? as<E>(arena_, p.w_ih) : nullptr;
-      const E* R = as<E>(arena_, p.w_hh);
-      int64_t gate0 = 0;
-      for (int stage = 0; stage < cell_.stages; ++stage) {
+      for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
         const int64_t rows = cell_.stage_gates[stage] * H_;
-        s.w[stage] = weight<E>(arena_, a_, {R + gate0 * H_ * P_, 1, 0, P_, 1, rows, P_});
-        gate0 += cell_.stage_gates[stage];
+        s.w[stage] = w_.get(p.w_hh, gate0 * H_ * P_, {nullptr, false, 1, 0, P_, 1, rows, P_});
       }
       weight_bytes_ = G * H_ * P_ * sizeof(E);
-      if (projected_) s.w_proj = weight<E>(arena_, a_, {as<E>(arena_, *p.w_hr), 1, 0, H_, 1, P_, H_});
+      if (projected_) s.w_proj = w_.get(*p.w_hr, 0, {nullptr, false, 1, 0, H_, 1, P_, H_});
       if (dy_.defined())
         s.dy = {static_cast<char*>(dy_.mutable_data_ptr()) + d * P_ * dy_.element_size(), D * P_, bf16};
       for (int j = 1; j < cell_.states; ++j) {
@@ -168,7 +167,7 @@ class BackwardPass {
     if (need_params_ && !direct_x_) x_rows_ = arena_.get<E>(most * a_.I);
     if (need_x_) {
       dx_ = a_.lengths ? torch::stable::new_zeros(a_.x, a_.row_shape(a_.I))
-                       : torch::stable::new_empty(a_.x, a_.row_shape(a_.I));
+                       : empty(a_.row_shape(a_.I), a_.dtype);
       dx_rows_ = direct_x_ ? static_cast<E*>(dx_.mutable_data_ptr()) : arena_.get<E>(table_.rows() * a_.I);
       if (D > 1) std::fill_n(dx_rows_, table_.rows() * a_.I, E(0));
     }
@@ -267,7 +266,7 @@ class BackwardPass {
         for (int64_t r = begin; r < end; ++r) write(dx_rows_ + r * a_.I, a_.I, dx_, scan_.rows.at(r) * a_.I);
       });
     }
-    out.dx = need_x_ ? dx_ : torch::stable::new_empty(a_.x, {0});
+    out.dx = need_x_ ? dx_ : empty({0}, a_.dtype);
     for (int j = 0; j < cell_.states; ++j) {
       const int64_t width = j ? H_ : P_;
       Tensor ds = torch::stable::empty_like(a_.states[j]);
@@ -310,6 +309,7 @@ class BackwardPass {
   const bool projected_;
   const int64_t steps_;
   Arena arena_;
+  Weights<E> w_{arena_, a_};
   Scan<E> scan_{};
   Tensor y_, dy_, dx_;
   TensorList dlast_, dseq_, seq_, saved_;

@@ -23,10 +23,10 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
 
   Outputs out;
   const auto fresh = [&](std::vector<int64_t> shape, ScalarType dtype) {
-    return lengths ? torch::stable::new_zeros(x, shape, dtype) : torch::stable::new_empty(x, shape, dtype);
+    return lengths ? torch::stable::new_zeros(x, shape, dtype) : empty(shape, dtype);
   };
   out.y = fresh(a.row_shape(D * P), a.dtype);
-  for (int j = 0; j < cell.states; ++j) out.last.push_back(torch::stable::new_empty(x, {D, a.B, j ? H : P}));
+  for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
   if (save || return_states) {
     for (int j = 1; j < cell.states; ++j) {
       auto shape = a.row_shape(H);
@@ -35,8 +35,8 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     }
   }
   if (save) {
-    out.saved.push_back(torch::stable::new_empty(x, {D, N, cell.saved * H}, kScalar<E>));
-    if (projected) out.saved.push_back(torch::stable::new_empty(x, {D, N, H}, kScalar<E>));
+    out.saved.push_back(empty({D, N, cell.saved * H}, kScalar<E>));
+    if (projected) out.saved.push_back(empty({D, N, H}, kScalar<E>));
   }
 
   Scan<E> scan{};
@@ -47,26 +47,28 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
   scan.P = P;
   const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H;
   const int64_t ld_gx = padded<E>(columns);
-  const int64_t steps = chunk_steps(a, columns, sizeof(E));
   int64_t weight_bytes = 0;
-
-  const E* w_ih[2];
-  uint8_t* keep = nullptr;
+  Weights<E> weights(arena, a);
+  const int64_t few = a.B <= Weights<E>::kFewSequences ? Weights<E>::kFewRowsOfFew : Weights<E>::kFewRows;
+  const bool direct = !bf16 && table.outside.empty();
+  scan.I = a.I;
+  scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
+  scan.steps = input_steps(a, columns, sizeof(E));
+  const int64_t most_rows = scan.steps * a.B;
   for (int64_t d = 0; d < D; ++d) {
     const LayerArgs::Direction& p = a.params[d];
     Direction<E>& s = scan.dir[d];
     s.reverse = d == 1;
-    w_ih[d] = as<E>(arena, p.w_ih);
-    const E* R = as<E>(arena, p.w_hh);
-    int64_t gate0 = 0;
-    for (int stage = 0; stage < cell.stages; ++stage) {
+    for (int64_t stage = 0, gate0 = 0; stage < cell.stages; gate0 += cell.stage_gates[stage++]) {
       const int64_t gates = cell.stage_gates[stage];
-      s.w[stage] = weight<E>(arena, a, {R + gate0 * H * P, gates, H * P, H, P, P, 1});
-      gate0 += gates;
+      s.w_x[stage] = weights.get(p.w_ih, gate0 * H * a.I, {nullptr, false, gates, H * a.I, H, a.I, a.I, 1});
+      s.w[stage] = weights.get(p.w_hh, gate0 * H * P, {nullptr, false, gates, H * P, H, P, P, 1}, few);
     }
+    s.ld_x = padded<E>(a.I);
+    s.x_rows = direct ? nullptr : arena.get<E>(most_rows * s.ld_x);
     weight_bytes = G * H * P * sizeof(E);
     if (projected) {
-      s.w_proj = weight<E>(arena, a, {as<E>(arena, *p.w_hr), 1, 0, P, H, H, 1});
+      s.w_proj = weights.get(*p.w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
       weight_bytes += H * P * sizeof(E);
     }
     E* bx = arena.zeros<E>(G * ld);
@@ -79,6 +81,8 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     s.bh = bh;
     s.save = save;
     s.ld_gates = save ? cell.saved * H : ld_gx;
+    s.gates = save ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
+                   : arena.get<E>(most_rows * ld_gx);
     for (int j = 1; j < cell.states; ++j) {
       s.seq[j - 1] =
           out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;
@@ -86,7 +90,7 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     s.raw = save && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
     s.y = {static_cast<char*>(out.y.mutable_data_ptr()) + d * P * out.y.element_size(), D * P, bf16};
     if (reset) {
-      keep = arena.get<uint8_t>(N);
+      uint8_t* keep = arena.get<uint8_t>(N);
       const bool* cut = static_cast<const bool*>(a.reset->const_data_ptr());
       fill_keep(table, a, s.reverse, cut, keep);
       s.keep = keep;
@@ -107,27 +111,11 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     }
   }
 
-  const int64_t most_rows = steps * a.B;
-  E* gx[2] = {nullptr, nullptr};
-  for (int64_t d = 0; d < D && !save; ++d) gx[d] = arena.get<E>(most_rows * ld_gx);
-  const bool direct = !bf16 && table.outside.empty();
-  E* x_rows = direct ? nullptr : arena.get<E>(most_rows * a.I);
-
   Plan plan(D, a.B, a.B * columns * P, weight_bytes, ceil_div(H, kernels<E>().width));
-  for (scan.k0 = 0; scan.k0 < a.T; scan.k0 = scan.k1) {
-    scan.k1 = std::min(scan.k0 + steps, a.T);
-    for (int64_t d = 0; d < D; ++d) {
-      Direction<E>& s = scan.dir[d];
-      const int64_t t0 = s.reverse ? a.T - scan.k1 : scan.k0, t1 = s.reverse ? a.T - scan.k0 : scan.k1;
-      const int64_t first = table.offset[t0], rows = table.offset[t1] - first;
-      s.gates =
-          save ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + (d * N + first) * s.ld_gates : gx[d];
-      const E* from = input_rows<E>(a, table, first, rows, x_rows);
-      multiply<E>({s.gates, rows, columns, s.ld_gates}, {from, rows, a.I, a.I},
-                  Matrix<E>{w_ih[d], columns, a.I, a.I}.transposed());
-    }
-    run_team(plan.threads(), [&](int member, int size) { cell.forward(scan, plan.share(member, size)); });
-  }
+  run_team(plan.threads(), [&](int member, int size) {
+    weights.pack(member, size);
+    cell.forward(scan, plan.share(member, size));
+  });
 
   // h_n is y at each sequence's own end; the other states are where the scan left them.
   const size_t element = out.y.element_size();

@@ -56,9 +56,12 @@ struct Direction {
   Weight<E> w[2], w_proj;  // w_proj null: no projection
 
   // Forward.
+  Weight<E> w_x[2];  // the input's, of each stage
+  E* x_rows;         // [chunk rows][ld_x] the chunk's rows of x; null: x is read where it lies
+  int64_t ld_x;
   const E* bx;  // [G][padded H] input bias, zeros where there is none
   const E* bh;  // [G][padded H] recurrent bias
-  E* gates;     // chunk rows: gx on entry, the cell's saved values after; of this chunk's first row
+  E* gates;     // gx first, the cell's saved values after: [N][ld_gates] where save, else [chunk rows]
   int64_t ld_gates;
   bool save;               // all of kSaved is wanted
   E* seq[kMaxStates - 1];  // [N][H] sequences of the states after h; null: not wanted
@@ -93,10 +96,15 @@ struct Scan {
   int directions;
   Direction<E> dir[2];
   int64_t H, P;    // P: the width of h, = H without projection
-  int64_t k0, k1;  // steps of this chunk, in the order of the scan
+  int64_t k0, k1;  // backward: steps of this chunk, in the order of the scan
+
+  // Forward.
+  Border<E> x;
+  int64_t I;
+  int64_t steps;  // of a chunk
 };
 
-// Splits (direction, rows, units) over a team; see team.cpp.
+// Splits (direction, rows, units) over a team; see workspace.h.
 struct Share {
   int dir0, dir1;      // directions of this member
   int64_t row0, row1;  // rows of the batch
@@ -106,6 +114,7 @@ struct Share {
 
 struct Pack {
   const void* src;
+  bool bf16;                                                    // of src; what is packed is E
   int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
 };
 

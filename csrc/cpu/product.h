@@ -66,42 +66,28 @@ FASTRNN_HD void tile_of(int m, Rest... rest) {
   }
 }
 
-// The sum of a register's lanes, by halves.
-template <class E, int N>
-FASTRNN_HD E sum_of(const E* v) {
-  if constexpr (N == 1) {
-    return v[0];
-  } else {
-    typedef E Half __attribute__((vector_size(N / 2 * sizeof(E))));
-    Half low, high;
-    std::memcpy(&low, v, sizeof low);
-    std::memcpy(&high, v + N / 2, sizeof high);
-    low += high;
-    E sums[N / 2];
-    std::memcpy(sums, &low, sizeof low);
-    return sum_of<E, N / 2>(sums);
-  }
-}
-
 // The same tile from w [G][units][K] where torch keeps it, for one block of units: packing it would cost more
 // than the few rows gain. out [M][1][G][W].
 template <class E, int G, int M>
 __attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int64_t gate, int64_t ld,
                                         int64_t K, int lanes, const E* bias, int64_t ld_bias, E* out) {
   using S = Simd<E>;
-  constexpr int kDots = M == 1 ? 8 : 4;  // enough sums at once that none waits for the multiply-add
-  const int64_t whole = K / S::W * S::W;
+  constexpr int W = S::W, kMost = M == 1 ? 8 : 4;  // enough sums at once that none waits for the multiply-add
+  constexpr int kDots = kMost < W ? kMost : W, kGroups = W / kDots;
+  const int64_t whole = K / W * W;
   const int rest = static_cast<int>(K - whole);
   for (int g = 0; g < G; ++g) {
-    for (int first = 0; first < lanes; first += kDots) {
+    S sums[M][kGroups];
+#pragma GCC unroll 4
+    for (int group = 0; group < kGroups; ++group) {
       const E* row[kDots];
-      S acc[kDots][M];
+      S acc[M][kDots];
 #pragma GCC unroll 8
       for (int j = 0; j < kDots; ++j) {
-        const int lane = first + j < lanes ? first + j : lanes - 1;
-        row[j] = w + g * gate + lane * ld;
+        const int lane = group * kDots + j;
+        row[j] = w + g * gate + (lane < lanes ? lane : lanes - 1) * ld;
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) acc[j][m] = S(0);
+        for (int m = 0; m < M; ++m) acc[m][j] = S(0);
       }
       const auto add = [&](int64_t k, int n) __attribute__((always_inline)) {
         S x[M];
@@ -111,23 +97,20 @@ __attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int
         for (int j = 0; j < kDots; ++j) {
           const S wk = S::load(row[j] + k, n);
 #pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) acc[j][m] = acc[j][m] + x[m] * wk;
+          for (int m = 0; m < M; ++m) acc[m][j] = acc[m][j] + x[m] * wk;
         }
       };
-      for (int64_t k = 0; k < whole; k += S::W) add(k, S::W);
+      for (int64_t k = 0; k < whole; k += W) add(k, W);
       if (rest) add(whole, rest);
-#pragma GCC unroll 8
-      for (int j = 0; j < kDots; ++j) {
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-          E lanes_of[S::W];
-          acc[j][m].store(lanes_of);
-          if (first + j < S::W) {
-            const E b = bias ? bias[g * ld_bias + first + j] : E(0);
-            out[(m * G + g) * S::W + first + j] = b + sum_of<E, S::W>(lanes_of);
-          }
-        }
-      }
+      for (int m = 0; m < M; ++m) sums[m][group] = folded<kDots, W / 2>(acc[m]);
+    }
+    const S b = bias ? S::load(bias + g * ld_bias) : S(0);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; ++m) {
+      const S sum = folded<kGroups, kGroups / 2>(sums[m]);
+      const S in_order = shuffle(sum, sum, regrouped<W, kDots>(std::make_integer_sequence<int, W>{}));
+      (b + in_order).store(out + (m * G + g) * W);
     }
   }
 }

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../cells/vec.h"
 
@@ -118,6 +119,60 @@ FASTRNN_HD Simd<float> reciprocal(const Simd<float>& x) {
   return y + y * (Simd<float>(1) - x * y);
 }
 #endif
+
+template <class E, int... I>
+FASTRNN_HD Simd<E> shuffle(const Simd<E>& a, const Simd<E>& b, std::integer_sequence<int, I...>) {
+#if defined(__clang__) || __GNUC__ >= 12
+  return __builtin_shufflevector(a.v, b.v, I...);
+#else
+  return __builtin_shuffle(a.v, b.v, typename Simd<E>::NativeBits{I...});
+#endif
+}
+
+// Of registers cut into groups of 2*H lanes: the low (or high) half of each group of a, beside that of b.
+template <int W, int H, bool kHigh, int... L>
+constexpr auto halves(std::integer_sequence<int, L...>) {
+  return std::integer_sequence<int, ((L & H) ? W : 0) + (L & ~(2 * H - 1)) + (L & (H - 1)) + kHigh * H...>{};
+}
+template <int H, bool kHigh, class E>
+FASTRNN_HD Simd<E> halves(const Simd<E>& a, const Simd<E>& b) {
+  constexpr int W = Simd<E>::W;
+  return shuffle(a, b, halves<W, H, kHigh>(std::make_integer_sequence<int, W>{}));
+}
+
+// v[i] lane j becomes v[j] lane i.
+template <class E, int H = Simd<E>::W / 2>
+FASTRNN_HD void transpose(Simd<E>* v) {
+  constexpr int W = Simd<E>::W;
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) {
+    if (i & H) continue;
+    const Simd<E> a = v[i], b = v[i + H];
+    v[i] = halves<H, false>(a, b);
+    v[i + H] = halves<H, true>(a, b);
+  }
+  if constexpr (H > 1) transpose<E, H / 2>(v);
+}
+
+// The sums of N registers, each cut into groups of 2*H lanes: one register, in whose every group stand N
+// parts, of v[0] first, 2*H / N lanes each.
+template <int N, int H, class E>
+FASTRNN_HD Simd<E> folded(Simd<E>* v) {
+  if constexpr (N == 1) {
+    return v[0];
+  } else {
+#pragma GCC unroll 8
+    for (int i = 0; i < N / 2; ++i) {
+      v[i] = halves<H, false>(v[i], v[i + N / 2]) + halves<H, true>(v[i], v[i + N / 2]);
+    }
+    return folded<N / 2, H / 2>(v);
+  }
+}
+
+template <int W, int N, int... L>
+constexpr auto regrouped(std::integer_sequence<int, L...>) {
+  return std::integer_sequence<int, (L % N) * (W / N) + L / N...>{};
+}
 
 // e^x = power * p + power: x = n ln 2 + r with |r| <= ln(2)/2, power = 2^n, p = e^r - 1 by its Taylor series
 // (truncation below an ulp at this degree).

@@ -2,6 +2,8 @@
 
 #include <sched.h>
 
+#include <memory>
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -49,15 +51,23 @@ void run_team(int want, void (*body)(void*, int, int), void* context) {
     body(context, 0, 1);
     return;
   }
-  // Each thread gets one range of [0, want). How many there are is known once the ranges cover it all.
-  std::atomic<int> members{0};
+  // Each thread gets one range of [0, want). How many there are is known once the ranges cover it all; a
+  // member's number is the rank of its range, so that from call to call a thread, and the caches of the core
+  // that it runs on, keep the same share of the weights.
+  std::unique_ptr<std::atomic<bool>[]> begins(new std::atomic<bool>[want]());
   std::atomic<int64_t> covered{0};
   torch::stable::parallel_for(0, want, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    const int member = members.fetch_add(1, std::memory_order_relaxed);
+    begins[begin].store(true, std::memory_order_relaxed);
     covered.fetch_add(end - begin, std::memory_order_acq_rel);
     spin_until([&] { return covered.load(std::memory_order_acquire) == want; });
-    body(context, member, members.load(std::memory_order_relaxed));
+    int member = 0, size = 0;
+    for (int i = 0; i < want; ++i) {
+      const bool is_begin = begins[i].load(std::memory_order_relaxed);
+      member += is_begin && i < begin;
+      size += is_begin;
+    }
+    body(context, member, size);
   });
 }
 

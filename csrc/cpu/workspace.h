@@ -5,13 +5,12 @@
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
-#include <new>
 
 #include "../scan.h"
 #include "dispatch.h"
+#include "scratch.h"
 
 namespace fastrnn::cpu {
 
@@ -19,28 +18,6 @@ template <class E>
 constexpr ScalarType kScalar = sizeof(E) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Scratch that lives as long as a call.
-class Arena {
- public:
-  template <class T>
-  T* get(int64_t count) {
-    const size_t bytes = static_cast<size_t>(ceil_div(std::max<int64_t>(count, 1) * sizeof(T), 64)) * 64;
-    void* p = std::aligned_alloc(64, bytes);
-    if (!p) throw std::bad_alloc();
-    blocks_.emplace_back(p, &std::free);
-    return static_cast<T*>(p);
-  }
-  template <class T>
-  T* zeros(int64_t count) {
-    T* p = get<T>(count);
-    std::memset(p, 0, count * sizeof(T));
-    return p;
-  }
-
- private:
-  std::vector<std::unique_ptr<void, void (*)(void*)>> blocks_;
-};
 
 // rows [begin, end) on each thread of torch's pool.
 template <class F>
@@ -197,38 +174,84 @@ const E* input_rows(const LayerArgs& a, const RowTable& table, int64_t first, in
   return to;
 }
 
+// The weights of a call as its products want them: where they lie when few rows use them, else packed, by the
+// team that will use them.
 template <class E>
-E* packed(Arena& arena, const Pack& p) {
-  const Kernels<E>& k = kernels<E>();
-  const int64_t blocks = ceil_div(p.units, k.width), size = p.K * p.gates * k.width;
-  E* dst = arena.get<E>(blocks * size);
-  for_rows(blocks, size, [&](int64_t begin, int64_t end) { k.pack(p, dst, begin, end); });
-  return dst;
-}
+class Weights {
+ public:
+  // Measured at H = 64 to 512, packing pays from 16 rows on; from 256 where each step has but up to four.
+  static constexpr int64_t kFewRows = 16, kFewRowsOfFew = 256, kFewSequences = 4;
 
-// The weight as the product wants it: packed, or where it lies when no more than kFewRows rows use it.
-// Measured at H = 64 to 512, packing pays from 16 rows of one sequence, or 32 of four.
-template <class E>
-Weight<E> weight(Arena& arena, const LayerArgs& a, const Pack& p) {
-  constexpr int64_t kFewRows = 16;
-  const bool few = a.T * a.B <= kFewRows;
-  const E* src = static_cast<const E*>(p.src);
-  if (few && p.k_stride == 1) return {src, Weight<E>::kRows, p.unit_stride};
-  if (few && p.units % kernels<E>().width == 0) return {src, Weight<E>::kColumns, p.k_stride};
-  return {packed<E>(arena, p), Weight<E>::kPacked};
-}
+  Weights(Arena& arena, const LayerArgs& a)
+      : arena_(arena), kernels_(kernels<E>()), rows_(a.T * a.B), direct_(a.dtype == kScalar<E>) {}
 
-// Rows of scratch: whole vectors, and never a power of two.
+  // p: the gates, units and strides, in elements, of w from `offset` on.
+  Weight<E> get(const Tensor& w, int64_t offset, Pack p, int64_t few = kFewRows) {
+    p.src = static_cast<const char*>(w.const_data_ptr()) + offset * w.element_size();
+    p.bf16 = w.scalar_type() == ScalarType::BFloat16;
+    if (direct_ && rows_ <= few) {
+      const E* src = static_cast<const E*>(p.src);
+      if (p.k_stride == 1) return {src, Weight<E>::kRows, p.unit_stride};
+      if (p.units % kernels_.width == 0) return {src, Weight<E>::kColumns, p.k_stride};
+    }
+    const int64_t blocks = ceil_div(p.units, kernels_.width);
+    E* dst = arena_.get<E>(blocks * p.K * p.gates * kernels_.width);
+    jobs_.push_back({p, dst, blocks});
+    return {dst, Weight<E>::kPacked};
+  }
+
+  // This member's share of the packing; called by all of a team.
+  void pack(int member, int size) {
+    for (const Job& job : jobs_) {
+      kernels_.pack(job.pack, job.dst, job.blocks * member / size, job.blocks * (member + 1) / size);
+    }
+    if (!jobs_.empty() && size > 1) packed_.wait(size);
+  }
+
+ private:
+  struct Job {
+    Pack pack;
+    E* dst;
+    int64_t blocks;
+  };
+  Arena& arena_;
+  const Kernels<E>& kernels_;
+  const int64_t rows_;
+  const bool direct_;  // of the kernels' own type
+  std::vector<Job> jobs_;
+  Barrier packed_;
+};
+
+// Rows of scratch: whole vectors of any instruction set, and never a power of two.
 template <class E>
 int64_t padded(int64_t width) {
-  const int64_t w = kernels<E>().width;
-  return ceil_div(width, w) * w + 16;
+  constexpr int64_t kWidest = 64 / sizeof(E);
+  return ceil_div(width, kWidest) * kWidest + 16;
+}
+
+// A new tensor on the CPU, past the dispatcher: for a short call that is a tenth of its time.
+inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  AtenTensorHandle handle = nullptr;
+  const auto error =
+      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
+                               static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", shape.size(), " dimensions");
+  return Tensor(handle);
 }
 
 // Steps a chunk of time takes so that its rows of `columns` stay in cache, and its products are still large.
 inline int64_t chunk_steps(const LayerArgs& a, int64_t columns, size_t element) {
   const int64_t bytes = 2 << 20, least_rows = 1024;
   const int64_t rows = std::max<int64_t>(least_rows, bytes / std::max<int64_t>(columns * element, 1));
+  return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
+}
+
+// The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
+inline int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
+  const int64_t bytes = 768 << 10;
+  const int64_t rows = bytes / std::max<int64_t>((a.I + columns) * element, 1);
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
 }
 
@@ -243,6 +266,7 @@ class Plan {
     constexpr int64_t kLeastWork = 16384;
     const int64_t most = std::max<int64_t>(1, D * step_work / kLeastWork);
     threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+    if (threads_ > 1) barriers_.reset(new Barrier[threads_]);  // one for each group that splits units
   }
   int threads() const { return threads_; }
 
@@ -258,18 +282,17 @@ class Plan {
     s.row1 = B_ * (row_part + 1) / row_parts;
     s.part = index % parts;
     s.parts = parts;
-    s.barrier = &barriers_[(s.dir0 * row_parts + row_part) % kBarriers];
+    s.barrier = barriers_.get() + s.dir0 * row_parts + row_part;
     return s;
   }
 
  private:
-  static constexpr int kBarriers = 512;
   static constexpr int64_t kRowsEach = 6, kCacheBytes = 1200 << 10;
 
   int unit_parts(int threads) const {
     for (int parts = 1; parts < threads; ++parts) {
       if (threads % parts == 0 && B_ >= kRowsEach * (threads / parts) &&
-          weight_bytes_ / parts <= kCacheBytes && blocks_ >= parts && D_ * (threads / parts) <= kBarriers) {
+          weight_bytes_ / parts <= kCacheBytes && blocks_ >= parts) {
         return parts;
       }
     }
@@ -278,7 +301,7 @@ class Plan {
 
   int D_, threads_;
   int64_t B_, weight_bytes_, blocks_;
-  std::unique_ptr<Barrier[]> barriers_{new Barrier[kBarriers]};
+  std::unique_ptr<Barrier[]> barriers_;
 };
 
 }  // namespace fastrnn::cpu
