@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
 from dataclasses import dataclass
@@ -41,9 +42,15 @@ def _checked(name: str) -> str:
     return name
 
 
+@functools.cache
+def _environment() -> str:
+    """Read once: os.environ takes a step's twentieth."""
+    return _checked(os.environ.get("FASTRNN_BACKEND", "auto"))
+
+
 def current_backend() -> str:
     """The backend in force: the innermost `with fastrnn.backend(...)`, else the last plain call of
-    `fastrnn.backend(...)`, else the environment's FASTRNN_BACKEND, else "auto"."""
+    `fastrnn.backend(...)`, else the environment's FASTRNN_BACKEND at the first call, else "auto"."""
     if _choice.fresh:  # nothing runs between a block's head and its entry: these were plain calls
         _process_default[0] = list(_choice.fresh.values())[-1]
         _choice.fresh.clear()
@@ -51,7 +58,7 @@ def current_backend() -> str:
         return _choice.blocks[-1]
     if _process_default[0] is not None:
         return _process_default[0]
-    return _checked(os.environ.get("FASTRNN_BACKEND", "auto"))
+    return _environment()
 
 
 class backend:
@@ -106,6 +113,8 @@ def _why_not_cpu(x: Tensor) -> str | None:
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast, where it is on, wants x in."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     device = x.device.type
     # is_autocast_enabled raises for meta; torch 2.11's compiler cannot trace is_autocast_available.
     if device == "meta" or not torch.is_autocast_enabled(device):

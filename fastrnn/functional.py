@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, ops, reference
+from . import kernels, ops, reference, transforms
 from .backends import AUTOCAST_DTYPES, autocast_dtype, choose
+from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
 
@@ -25,6 +26,23 @@ class _Recorder(threading.local):
 
 
 RECORDER = _Recorder()
+
+
+def plain(x: Tensor) -> bool:
+    """True where a call with x is one of the operator in eager mode and nothing else: no gradient, no
+    transform, trace, cast or other backend."""
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.dtype in KERNEL_DTYPES
+        and not transforms.active()
+        and not torch._C._is_any_autocast_enabled()
+        and torch._C._get_tracing_state() is None
+        and RECORDER.take is None
+        and choose(x) == "cpu"
+    )
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

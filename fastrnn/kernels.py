@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +29,12 @@ def _load() -> str | None:
 
 LOAD_ERROR = _load()
 LOADED = LOAD_ERROR is None
+_LAYER: Any = torch.ops.fastrnn.layer.default if LOADED else None
+_LAYER_BACKWARD: Any = torch.ops.fastrnn.layer_backward.default if LOADED else None
+
+
+# float16 is widened first.
+KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
 
 
 def instruction_sets() -> list[str]:
@@ -147,7 +153,13 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
     """The kernel, past the registered autograd rule: that is Python, and takes 15 us to do nothing."""
     with torch._C._AutoDispatchBelowAutograd():
-        return Outputs(*torch.ops.fastrnn.layer.default(*inputs, save, return_states))
+        return Outputs(*_LAYER(*inputs, save, return_states))
+
+
+def call_plain(cell: str, x: Tensor, states: list[Tensor], params: Any) -> Any:
+    """The same for inference without masks, as the operator gives it."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return _LAYER(cell, x, states, params, None, None, None, False, False)
 
 
 def run_backward(
@@ -163,7 +175,7 @@ def run_backward(
     cell, x, states, params, *masks = inputs
     y, seq, gates = saved[0], list(saved[1 : len(states)]), list(saved[len(states) :])
     with torch._C._AutoDispatchBelowAutograd():
-        dx, dstates, dparams = torch.ops.fastrnn.layer_backward.default(
+        dx, dstates, dparams = _LAYER_BACKWARD(
             cell, dy, dlast, dseq, x, states, params, *masks, y, seq, gates, need_x, need_params
         )
     return (dx if need_x else None, *dstates, *(dparams if need_params else [None] * len(params)))

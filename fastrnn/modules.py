@@ -20,7 +20,7 @@ from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 
-from . import _checks, functional
+from . import _checks, functional, kernels
 from .reference import CELLS
 
 # Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
@@ -168,12 +168,37 @@ class _Layer(torch_rnn.RNNBase):
         they do not go with; RuntimeError for wrong sizes, devices and dtypes of states and weights,
         and for T = 0.
         """
+        if lengths is None and reset is None and not return_states and self.num_layers == 1:
+            result = self._streamed(input, hx)
+            if result is not None:
+                return result
         if isinstance(input, Proxy):
             options = {"lengths": lengths, "reset": reset, "return_states": return_states}
             return leaf_call(self, input, (input,) if hx is None else (input, hx), options)
         output, last, states = self._run(input, hx, lengths, reset, return_states)
         hidden = last if self.mode == "LSTM" else last[0]
         return (output, hidden, states) if return_states else (output, hidden)
+
+    def _streamed(self, input: Any, hx: Any) -> Any:
+        """The usual step of a program that generates or controls: inference by one layer, its state given.
+
+        None where the call is any other, or an error: then `_run` does it all, or finds the words. Its checks
+        in Python would take more time than such a step; the kernel makes the same before it begins.
+        """
+        two = self.mode == "LSTM"
+        if self.bidirectional or self.batch_first or hx is None or not functional.plain(input):
+            return None
+        if two and type(hx) is not tuple:
+            return None
+        cell, own = self._cell, self._parameters
+        params = [own.get(name) for name in self._all_weights[0]]
+        try:
+            if params[0].shape != (CELLS[cell].gates * self.hidden_size, self.input_size):  # type: ignore[union-attr]
+                return None
+            y, last, _, _ = kernels.call_plain(cell, input, list(hx) if two else [hx], params)
+        except (AttributeError, RuntimeError, TypeError, IndexError):
+            return None
+        return y, tuple(last) if two else last[0]
 
     def _run(
         self,

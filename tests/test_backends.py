@@ -18,6 +18,9 @@ from fastrnn.backends import current_backend
 def no_default(monkeypatch):
     monkeypatch.setattr(backends, "_process_default", [None])
     monkeypatch.delenv("FASTRNN_BACKEND", raising=False)
+    backends._environment.cache_clear()
+    yield
+    backends._environment.cache_clear()
 
 
 def in_another_thread(function):
@@ -82,6 +85,8 @@ def test_the_environment(monkeypatch):
     monkeypatch.setenv("FASTRNN_BACKEND", "reference")
     assert current_backend() == "reference"
     monkeypatch.setenv("FASTRNN_BACKEND", "gpu")
+    assert current_backend() == "reference"  # read once
+    backends._environment.cache_clear()
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"):
         current_backend()
 
