@@ -22,7 +22,10 @@ struct Backward {
   E* dgh_out;
   int64_t k, chunk_first;
 
-  FASTRNN_HD int64_t chunk_row(int64_t i) const { return now.first - chunk_first + i; }
+  // Where the vector of units at `unit`, of the chunk's row i, lies in panels.
+  FASTRNN_HD int64_t in_panels(int64_t i, int64_t unit) const {
+    return unit * p.panel_rows + (now.first - chunk_first + i) * S::W;
+  }
 
   // dh before the cell (before the projection, where there is one): from step `next`, from y.
   FASTRNN_HD S arriving(int64_t i, int64_t unit, int lanes, const S& product_) const {
@@ -34,7 +37,7 @@ struct Backward {
   // The states that entered the step, and those that left it.
   FASTRNN_HD void load_states(int64_t i, int64_t unit, int lanes, Vec<S, Cell::kStates>& s,
                               Vec<S, Cell::kStates>& s_new) const {
-    s[0] = d.w_proj ? S(0) : S::load(d.h_prev + chunk_row(i) * d.ld_h_prev + unit, lanes);
+    s[0] = d.w_proj ? S(0) : S::load(d.h_prev + in_panels(i, unit));
     s_new[0] = S(0);
     for (int j = 1; j < Cell::kStates; ++j) {
       const E* from =
@@ -49,8 +52,8 @@ struct Backward {
     for (int j = 0; j < Cell::kSaved; ++j) saved[j] = S::load(from + j * p.H, lanes);
   }
 
-  FASTRNN_HD void store_dg(int64_t i, int64_t unit, int lanes, int column, const S& v) const {
-    v.store(d.dg + chunk_row(i) * d.ld_dg + column * p.H + unit, lanes);
+  FASTRNN_HD void store_dg(int64_t i, int64_t unit, int column, const S& v) const {
+    v.store(d.dg + in_panels(i, column * round_up(p.H, S::W) + unit));
   }
 
   // Gate g's recurrent gradient, for the product of the step before; kept aside where this is a row's last.
@@ -75,14 +78,14 @@ struct Backward {
       Vec<S, kLast> dg;
       Cell::backward(saved, s, s_new, ds_new, dg, ds);
       for (int g = 0; g < kLast; ++g) {
-        store_dg(i, unit, lanes, kFirst + g, dg[g]);
+        store_dg(i, unit, kFirst + g, dg[g]);
         dg[g].store(d.mid + i * d.ld_state + g * p.H + unit, lanes);
       }
       dh.store(d.dmid + i * d.ld_state + unit, lanes);
     } else {
       Vec<S, Cell::kGrads> dg;
       Cell::backward(saved, s, s_new, ds_new, dg, ds);
-      for (int g = 0; g < Cell::kGrads; ++g) store_dg(i, unit, lanes, g, dg[g]);
+      for (int g = 0; g < Cell::kGrads; ++g) store_dg(i, unit, g, dg[g]);
       for (int g = 0; g < Cell::kGates; ++g) store_dgh(i, unit, lanes, g, dg[Cell::kHiddenGrad[g]]);
     }
     // Under a projection state[0] has h's width, and such cells pass nothing on elementwise.
@@ -101,11 +104,11 @@ struct Backward {
     ds[0] = S::load(d.state[0] + i * d.ld_state + unit);
     Cell::backward_first(saved, s, dmid, S::load(d.dmid + i * d.ld_state + unit), dg, ds, mid);
     for (int g = 0; g < kFirst; ++g) {
-      store_dg(i, unit, lanes, g, dg[g]);
+      store_dg(i, unit, g, dg[g]);
       store_dgh(i, unit, lanes, g, dg[g]);
     }
     ds[0].store(d.state[0] + i * d.ld_state + unit);
-    mid.store(d.mid_out + chunk_row(i) * p.H + unit, lanes);
+    mid.store(d.mid_out + in_panels(i, unit));
   }
 
   template <class Epilogue>
@@ -113,10 +116,10 @@ struct Backward {
                         int64_t K, const Reads<E>& reads, Epilogue&& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
-    product<1>(share.row0, row1, block0, block1, units, a, lda, w, K, static_cast<const E*>(nullptr), 0,
-               (k & 1) != 0, reads, [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
-                 epilogue(i, unit, lanes, v[0]);
-               });
+    product<1>(
+        share.row0, row1, block0, block1, units, InRows<E>{a, lda}, w, K, static_cast<const E*>(nullptr), 0,
+        (k & 1) != 0, reads,
+        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
     end_phase(share);
   }
 
@@ -128,7 +131,7 @@ struct Backward {
       phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, {}, [&](int64_t i, int64_t unit, int lanes, const S& v) {
         const S dh = arriving(i, unit, lanes, v);
         dh.store(d.mid + i * d.ld_state + unit);
-        dh.store(d.dh_out + chunk_row(i) * p.P + unit, lanes);
+        dh.store(d.dh_out + in_panels(i, unit));
         S(0).store(d.state[0] + i * d.ld_state + unit);
       });
       phase(row1, p.H, d.mid, d.ld_state, d.w_proj, p.P, saved,

@@ -46,8 +46,8 @@ struct Forward {
   FASTRNN_HD void first_stage(int64_t row0, int64_t row1) const {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
-    product<kFirst>(row0, row1, block0, block1, p.H, h_in, d.ld_ring, d.w[0], p.H, d.bh, d.ld_state,
-                    backwards, gx_of(0, kFirst),
+    product<kFirst>(row0, row1, block0, block1, p.H, InRows<E>{h_in, d.ld_ring}, d.w[0], p.H, d.bh,
+                    d.ld_state, backwards, gx_of(0, kFirst),
                     [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
                       Vec<S, kFirst> gx, first;
                       Vec<S, Cell::kStates> s;
@@ -67,7 +67,7 @@ struct Forward {
     my_blocks<E>(share, p.H, block0, block1);
     const E* source = kTwo ? d.mid : h_in;
     const int64_t ld = kTwo ? d.ld_state : d.ld_ring, K = kTwo ? p.H : p.P;
-    product<kLast>(row0, row1, block0, block1, p.H, source, ld, d.w[Cell::kStages - 1], K,
+    product<kLast>(row0, row1, block0, block1, p.H, InRows<E>{source, ld}, d.w[Cell::kStages - 1], K,
                    d.bh + kFirst * d.ld_state, d.ld_state, backwards, gx_of(kFirst, kLast),
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
@@ -109,8 +109,8 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
     product<1>(
-        row0, row1, block0, block1, p.P, d.mid, d.ld_state, d.w_proj, p.H, static_cast<const E*>(nullptr), 0,
-        backwards, Reads<E>{},
+        row0, row1, block0, block1, p.P, InRows<E>{d.mid, d.ld_state}, d.w_proj, p.H,
+        static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
   }
@@ -145,7 +145,7 @@ struct Forward {
     const E* x =
         d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const E*>(p.x.data) + first * p.I;
     E* to = d.gates + (first - (d.save ? 0 : c.first)) * d.ld_gates + gate0 * p.H;
-    product<N>(0, count, block0, block1, p.H, x, d.x_rows ? d.ld_x : p.I, d.w_x[stage], p.I,
+    product<N>(0, count, block0, block1, p.H, InRows<E>{x, d.x_rows ? d.ld_x : p.I}, d.w_x[stage], p.I,
                d.bx + gate0 * d.ld_state, d.ld_state, false, Reads<E>{},
                [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
                  for (int g = 0; g < N; ++g) gx[g].store(to + i * d.ld_gates + g * p.H + unit, lanes);

@@ -5,6 +5,7 @@
 #include "../cells/registry.h"
 #include "backward.h"
 #include "forward.h"
+#include "gradients.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -60,7 +61,10 @@ cpu::Kernels<E> kernels() {
 #define FASTRNN_ENTRY(Cell) cell_kernels<Cell, E>(),
   static constexpr cpu::CellKernels<E> cells[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
 #undef FASTRNN_ENTRY
-  return {Simd<E>::W, sizeof(cells) / sizeof(cells[0]), cells, &pack<E>, &small_product<E>};
+  return {Simd<E>::W,    sizeof(cells) / sizeof(cells[0]),
+          cells,         &pack<E>,
+          &to_panels<E>, &outer_product<E>,
+          &add_rows<E>,  &input_gradient<E>};
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

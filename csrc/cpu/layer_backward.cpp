@@ -9,28 +9,12 @@ struct Gradients {
   TensorList dstates, dparams;
 };
 
-// dst[c] += the sums of the columns of rows [0, rows) of src. Few rows in E, those sums in double: thousands
-// of terms in one float accumulator would lose two digits.
-template <class E>
-void add_column_sums(const E* src, int64_t rows, int64_t columns, int64_t ld, double* dst) {
-  constexpr int64_t kRows = 8;
-  for_rows(columns, rows, [&](int64_t begin, int64_t end) {
-    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-      const int64_t r1 = std::min(r0 + kRows, rows);
-      for (int64_t c = begin; c < end; ++c) {
-        E sum = 0;
-        for (int64_t r = r0; r < r1; ++r) sum += src[r * ld + c];
-        dst[c] += static_cast<double>(sum);
-      }
-    }
-  });
-}
-
 // One direction's weight gradients, in E until the end of the call.
 template <class E>
 struct WeightGradients {
   E *w_ih, *w_hh, *w_hr;  // [G*H, I], [G*H, P], [P, H]
-  double* bias;           // [kGrads*H]
+  double* bias;           // [kGrads][H, whole vectors]
+  bool begun;             // something has been written to them
 };
 
 template <class E>
@@ -49,7 +33,8 @@ class BackwardPass {
         H_(a_.H),
         P_(a_.P),
         projected_(a_.params[0].w_hr.has_value()),
-        steps_(chunk_steps(a_, cell_.grads * a_.H, sizeof(E))) {
+        W_(kernels_.width),
+        steps_(chunk_steps(a_, cell_.grads * a_.H * sizeof(E))) {
     const int64_t D = a_.D, N = a_.N;
     const size_t others = static_cast<size_t>(cell_.states - 1);
     STD_TORCH_CHECK(seq.size() == others && saved.size() == (projected_ ? 2u : 1u),
@@ -73,7 +58,7 @@ class BackwardPass {
 
   Gradients run() {
     prepare();
-    Plan plan(a_.D, a_.B, a_.B * cell_.gates * H_ * P_, weight_bytes_, ceil_div(H_, kernels<E>().width));
+    Plan plan(a_.D, a_.B, a_.B * cell_.gates * H_ * P_, weight_bytes_, ceil_div(H_, W_));
     for (scan_.k0 = 0; scan_.k0 < a_.T; scan_.k0 = scan_.k1) {
       scan_.k1 = std::min(scan_.k0 + steps_, a_.T);
       for (int64_t d = 0; d < a_.D; ++d) {
@@ -84,7 +69,10 @@ class BackwardPass {
         if (scan_.k0 == 0) w_.pack(member, size);
         cell_.backward(scan_, plan.share(member, size));
       });
-      for (int64_t d = 0; d < a_.D; ++d) products(d);
+      for (int64_t d = 0; d < a_.D; ++d) {
+        if (need_params_) weight_gradients(d);
+        if (need_x_) input_gradient(d);
+      }
     }
     run_team(plan.threads(), [&](int member, int size) { cell_.finish(scan_, plan.share(member, size)); });
     return results();
@@ -108,12 +96,17 @@ class BackwardPass {
     scan_.directions = static_cast<int>(D);
     scan_.H = H_;
     scan_.P = P_;
-    const int64_t ld = padded<E>(std::max(H_, P_)), ld_ring = padded<E>(G * H_), most = steps_ * B;
+    const int64_t ld = padded<E>(std::max(H_, P_)), ld_ring = padded<E>(G * H_), most = (steps_ * B) | 1;
+    const int64_t wide = ceil_div(H_, W_) * W_, wide_p = ceil_div(P_, W_) * W_;
+    scan_.panel_rows = most;  // odd: an even one would send many panels to the same sets of a cache
     for (int64_t d = 0; d < D; ++d) {
       const LayerArgs::Direction& p = a_.params[d];
       Direction<E>& s = scan_.dir[d];
       s.reverse = d == 1;
-      w_ih_[d] = need_x_ ? as<E>(arena_, p.w_ih) : nullptr;
+      if (need_x_) {  // by whole columns, since panels are not read by the dot product
+        const int64_t few = a_.I > 1 ? Weights<E>::kFewRows : 0;
+        w_ih_[d] = w_.get(p.w_ih, 0, {nullptr, false, 1, 0, a_.I, 1, G * H_, a_.I}, few);
+      }
       for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
         const int64_t rows = cell_.stage_gates[stage] * H_;
         s.w[stage] = w_.get(p.w_hh, gate0 * H_ * P_, {nullptr, false, 1, 0, P_, 1, rows, P_});
@@ -133,13 +126,10 @@ class BackwardPass {
         s.keep = keep;
       }
       s.saved = static_cast<const E*>(saved_[0].const_data_ptr()) + d * N * cell_.saved * H_;
-      h_prev_[d] = arena_.get<E>(most * P_);
-      s.h_prev = h_prev_[d];
-      s.ld_h_prev = P_;
-      s.ld_dg = cell_.grads * H_;
-      s.dg = arena_.get<E>(most * s.ld_dg);
-      if (cell_.stages == 2) s.mid_out = arena_.get<E>(most * H_);
-      if (projected_) s.dh_out = arena_.get<E>(most * P_);
+      s.h_prev = h_prev_[d] = arena_.get<E>(most * wide_p);
+      s.dg = arena_.get<E>(most * cell_.grads * wide);
+      if (cell_.stages == 2) s.mid_out = arena_.get<E>(most * wide);
+      if (projected_) s.dh_out = arena_.get<E>(most * wide_p);
       s.ld_state = ld;
       s.ld_ring = ld_ring;
       for (int j = 0; j < 2; ++j) s.ring[j] = arena_.zeros<E>(B * ld_ring);
@@ -158,19 +148,26 @@ class BackwardPass {
         if (j) s.s0[j - 1] = s0;
       }
       if (need_params_) {
-        weights_[d] = {arena_.zeros<E>(G * H_ * a_.I), arena_.zeros<E>(G * H_ * P_),
-                       projected_ ? arena_.zeros<E>(P_ * H_) : nullptr,
-                       arena_.zeros<double>(cell_.grads * H_)};
+        const auto of = [&](const Tensor& w) { return gradient(w, d); };
+        weights_[d] = {of(p.w_ih), of(p.w_hh), projected_ ? of(*p.w_hr) : nullptr,
+                       arena_.zeros<double>(cell_.grads * wide), false};
       }
     }
+    if (need_params_) x_panels_ = arena_.get<E>(most * ceil_div(a_.I, W_) * W_);
+    if (need_params_ && projected_) raw_panels_ = arena_.get<E>(most * wide);
     direct_x_ = !bf16 && table_.outside.empty();
-    if (need_params_ && !direct_x_) x_rows_ = arena_.get<E>(most * a_.I);
     if (need_x_) {
       dx_ = a_.lengths ? torch::stable::new_zeros(a_.x, a_.row_shape(a_.I))
                        : empty(a_.row_shape(a_.I), a_.dtype);
       dx_rows_ = direct_x_ ? static_cast<E*>(dx_.mutable_data_ptr()) : arena_.get<E>(table_.rows() * a_.I);
       if (D > 1) std::fill_n(dx_rows_, table_.rows() * a_.I, E(0));
     }
+  }
+
+  // Where a weight's gradient is summed: in the result, where that is of E.
+  E* gradient(const Tensor& w, int64_t d) {
+    Tensor& out = dparams_[d].emplace_back(torch::stable::empty_like(w));
+    return w.scalar_type() == kScalar<E> ? static_cast<E*>(out.mutable_data_ptr()) : arena_.get<E>(w.numel());
   }
 
   // The rows of the chunk of steps k0 .. k1, which are counted from the end of the forward scan.
@@ -187,76 +184,83 @@ class BackwardPass {
   // reset.
   void gather_h_prev(int64_t d) {
     const Direction<E>& s = scan_.dir[d];
-    E* to = h_prev_[d];
     for_rows(t1_[d] - t0_[d], std::max<int64_t>(a_.B, 1) * P_, [&](int64_t begin, int64_t end) {
       for (int64_t t = t0_[d] + begin; t < t0_[d] + end; ++t) {
         const int64_t before = s.reverse ? t + 1 : t - 1;
         const int64_t known = before >= 0 && before < a_.T ? table_.active[before] : 0;
         for (int64_t i = 0; i < table_.active[t]; ++i) {
           const int64_t row = table_.offset[t] + i;
-          E* h = to + (row - first_[d]) * P_;
+          Border<E> h{};
           if (s.keep && !s.keep[row]) {
-            std::memset(h, 0, P_ * sizeof(E));
+            // stays null: zeros
           } else if (i < known) {
-            read(y_, scan_.rows.at(table_.offset[before] + i) * a_.D * P_ + d * P_, P_, h);
+            h = at(y_, scan_.rows.at(table_.offset[before] + i) * a_.D * P_ + d * P_);
           } else {
-            read(a_.states[0], (d * a_.B + table_.caller(i)) * P_, P_, h);
+            h = at(a_.states[0], (d * a_.B + table_.caller(i)) * P_);
           }
+          kernels_.to_panels(h, P_, h_prev_[d] + (row - first_[d]) * W_, panel());
         }
       }
     });
   }
 
-  // out += a^T b over `rows` rows, or out = where `add` is false. In blocks: one float accumulator over
-  // thousands of rows would lose a digit to torch.nn's sums of per-step products. A block costs a pass over
-  // `out`, so that large ones take more rows.
-  static void weight_gradient(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool add) {
-    const int64_t least = out.rows * out.columns <= kSmallWeight ? kSmallBlock : kLargeBlock;
-    const int64_t blocks = std::max<int64_t>(1, a.rows / least);
-    for (int64_t i = 0; i < blocks; ++i) {
-      const int64_t r0 = a.rows * i / blocks, r1 = a.rows * (i + 1) / blocks;
-      const Matrix<E> a_rows{a.data + r0 * a.row_stride, r1 - r0, a.columns, a.row_stride};
-      const Matrix<E> b_rows{b.data + r0 * b.row_stride, r1 - r0, b.columns, b.row_stride};
-      multiply<E>(out, a_rows.transposed(), b_rows, add || i > 0);
-    }
+  int64_t panel() const { return scan_.panel_rows * W_; }
+
+  static Border<E> at(const Tensor& t, int64_t element) {
+    return {static_cast<char*>(t.mutable_data_ptr()) + element * t.element_size(), 0,
+            t.scalar_type() == ScalarType::BFloat16};
   }
 
-  // What is one big product: the weights' gradients, and the input's.
-  void products(int64_t d) {
+  // The chunk's rows of a matrix, into panels.
+  template <class Row>
+  void gather(int64_t d, int64_t columns, E* to, Row&& row) {
+    for_rows(rows_[d], columns, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        kernels_.to_panels(row(first_[d] + r), columns, to + r * W_, panel());
+    });
+  }
+
+  // Each panel of gradients by all that its gates were multiplied with, while it is in the first-level cache.
+  void weight_gradients(int64_t d) {
     const Direction<E>& s = scan_.dir[d];
-    const int64_t rows = rows_[d], G = cell_.gates, ld = s.ld_dg;
+    WeightGradients<E>& w = weights_[d];
+    const int64_t rows = rows_[d], G = cell_.gates, I = a_.I, blocks = ceil_div(H_, W_);
     if (rows == 0) return;
-    const Matrix<E> dgx{s.dg, rows, G * H_, ld};
-    if (need_params_) {
-      const bool add = scan_.k0 > 0;
-      const E* x = input_rows<E>(a_, table_, first_[d], rows, x_rows_);
-      weight_gradient({weights_[d].w_ih, G * H_, a_.I, a_.I}, dgx, {x, rows, a_.I, a_.I}, add);
-      for (int g0 = 0, stage = 0, stage_end = cell_.stage_gates[0]; g0 < G;) {
-        // A run of gates of one stage whose recurrent gradients lie side by side.
-        int g1 = g0 + 1;
-        while (g1 < stage_end && cell_.hidden_grad[g1] == cell_.hidden_grad[g1 - 1] + 1) ++g1;
-        const Matrix<E> dgh{s.dg + cell_.hidden_grad[g0] * H_, rows, (g1 - g0) * H_, ld};
-        const Matrix<E> source{stage ? s.mid_out : h_prev_[d], rows, P_, P_};
-        weight_gradient({weights_[d].w_hh + g0 * H_ * P_, (g1 - g0) * H_, P_, P_}, dgh, source, add);
-        g0 = g1;
-        if (g0 == stage_end && g0 < G) stage_end += cell_.stage_gates[++stage];
+    gather(d, I, x_panels_, [&](int64_t row) { return at(a_.x, scan_.rows.at(row) * I); });
+    const auto outer = [&](const E* a, int64_t block, int64_t units, const E* b, int64_t columns, E* out) {
+      // A piece costs a pass over the weight, so that large ones take more rows.
+      const int64_t longest = columns * units * G <= kSmallWeight ? kSmallPiece : kLargePiece;
+      const int lanes = static_cast<int>(std::min<int64_t>(units - block * W_, W_));
+      kernels_.outer_product(
+          {a, b, panel(), rows, longest, lanes, columns, out + block * W_ * columns, columns, w.begun});
+    };
+    for_rows(cell_.grads * blocks, rows * W_ * (I + P_), [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) {
+        const int64_t column = j / blocks, block = j % blocks;
+        const E* a = s.dg + j * panel();
+        if (column < G) outer(a, block, H_, x_panels_, I, w.w_ih + column * H_ * I);
+        for (int64_t g = 0, first_stage = cell_.stage_gates[0]; g < G; ++g) {
+          if (cell_.hidden_grad[g] != column) continue;
+          outer(a, block, H_, g < first_stage ? h_prev_[d] : s.mid_out, P_, w.w_hh + g * H_ * P_);
+        }
+        kernels_.add_rows(a, rows, w.bias + j * W_);
       }
-      if (a_.params[d].b_ih) add_column_sums(s.dg, rows, cell_.grads * H_, ld, weights_[d].bias);
-      if (projected_) {
-        const E* raw = static_cast<const E*>(saved_[1].const_data_ptr()) + (d * a_.N + first_[d]) * H_;
-        weight_gradient({weights_[d].w_hr, P_, H_, H_}, {s.dh_out, rows, P_, P_}, {raw, rows, H_, H_}, add);
-      }
+    });
+    if (projected_) {
+      const int64_t from = d * a_.N;
+      gather(d, H_, raw_panels_, [&](int64_t row) { return at(saved_[1], (from + row) * H_); });
+      for_rows(ceil_div(P_, W_), rows * W_ * H_, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) outer(s.dh_out + j * panel(), j, P_, raw_panels_, H_, w.w_hr);
+      });
     }
-    if (need_x_) {
-      multiply<E>({dx_rows_ + first_[d] * a_.I, rows, a_.I, a_.I}, dgx, {w_ih_[d], G * H_, a_.I, a_.I},
-                  a_.D > 1);
-    }
+    w.begun = true;
   }
 
-  Tensor like(const Tensor& t, const E* from) {
-    Tensor out = torch::stable::empty_like(t);
-    write(from, t.numel(), out, 0);
-    return out;
+  void input_gradient(int64_t d) {
+    const InputGradient<E> p{
+        scan_.dir[d].dg, panel(), cell_.gates, H_, w_ih_[d], a_.I, dx_rows_ + first_[d] * a_.I, a_.D > 1};
+    for_rows(rows_[d], cell_.gates * H_ * a_.I,
+             [&](int64_t begin, int64_t end) { kernels_.input_gradient(p, begin, end); });
   }
 
   Gradients results() {
@@ -281,44 +285,61 @@ class BackwardPass {
     for (int64_t d = 0; d < a_.D && need_params_; ++d) {
       const LayerArgs::Direction& p = a_.params[d];
       const WeightGradients<E>& w = weights_[d];
-      out.dparams.push_back(like(p.w_ih, w.w_ih));
-      out.dparams.push_back(like(p.w_hh, w.w_hh));
+      finish_gradient(dparams_[d][0], w.w_ih, w.begun);
+      finish_gradient(dparams_[d][1], w.w_hh, w.begun);
+      if (p.w_hr) finish_gradient(dparams_[d][2], w.w_hr, w.begun);
+      out.dparams.insert(out.dparams.end(), dparams_[d].begin(), dparams_[d].begin() + 2);
       if (p.b_ih) {
-        E* db = arena_.get<E>(2 * cell_.gates * H_);
-        for (int64_t g = 0; g < cell_.gates; ++g) {
-          for (int64_t u = 0; u < H_; ++u) {
-            db[g * H_ + u] = static_cast<E>(w.bias[g * H_ + u]);
-            db[(cell_.gates + g) * H_ + u] = static_cast<E>(w.bias[cell_.hidden_grad[g] * H_ + u]);
-          }
-        }
-        out.dparams.push_back(like(*p.b_ih, db));
-        out.dparams.push_back(like(*p.b_hh, db + cell_.gates * H_));
+        out.dparams.push_back(bias_gradient(*p.b_ih, w.bias, [](int64_t g) { return g; }));
+        out.dparams.push_back(
+            bias_gradient(*p.b_hh, w.bias, [&](int64_t g) { return cell_.hidden_grad[g]; }));
       }
-      if (p.w_hr) out.dparams.push_back(like(*p.w_hr, w.w_hr));
+      if (p.w_hr) out.dparams.push_back(dparams_[d][2]);
     }
     return out;
   }
 
-  static constexpr int64_t kSmallWeight = 1 << 16, kSmallBlock = 64, kLargeBlock = 256;
+  void finish_gradient(const Tensor& out, E* sums, bool begun) {
+    const int64_t n = out.numel();
+    if (!begun) std::fill_n(sums, n, E(0));
+    if (sums != out.const_data_ptr()) {
+      for_rows(n, 1, [&](int64_t begin, int64_t end) { write(sums + begin, end - begin, out, begin); });
+    }
+  }
 
+  template <class Column>
+  Tensor bias_gradient(const Tensor& bias, const double* sums, Column&& column) {
+    Tensor out = torch::stable::empty_like(bias);
+    std::vector<E> row(H_);
+    for (int64_t g = 0; g < cell_.gates; ++g) {
+      const double* from = sums + column(g) * ceil_div(H_, W_) * W_;
+      std::transform(from, from + H_, row.begin(), [](double sum) { return static_cast<E>(sum); });
+      write(row.data(), H_, out, g * H_);
+    }
+    return out;
+  }
+
+  static constexpr int64_t kSmallWeight = 1 << 16, kSmallPiece = 64, kLargePiece = 128;
+
+  const Kernels<E>& kernels_ = kernels<E>();
   const CellKernels<E>& cell_;
   const LayerArgs a_;
   const RowTable table_;
   const bool need_x_, need_params_;
   const int64_t H_, P_;
   const bool projected_;
-  const int64_t steps_;
+  const int64_t W_, steps_;  // W_: units in a vector
   Arena arena_;
   Weights<E> w_{arena_, a_};
   Scan<E> scan_{};
   Tensor y_, dy_, dx_;
-  TensorList dlast_, dseq_, seq_, saved_;
-  const E* w_ih_[2];
+  TensorList dlast_, dseq_, seq_, saved_, dparams_[2];
+  Weight<E> w_ih_[2];
   E* h_prev_[2];
   WeightGradients<E> weights_[2]{};
   int64_t weight_bytes_ = 0, t0_[2], t1_[2], first_[2], rows_[2];
   bool direct_x_ = false;
-  E *x_rows_ = nullptr, *dx_rows_ = nullptr;
+  E *x_panels_ = nullptr, *raw_panels_ = nullptr, *dx_rows_ = nullptr;
 };
 
 std::tuple<Tensor, TensorList, TensorList> layer_backward(StringHandle cell, OptionalTensor dy,

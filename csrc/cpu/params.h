@@ -69,13 +69,12 @@ struct Direction {
   Border<E> y;             // [rows][P], this direction's columns
 
   // Backward.
-  const E* saved;   // [N][kSaved*H]
-  const E* h_prev;  // chunk rows [P]: the h that entered the step
-  int64_t ld_h_prev;
-  E* dg;  // chunk rows [kGrads*H]
-  int64_t ld_dg;
-  E* mid_out;                     // chunk rows [H]: two-stage cells' mid, for the weight gradient
-  E* dh_out;                      // chunk rows [P]: dh of the projected state, for its weight gradient
+  const E* saved;  // [N][kSaved*H]
+  // The chunk's rows in panels [columns/W][chunk rows][W].
+  const E* h_prev;                // P columns: the h that entered the step
+  E* dg;                          // of each of kGrads, H columns
+  E* mid_out;                     // H columns: two-stage cells' mid, for the weight gradient
+  E* dh_out;                      // P columns: dh of the projected state, for its weight gradient
   Border<E> dy;                   // null data: no gradient reached y
   const E* dseq[kMaxStates - 1];  // [N][H]; null: none
   const E* s0[kMaxStates - 1];    // [B][ld_state] first states after h
@@ -95,8 +94,11 @@ struct Scan {
   Rows rows;
   int directions;
   Direction<E> dir[2];
-  int64_t H, P;    // P: the width of h, = H without projection
-  int64_t k0, k1;  // backward: steps of this chunk, in the order of the scan
+  int64_t H, P;  // P: the width of h, = H without projection
+
+  // Backward.
+  int64_t k0, k1;      // the steps of this chunk, in the order of the scan
+  int64_t panel_rows;  // of a chunk, at most
 
   // Forward.
   Border<E> x;
@@ -118,16 +120,29 @@ struct Pack {
   int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
 };
 
-// out [rows][units] = a [rows][K] w, or += it.
+// One panel's share of a weight's gradient: out [lanes][columns] = (or +=) the sum over rows of a [rows][W]
+// by b, panels [columns/W][rows][W].
 template <class E>
-struct SmallProduct {
-  int64_t rows, K, units;
-  const E* a;
-  int64_t lda;
-  Weight<E> w;  // kRows or kColumns
+struct OuterProduct {
+  const E *a, *b;
+  int64_t b_panel;  // from one panel of b to the next
+  int64_t rows, longest;
+  int lanes;
+  int64_t columns;
   E* out;
   int64_t ld_out;
-  bool accumulate;
+  bool add;
+};
+
+// out [rows][columns] = (or +=) dg w; dg's panels [gates][units/W][rows][W], w [gates*units][columns].
+template <class E>
+struct InputGradient {
+  const E* dg;
+  int64_t panel, gates, units;
+  Weight<E> w;
+  int64_t columns;
+  E* out;
+  bool add;
 };
 
 // One entry of an instruction set's table.
@@ -149,7 +164,10 @@ struct Kernels {
   int count;
   const CellKernels<E>* cells;
   void (*pack)(const Pack&, E* dst, int64_t block0, int64_t block1);
-  void (*small_product)(const SmallProduct<E>&, int64_t block0, int64_t block1);  // blocks of units
+  void (*to_panels)(const Border<E>& row, int64_t columns, E* to, int64_t panel);
+  void (*outer_product)(const OuterProduct<E>&);
+  void (*add_rows)(const E* panel, int64_t rows, double* to);
+  void (*input_gradient)(const InputGradient<E>&, int64_t row0, int64_t row1);
 };
 
 struct InstructionSet {

@@ -3,6 +3,8 @@
 // in L1.
 #pragma once
 
+#include <type_traits>
+
 #include "params.h"
 #include "simd.h"
 
@@ -18,12 +20,92 @@ struct TileShape {
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
 
+// The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
+// row lies), and `row` is the way from there to the next row's.
+
+// [rows][K], rows of ld. `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
+template <class E>
+struct InRows {
+  const E* data;
+  int64_t ld;
+  FASTRNN_HD InRows from(int64_t row) const { return {data + row * ld, ld}; }
+  FASTRNN_HD int64_t row() const { return ld; }
+  template <class Add>
+  FASTRNN_HD void each(int64_t K, const E* ahead, Add&& add) const {
+#pragma GCC unroll 2
+    for (int64_t k = 0; k < K; ++k) {
+      __builtin_prefetch(ahead + k * Simd<E>::W, 0, 2);
+      add(k, data + k);
+    }
+  }
+};
+
+// Panels [gates][units/W][...][W] of rows, `panel` apart: k counts a gate's units, then the gates.
+template <class E>
+struct InPanels {
+  const E* data;
+  int64_t panel, units;
+  FASTRNN_HD InPanels from(int64_t row) const { return {data + row * Simd<E>::W, panel, units}; }
+  FASTRNN_HD static constexpr int64_t row() { return Simd<E>::W; }
+  template <class Add>
+  FASTRNN_HD void each(int64_t K, const E*, Add&& add) const {
+    const E* at = data;
+    for (int64_t k = 0, unit = 0; k < K; at += panel) {
+      const int64_t left = units - unit;
+      if (left > Simd<E>::W) {
+#pragma GCC unroll 2
+        for (int lane = 0; lane < Simd<E>::W; ++lane) {
+          // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
+          __builtin_prefetch(at + 2 * panel + lane * Simd<E>::W);
+          add(k + lane, at + lane);
+        }
+        k += Simd<E>::W;
+        unit += Simd<E>::W;
+      } else {
+        for (int lane = 0; lane < left; ++lane) add(k + lane, at + lane);
+        k += left;
+        unit = 0;
+      }
+    }
+  }
+};
+
+// The tile of an outer product: it divides a panel, and its accumulators fill the register file.
+template <class E>
+struct OuterTile {
+  static constexpr int W = Simd<E>::W;
+  static constexpr int kLanes = W >= 8 ? W / 2 : W;
+  static constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
+  static constexpr int kBlocks = kAccumulators / kLanes < 6 ? kAccumulators / kLanes : 6;
+};
+
+// One panel [K][W], transposed: its lanes are the rows. Meanwhile the `lanes` rows of U vectors that will be
+// added to, `ld` apart, come nearer, a few at a time: all at once would keep the factors waiting.
+template <class E, int U>
+struct InLanes {
+  const E* data;
+  int lanes;
+  const E* to;
+  int64_t ld;
+  FASTRNN_HD static constexpr int64_t row() { return 1; }
+  template <class Add>
+  FASTRNN_HD void each(int64_t K, const E*, Add&& add) const {
+    const int64_t few = K / OuterTile<E>::kLanes;
+    int64_t k = 0;
+    for (int lane = 0; lane < lanes; ++lane) {
+      for (int u = 0; u < U; ++u) __builtin_prefetch(to + lane * ld + u * Simd<E>::W, 1);
+#pragma GCC unroll 2
+      for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k) add(k, data + k * Simd<E>::W);
+    }
+  }
+};
+
 // out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + bias [G][ld_bias], the blocks `block` apart and
 // the k `step`. K is never split, so the bits do not depend on how rows and units were shared out. `ahead`: K
 // vectors of weights to bring into the second-level cache meanwhile.
-template <class E, int G, int U, int M>
-__attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t step, int64_t block,
-                                    int64_t K, const E* bias, int64_t ld_bias, const E* ahead, E* out) {
+template <class E, int G, int U, int M, class A>
+__attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block, int64_t K, const E* bias,
+                                    int64_t ld_bias, const E* ahead, E* out) {
   using S = Simd<E>;
   S acc[M][U][G];
 #pragma GCC unroll 8
@@ -34,8 +116,8 @@ __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t
 #pragma GCC unroll 8
       for (int m = 0; m < M; ++m) acc[m][u][g] = b;
     }
-  for (int64_t k = 0; k < K; ++k) {
-    __builtin_prefetch(ahead + k * S::W, 0, 2);
+  const int64_t row = a.row();
+  a.each(K, ahead, [&](int64_t k, const E* a_k) __attribute__((always_inline)) {
     S wk[U][G];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
@@ -43,13 +125,13 @@ __attribute__((noinline)) void tile(const E* a, int64_t lda, const E* w, int64_t
       for (int g = 0; g < G; ++g) wk[u][g] = S::load(w + u * block + k * step + g * S::W);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const S am(a[m * lda + k]);
+      const S am(a_k[m * row]);
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) acc[m][u][g] = acc[m][u][g] + am * wk[u][g];
     }
-  }
+  });
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -136,9 +218,9 @@ struct Reads {
 // Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
 // the blocks from the last: where w outgrows the cache, the next step then begins with what this one left
 // there.
-template <int G, class E, class Epilogue>
-FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const E* a,
-                        int64_t lda, const cpu::Weight<E>& weight, int64_t K, const E* bias, int64_t ld_bias,
+template <int G, class A, class E, class Epilogue>
+FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const A& a,
+                        const cpu::Weight<E>& weight, int64_t K, const E* bias, int64_t ld_bias,
                         bool backwards, const Reads<E>& reads, Epilogue&& epilogue) {
   using S = Simd<E>;
   using Tile = TileShape<G>;
@@ -169,22 +251,24 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
       const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
       // While this sweep's tiles are worked on, the next sweep's weights come nearer, K vectors a tile.
       const E* ahead = next && i < U * G ? next + i * K * S::W : w;
-      const E* a_r = a + r * lda;
+      const A a_r = a.from(r);
       reads.fetch(r, M, b * S::W, U);
       if (dots) {
-        const int64_t left = units - b * S::W;
-        const int lanes = static_cast<int>(left < S::W ? left : S::W);
-        const auto run = M == 1   ? &dot_tile<E, G, 1>
-                         : M == 2 ? &dot_tile<E, G, 2>
-                         : M == 3 ? &dot_tile<E, G, 3>
-                                  : &dot_tile<E, G, 4>;
-        run(a_r, lda, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
+        if constexpr (std::is_same_v<A, InRows<E>>) {
+          const int64_t left = units - b * S::W;
+          const int lanes = static_cast<int>(left < S::W ? left : S::W);
+          const auto run = M == 1   ? &dot_tile<E, G, 1>
+                           : M == 2 ? &dot_tile<E, G, 2>
+                           : M == 3 ? &dot_tile<E, G, 3>
+                                    : &dot_tile<E, G, 4>;
+          run(a_r.data, a_r.ld, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
+        }
       } else if (U == 1) {
-        tile_of<E, G, 1, Tile::kRows>(M, a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
+        tile_of<E, G, 1, Tile::kRows>(M, a_r, w, step, block, K, bias_b, ld_bias, ahead, out);
       } else if (rows == 1) {
-        tile<E, G, Tile::kUnitsOneRow, 1>(a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
+        tile<E, G, Tile::kUnitsOneRow, 1>(a_r, w, step, block, K, bias_b, ld_bias, ahead, out);
       } else {
-        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a_r, lda, w, step, block, K, bias_b, ld_bias, ahead, out);
+        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a_r, w, step, block, K, bias_b, ld_bias, ahead, out);
       }
 #pragma GCC unroll 1
       for (int mu = 0; mu < M * U; ++mu) {
@@ -194,28 +278,6 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         const int64_t left = units - unit;
         epilogue(r + mu / U, unit, static_cast<int>(left < S::W ? left : S::W), v);
       }
-    }
-  }
-}
-
-// Blocks [block0, block1) of a product whose weight is read where it lies.
-template <class E>
-void small_product(const cpu::SmallProduct<E>& p, int64_t block0, int64_t block1) {
-  using S = Simd<E>;
-  const auto store = [&](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
-    E* to = p.out + row * p.ld_out + unit;
-    (p.accumulate ? S::load(to, lanes) + v[0] : v[0]).store(to, lanes);
-  };
-  const bool columns = p.w.layout == cpu::Weight<E>::kColumns;
-  const int64_t whole = columns && block1 * S::W > p.units ? p.units / S::W : block1;
-  product<1>(0, p.rows, block0, whole, p.units, p.a, p.lda, p.w, p.K, static_cast<const E*>(nullptr), 0,
-             false, Reads<E>{}, store);
-  for (int64_t u = whole * S::W; u < p.units && u < block1 * S::W; ++u) {  // columns past the last vector
-    for (int64_t r = 0; r < p.rows; ++r) {
-      E sum = 0;
-      for (int64_t k = 0; k < p.K; ++k) sum += p.a[r * p.lda + k] * p.w.data[k * p.w.ld + u];
-      E& to = p.out[r * p.ld_out + u];
-      to = p.accumulate ? to + sum : sum;
     }
   }
 }

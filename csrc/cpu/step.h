@@ -66,6 +66,7 @@ FASTRNN_HD void my_blocks(const Share& share, int64_t units, int64_t& block0, in
 }
 
 FASTRNN_HD int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : limit; }
+FASTRNN_HD int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 FASTRNN_HD void end_phase(const Share& share) {
   if (share.parts > 1) share.barrier->wait(share.parts);

@@ -2,7 +2,7 @@
 // threads.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
 #include <cstring>
@@ -19,15 +19,19 @@ constexpr ScalarType kScalar = sizeof(E) == sizeof(float) ? ScalarType::Float : 
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// rows [begin, end) on each thread of torch's pool.
+// rows [begin, end) on each thread of torch's pool, with denormals as in run_team.
 template <class F>
 void for_rows(int64_t rows, int64_t work_per_row, F&& f) {
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(work_per_row, 1));
+  const auto flushed = [&](int64_t begin, int64_t end) {
+    const FlushDenormals flush;
+    f(begin, end);
+  };
   if (rows <= grain) {
-    if (rows > 0) f(int64_t{0}, rows);
+    if (rows > 0) flushed(0, rows);
     return;
   }
-  torch::stable::parallel_for(0, rows, grain, f);
+  torch::stable::parallel_for(0, rows, grain, flushed);
 }
 
 inline float from_bf16(uint16_t x) {
@@ -63,85 +67,6 @@ void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
   }
 }
 
-// A whole tensor as E: itself where it is, else a converted copy.
-template <class E>
-const E* as(Arena& arena, const Tensor& t) {
-  if (t.scalar_type() != ScalarType::BFloat16) return static_cast<const E*>(t.const_data_ptr());
-  E* p = arena.get<E>(t.numel());
-  for_rows(t.numel(), 1, [&](int64_t begin, int64_t end) { read(t, begin, end - begin, p + begin); });
-  return p;
-}
-
-// A matrix by pointer: rows x columns, strides in elements.
-template <class E>
-struct Matrix {
-  const E* data;
-  int64_t rows, columns, row_stride, column_stride = 1;
-  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
-  Tensor tensor() const {
-    const int64_t sizes[2] = {rows, columns}, strides[2] = {row_stride, column_stride};
-    return torch::stable::from_blob(const_cast<E*>(data), {sizes, 2}, {strides, 2},
-                                    torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<E>);
-  }
-};
-
-// out = a b, or out += a b, by the BLAS. The shims call the CPU kernels themselves: no dispatcher, so no
-// autograd and no autocast.
-template <class E>
-void blas(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate) {
-  const Tensor to = out.tensor(), left = a.tensor(), right = b.tensor();
-  const auto error = accumulate
-                         ? aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0)
-                         : aoti_torch_cpu_mm_out(to.get(), left.get(), right.get());
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "matrix product failed");
-}
-
-// The same for one row, by our own kernel.
-template <class E>
-void multiply_row(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate) {
-  std::vector<E> gathered;
-  const E* left = a.data;
-  if (a.column_stride != 1) {
-    for (int64_t k = 0; k < a.columns; ++k) gathered.push_back(a.data[k * a.column_stride]);
-    left = gathered.data();
-  }
-  const Weight<E> w = b.row_stride == 1 ? Weight<E>{b.data, Weight<E>::kRows, b.column_stride}
-                                        : Weight<E>{b.data, Weight<E>::kColumns, b.row_stride};
-  E* to = const_cast<E*>(out.data);
-  if (out.column_stride != 1) {  // one column, transposed: elements that are apart
-    for (int64_t j = 0; j < out.columns; ++j) {
-      multiply_row<E>({to + j * out.column_stride, 1, 1, 1}, {left, 1, a.columns, a.columns},
-                      {b.data + j * b.column_stride, a.columns, 1, b.row_stride}, accumulate);
-    }
-    return;
-  }
-  const SmallProduct<E> p{1, a.columns, b.columns, left, a.columns, w, to, b.columns, accumulate};
-  const Kernels<E>& k = kernels<E>();
-  for_rows(ceil_div(b.columns, k.width), a.columns * k.width,
-           [&](int64_t begin, int64_t end) { k.small_product(p, begin, end); });
-}
-
-// out = a b, or out += a b; of each, the rows or the columns are contiguous. The bits do not depend on the
-// number of threads: a BLAS shares out the long sums of a small product, so it gets them in pieces that MKL
-// leaves whole (tried for 1 to 8 threads), and those of a single row or column at any length, so these are
-// ours.
-template <class E>
-void multiply(const Matrix<E>& out, const Matrix<E>& a, const Matrix<E>& b, bool accumulate = false) {
-  if (out.rows == 0 || out.columns == 0) return;
-  if (out.rows == 1) return multiply_row(out, a, b, accumulate);
-  if (out.columns == 1) return multiply_row(out.transposed(), b.transposed(), a.transposed(), accumulate);
-  constexpr int64_t kFewRows = 16, kLarge = 1 << 16;
-  const int64_t longest = std::min(out.rows, out.columns) <= kFewRows ? 128
-                          : out.rows * out.columns < kLarge           ? 256
-                                                                      : 512;
-  const int64_t pieces = std::max<int64_t>(1, ceil_div(a.columns, longest));
-  for (int64_t i = 0; i < pieces; ++i) {
-    const int64_t k0 = a.columns * i / pieces, k = a.columns * (i + 1) / pieces - k0;
-    blas<E>(out, {a.data + k0 * a.column_stride, a.rows, k, a.row_stride, a.column_stride},
-            {b.data + k0 * b.row_stride, k, b.columns, b.row_stride, b.column_stride}, accumulate || i > 0);
-  }
-}
-
 inline void check_dtype(const Tensor& x) {
   const ScalarType t = x.scalar_type();
   STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16,
@@ -159,19 +84,6 @@ inline void fill_keep(const RowTable& table, const LayerArgs& a, bool reverse, c
       keep[table.offset[t] + i] = !(crossed && cut[boundary * a.B + table.caller(i)]);
     }
   }
-}
-
-// Rows first .. first + rows of x as E: x itself where it can be, else gathered into `to`.
-template <class E>
-const E* input_rows(const LayerArgs& a, const RowTable& table, int64_t first, int64_t rows, E* to) {
-  if (!to) return static_cast<const E*>(a.x.const_data_ptr()) + first * a.I;
-  for_rows(rows, a.I, [&](int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      const int64_t from = table.outside.empty() ? first + r : table.outside[first + r];
-      read(a.x, from * a.I, a.I, to + r * a.I);
-    }
-  });
-  return to;
 }
 
 // The weights of a call as its products want them: where they lie when few rows use them, else packed, by the
@@ -241,10 +153,10 @@ inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
   return Tensor(handle);
 }
 
-// Steps a chunk of time takes so that its rows of `columns` stay in cache, and its products are still large.
-inline int64_t chunk_steps(const LayerArgs& a, int64_t columns, size_t element) {
-  const int64_t bytes = 2 << 20, least_rows = 1024;
-  const int64_t rows = std::max<int64_t>(least_rows, bytes / std::max<int64_t>(columns * element, 1));
+// The backward scan's chunk: its gradients of the gates stay in cache for the products after it, and these
+// are still large.
+inline int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes) {
+  const int64_t rows = std::clamp<int64_t>((1 << 21) / std::max<int64_t>(row_bytes, 1), 128, 512);
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
 }
 
