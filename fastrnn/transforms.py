@@ -11,7 +11,8 @@ each an `autograd.Function` with these rules, so that under any nest the innermo
                gradients of them are wanted); else a call for each entry
 
 LayerBackward runs the forward kernel again: what that saves is laid out its own way, which no vmap could
-split.
+split. Under two forward modes, one in the other, all is the plain reference: torch calls a Function's jvp
+with forward mode off, so that the outer one would see nothing of it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import TransformType
 
 from . import kernels, reference
 from .kernels import Plan
@@ -38,7 +40,16 @@ def active() -> bool:
     return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
 
 
+def _nested_forward_modes() -> bool:
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == TransformType.Jvp for level in stack) > 1
+
+
 # --- the rules by plain torch
+
+
+def _tensors(flat: Flat) -> list[Tensor]:
+    return [t for t in flat if t is not None]
 
 
 def _forward(plan: Plan, masks: Flat, *primals: Tensor) -> tuple[Tensor, ...]:
@@ -118,6 +129,13 @@ def _vmap(
     apply: Callable[..., Any], plan: Plan, size: int, dims: Sequence[int | None], flat: Flat, shared: bool
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """`shared`: no result is a gradient of params."""
+    if size == 0:
+        one = [
+            t if t is None or d is None else t.movedim(d, 0).new_zeros(t.movedim(d, 0).shape[1:])
+            for t, d in zip(flat, dims, strict=True)
+        ]
+        out = apply(*one)
+        return tuple(t.new_empty(0, *t.shape) for t in out), (0,) * len(out)
     if shared and dims[1] is None and all(d is None for d in dims[len(dims) - plan.params :]):
         return _one_call(apply, plan, size, dims, flat)
     return _call_each(apply, size, dims, flat)
@@ -131,6 +149,8 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Those of x, states and params, by LayerBackward; flat: masks, x, states, params; needs: for each."""
     need_x, need_params = needs[MASKS], any(needs[MASKS + 1 + plan.states :])
+    if _nested_forward_modes():
+        return backward_reference(plan, flat[:MASKS], *grads, *_tensors(flat[MASKS:]))
     apply: Any = LayerBackward.apply
     given = list(apply(plan, need_x, need_params, *flat[:MASKS], *grads, *flat[MASKS:]))
     dx = given.pop(0) if need_x else None
@@ -226,6 +246,8 @@ class LayerBackward(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def forward(plan: Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
-    """LayerForward.apply."""
+    """The layer under any transforms: (y, *last, *seq) of masks, x, states and params."""
+    if _nested_forward_modes():
+        return _forward(plan, flat[:MASKS], *_tensors(flat[MASKS:]))
     apply: Any = LayerForward.apply
     return tuple(apply(plan, *flat))

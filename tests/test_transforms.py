@@ -144,6 +144,59 @@ def test_jacobians_and_hessians(cell):
     torch.testing.assert_close(jacrev(case)(*case.flat), jacfwd(case)(*case.flat))
 
 
+@cells
+def test_forward_modes_in_one_another(cell):
+    """torch calls a Function's jvp with forward mode off: the outer of two would see nothing."""
+    case = Case(cell)
+    x, *rest = case.flat
+    v = torch.randn_like(x)
+
+    def along(f):
+        return lambda u: jvp(f, (u,), (v,))[1]
+
+    def y(u):
+        return case(u, *rest)[0]
+
+    def loss(u):
+        return case.loss(u, *rest)
+
+    def pullback():
+        pull = vjp(y, x)[1]
+        return along(along(lambda u: pull(u.sin().sum() * torch.ones_like(y(x)))[0]))(x)
+
+    for nest in (
+        lambda: along(along(y))(x),
+        lambda: along(along(grad(loss)))(x),
+        lambda: along(grad(lambda u: along(loss)(u)))(x),
+        lambda: grad(lambda u: along(along(loss))(u))(x),
+        lambda: vmap(along(along(y)))(torch.stack([x, 2 * x])),
+        lambda: jacfwd(jacfwd(loss))(x),
+        pullback,
+    ):
+        ours, theirs = both(nest)
+        assert theirs.abs().max() > 1e-3 or cell == "rnn_relu"  # whose second derivative is 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_forward_modes_in_one_another_compiled():
+    layer = fastrnn.GRU(2, 3).double()
+    x, v = torch.randn(3, 1, 2).double(), torch.randn(3, 1, 2).double()
+
+    def twice(u):
+        return jvp(lambda w: jvp(lambda z: layer(z)[0], (w,), (v,))[1], (u,), (v,))[1]
+
+    compiled = torch.compile(twice, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), twice(x))
+
+
+def test_vmap_over_nothing():
+    layer = fastrnn.LSTM(2, 3)
+    assert vmap(lambda x: layer(x)[0])(torch.randn(0, 5, 4, 2)).shape == (0, 5, 4, 3)
+    params = {name: p.expand(0, *p.shape) for name, p in layer.named_parameters()}
+    many = vmap(lambda p, x: functional_call(layer, p, x)[0], in_dims=(0, None))
+    assert many(params, torch.randn(5, 4, 2)).shape == (0, 5, 4, 3)
+
+
 def test_projection_nested_vmap_and_third_derivatives():
     case = Case("lstm", "lengths+reset", P=2)
     agree(lambda: vmap(grad(case.loss, tuple(range(len(case.flat)))))(*stacked(case.flat)))
