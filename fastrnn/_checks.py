@@ -92,10 +92,13 @@ def layer_hidden(hx: Sequence[Tensor], sizes: Sequence[tuple[int, int, int]]) ->
             raise RuntimeError(f"Expected hidden{which} size {size}, got {list(h.size())}")
 
 
-def same_device(x: Tensor, hx: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    """Input, states and parameters lie on one device."""
+def same_device(
+    x: Tensor, hx: Sequence[Tensor], params: Sequence[Tensor], masks: Sequence[Tensor | None] = ()
+) -> None:
+    """Input, states and parameters lie on one device; masks there or on the CPU."""
     device = x.device
-    for kind, tensors in (("hidden", hx), ("parameter", params)):
+    far = [mask for mask in masks if mask is not None and mask.device.type != "cpu"]
+    for kind, tensors in (("hidden", hx), ("parameter", params), ("mask", far)):
         for tensor in tensors:
             if tensor.device != device:
                 raise RuntimeError(

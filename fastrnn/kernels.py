@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._checks import same_device
 from .reference import CELLS, split_params
 
 
@@ -104,6 +105,7 @@ def check(inputs: Inputs) -> None:
             raise ValueError(f"{name} must be {dtype} {list(shape)}, got {mask.dtype} {list(mask.shape)}")
     if batch_sizes is not None and (lengths is not None or reset is not None):
         raise ValueError("batch_sizes cannot be combined with lengths or reset")
+    same_device(x, states, params, (lengths, reset))
     rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
     for p in split_params(params, directions):
         P = H if p.w_hr is None else p.w_hr.shape[0]
@@ -121,7 +123,10 @@ def check(inputs: Inputs) -> None:
             if tensor is not None and tuple(tensor.shape) != shape:
                 raise ValueError(f"{cell}: {name} must be {list(shape)}, got {list(tensor.shape)}")
             if tensor is not None and tensor.dtype != x.dtype:
-                raise RuntimeError(f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}")
+                under = " (autocast leaves float64 as it is)" if torch._C._is_any_autocast_enabled() else ""
+                raise RuntimeError(
+                    f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}{under}"
+                )
 
 
 class Plan(NamedTuple):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import transforms
+from ._checks import same_device
 from .kernels import LOADED, Inputs, Outputs, Plan, call, check, compute_dtype, run_backward
 from .reference import CELLS, rounded
 from .transforms import MASKS, backward_reference
@@ -187,6 +188,8 @@ def _fake_layer(
     save: bool,
     return_states: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    # One meta tensor among others brings a call here, where outputs like x would be memory nobody fills.
+    same_device(x, states, params, (lengths, reset))
     D, _, P = states[0].shape
     spec = CELLS[cell]
     H = params[0].shape[0] // spec.gates
@@ -221,6 +224,7 @@ def _fake_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    same_device(x, [*states, *seq, *saved, y], params, (lengths, reset))
     dx = x.new_empty(x.shape if need_x else (0,))
     dparams = [p.new_empty(p.shape) for p in params] if need_params else []
     return dx, [s.new_empty(s.shape) for s in states], dparams
@@ -243,8 +247,8 @@ class _OperatorFunction(_LayerFunction):
 def _no_transforms() -> None:
     if transforms.active():  # forward-mode AD would drop the tangents without a word
         raise RuntimeError(
-            "torch.ops.fastrnn knows no transforms of torch.func and no forward-mode AD: use a fastrnn "
-            "module or fastrnn.functional, which do"
+            "torch.ops.fastrnn knows no transforms of torch.func and no forward-mode AD. A fastrnn module "
+            "and fastrnn.functional do; where they are compiled, the transform goes inside the graph"
         )
 
 

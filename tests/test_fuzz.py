@@ -30,6 +30,7 @@ def spoiled(draw, tensor):
                 "flat",
                 "deeper",
                 "float32",
+                "meta",
                 "int",
                 "strided",
                 "expanded",
@@ -51,6 +52,8 @@ def spoiled(draw, tensor):
         return tensor.unsqueeze(dim)
     if way == "float32":
         return tensor.float()
+    if way == "meta":
+        return tensor.to("meta")
     if way == "int":
         return tensor.long()
     if way == "strided":  # the same values, every second element of a larger one

@@ -1,0 +1,159 @@
+"""Inference by one layer with its state given, which goes past most of Python: its values, errors and limits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import LAYERS, assert_same, assert_same_error, hidden, pair, randn, tensors
+
+import fastrnn
+from fastrnn import kernels
+
+cells = pytest.mark.parametrize("cell", LAYERS)
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """The calls that went straight to the kernel."""
+    calls, kernel = [], kernels.call_plain
+
+    def counted(*args):
+        result = kernel(*args)
+        calls.append(args[0])
+        return result
+
+    monkeypatch.setattr(kernels, "call_plain", counted)
+    return calls
+
+
+def compare(ours, theirs, x, hx, direct):
+    for mode in (torch.no_grad, torch.inference_mode):
+        before = len(direct)
+        with mode():
+            got = ours(x, hx)
+            assert_same(got, theirs(x, hx))
+        assert len(direct) == before + 1
+        y, last = got
+        if y.numel():
+            places = [t.untyped_storage().data_ptr() for t in tensors((y, last, x, hx))]
+            assert len(set(places)) == len(places)
+        assert type(last) is (tuple if type(ours) is fastrnn.LSTM else torch.Tensor)
+
+
+@pytest.mark.parametrize("T,B", [(1, 1), (1, 5), (6, 3), (2, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+@cells
+def test_values(cell, bias, T, B, direct):
+    ours, theirs = pair(cell, 5, 19, bias=bias)
+    compare(ours, theirs, randn(T, B, 5), hidden(ours, B), direct)
+
+
+def test_projection(direct):
+    ours, theirs = pair("lstm", 5, 19, proj_size=7)
+    compare(ours, theirs, randn(3, 2, 5), hidden(ours, 2), direct)
+
+
+@cells
+def test_strides(cell, direct):
+    """Inputs, states and weights that are no dense blocks."""
+    ours, theirs = pair(cell, 5, 6)
+    for layer in (ours, theirs):
+        layer.weight_hh_l0.data = layer.weight_hh_l0.data.t().contiguous().t()
+    hx = hidden(ours, 3)
+    odd = [h.transpose(1, 2).contiguous().transpose(1, 2) for h in tensors(hx)]
+    hx = tuple(odd) if isinstance(hx, tuple) else odd[0]
+    compare(ours, theirs, randn(3, 4, 5).transpose(0, 1), hx, direct)
+
+
+@cells
+def test_no_sequences(cell, direct):
+    ours, theirs = pair(cell, 5, 6)
+    compare(ours, theirs, randn(2, 0, 5), hidden(ours, 0), direct)
+
+
+@cells
+def test_errors_are_those_of_any_call(cell):
+    ours, theirs = pair(cell, 5, 6)
+    x, hx = randn(3, 2, 5), hidden(ours, 2)
+
+    def with_states(change):
+        return tuple(map(change, hx)) if isinstance(hx, tuple) else change(hx)
+
+    wrong = [
+        (randn(3, 2, 4), hx),
+        (randn(0, 2, 5), hx),
+        (randn(3, 4, 2, 5), hx),
+        (x.float(), hx),
+        (x, with_states(lambda h: h[:, :1])),
+        (x, with_states(lambda h: h[0])),
+        (x, with_states(lambda h: h.repeat(2, 1, 1))),
+        (x, with_states(lambda h: h[..., :3])),
+        (x, with_states(lambda h: h.float())),
+        (x, with_states(lambda h: h.to("meta"))),
+    ]
+    with torch.no_grad():
+        for args in wrong:
+            assert_same_error(lambda a=args: ours(*a), lambda a=args: theirs(*a), text=False)
+
+
+@cells
+def test_what_is_left_on_the_meta_device(cell):
+    """Outputs would be memory that nobody filled."""
+    layer = pair(cell, 5, 6)[0]
+    x, hx = randn(3, 2, 5), hidden(layer, 2)
+    states, params = tensors(hx), [p.detach() for p in layer.parameters()]
+    reset = torch.zeros(3, 2, dtype=torch.bool, device="meta")
+    lengths = torch.ones(2, dtype=torch.long, device="meta")
+
+    def call(states=states, params=params, **masks):
+        return fastrnn.functional.layer(layer._cell, x, states, params, **masks)
+
+    layer.to("meta")
+    for function in (
+        lambda: layer(x, hx),
+        lambda: layer(x),
+        lambda: call(states=[*states[:-1], states[-1].to("meta")]),
+        lambda: call(params=[params[0], params[1].to("meta"), *params[2:]]),
+        lambda: call(reset=reset),
+        lambda: call(lengths=lengths),
+    ):
+        for mode in (torch.no_grad, torch.enable_grad):
+            with mode(), pytest.raises(RuntimeError, match="not at the same device.*meta"):
+                function()
+
+
+def test_when_more_is_asked_for(direct):
+    """Gradients, other backends, casts and several layers take the usual path, with the same numbers."""
+    layer = fastrnn.GRU(5, 6)
+    x, h = torch.randn(3, 2, 5), torch.randn(1, 2, 6)
+    with torch.no_grad():
+        expected = layer(x, h)
+        assert len(direct) == 1
+        with fastrnn.backend("reference"):
+            torch.testing.assert_close(layer(x, h), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x, h)[0].dtype == torch.bfloat16
+        fastrnn.GRU(5, 6, num_layers=2)(x, torch.randn(2, 2, 6))
+        fastrnn.GRU(5, 6, bidirectional=True)(x, torch.randn(2, 2, 6))
+        layer(x, h, lengths=torch.tensor([3, 1]))
+        layer(x)
+        torch.vmap(lambda s: layer(x, s)[0])(h.expand(4, *h.shape))
+    assert layer(x, h)[0].requires_grad
+    assert len(direct) == 1
+
+
+def test_a_reparametrized_layer(direct):
+    """The weights in force count, wherever they come from."""
+    layer = fastrnn.LSTM(5, 6)
+    x, hx = torch.randn(3, 2, 5), (torch.randn(1, 2, 6), torch.randn(1, 2, 6))
+    with torch.no_grad():
+        doubled = {name: 2 * p for name, p in layer.named_parameters()}
+        ours = torch.func.functional_call(layer, doubled, (x, hx))[0]
+        torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+        layer.parametrizations.weight_hh_l0.original0.mul_(3)
+        normed = layer(x, hx)[0]
+        with fastrnn.backend("reference"):
+            torch.testing.assert_close(layer(x, hx)[0], normed)
+        plain = fastrnn.LSTM(5, 6)
+        plain.load_state_dict(doubled)
+        torch.testing.assert_close(plain(x, hx)[0], ours)
