@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
 from dataclasses import dataclass
@@ -42,10 +41,8 @@ def _checked(name: str) -> str:
     return name
 
 
-@functools.cache
-def _environment() -> str:
-    """Read once: os.environ takes a step's twentieth."""
-    return _checked(os.environ.get("FASTRNN_BACKEND", "auto"))
+# What FASTRNN_BACKEND says, once read: os.environ takes a step's twentieth.
+_environment: list[str] = []
 
 
 def current_backend() -> str:
@@ -58,7 +55,9 @@ def current_backend() -> str:
         return _choice.blocks[-1]
     if _process_default[0] is not None:
         return _process_default[0]
-    return _environment()
+    if not _environment:
+        _environment.append(_checked(os.environ.get("FASTRNN_BACKEND", "auto")))
+    return _environment[0]
 
 
 class backend:

@@ -19,6 +19,7 @@ from torch.fx import Proxy
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils import _pytree as pytree
 
 from . import _checks, functional, kernels
 from .reference import CELLS
@@ -45,6 +46,9 @@ class States(NamedTuple):
     h: Tensor
     c: Tensor | None
 
+
+# torch.export saves a program with such outputs under this name.
+pytree._register_namedtuple(States, serialized_type_name="fastrnn.States")
 
 # Options that torch.nn's layers do not have; each is off where torch.nn has an equal.
 OWN = ("reset_after",)
@@ -164,7 +168,8 @@ class _Layer(torch_rnn.RNNBase):
                        output [T, B, D*P] as the input lies, h_n [L*D, B, P], c_n [L*D, B, H]
 
         Raises ValueError for a wrong number of dimensions or dtype of the input, for lengths outside
-        [0, T] (on the CPU; clamped on a GPU), for lengths or reset of a wrong shape or with an input
+        [0, T] (on the CPU; clamped on a GPU, in a compiled graph and under vmap, where values are not
+        known in time), for lengths or reset of a wrong shape or with an input
         they do not go with; RuntimeError for wrong sizes, devices and dtypes of states and weights,
         and for T = 0.
         """

@@ -18,9 +18,7 @@ from fastrnn.backends import current_backend
 def no_default(monkeypatch):
     monkeypatch.setattr(backends, "_process_default", [None])
     monkeypatch.delenv("FASTRNN_BACKEND", raising=False)
-    backends._environment.cache_clear()
-    yield
-    backends._environment.cache_clear()
+    monkeypatch.setattr(backends, "_environment", [])
 
 
 def in_another_thread(function):
@@ -86,7 +84,7 @@ def test_the_environment(monkeypatch):
     assert current_backend() == "reference"
     monkeypatch.setenv("FASTRNN_BACKEND", "gpu")
     assert current_backend() == "reference"  # read once
-    backends._environment.cache_clear()
+    backends._environment.clear()
     with pytest.raises(ValueError, match=r"backend must be one of .*, got 'gpu'"):
         current_backend()
 

@@ -53,6 +53,33 @@ def test_sizes_compile_once_each(kind, counter):
     assert counter.frame_count == 3
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_warnings(kind):
+    """Programs that turn warnings into errors compile too."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.compile(Tagger(kind), fullgraph=True, backend="eager")(torch.randn(5, 2, 4))
+
+
+def test_states_are_saved():
+    class States(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.GRU(4, 6)
+
+        def forward(self, x):
+            return self.layer(x, return_states=True)[2]
+
+    model, file = States(), io.BytesIO()
+    torch.export.save(torch.export.export(model, (torch.randn(5, 2, 4),)), file)
+    file.seek(0)
+    x = torch.randn(5, 2, 4)
+    loaded = torch.export.load(file).module()(x)
+    assert type(loaded) is type(model(x))
+    torch.testing.assert_close(loaded.h, model(x).h)
+
+
 def test_the_graph_does_not_grow_with_time(counter):
     """One operator a layer, however long the sequence."""
     sizes = []
