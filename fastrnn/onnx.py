@@ -6,6 +6,7 @@ exporter then translates. ONNX orders the gates i, o, f, g and z, r, n; torch.nn
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +51,10 @@ def _fake(
     )
 
 
+class _NoEqual(ValueError):
+    """What the exporter wraps in errors of its own, and `export_onnx` raises after all."""
+
+
 def _record(
     cell: str,
     x: Tensor,
@@ -65,7 +70,7 @@ def _record(
     lacking["proj_size"] = any(p.w_hr is not None for p in split_params(params, states[0].shape[0]))
     for name, used in lacking.items():
         if used:
-            raise ValueError(f"ONNX's {_NODES[cell][0]} has no equal of {name}")
+            raise _NoEqual(f"ONNX's {_NODES[cell][0]} has no equal of {name}")
     y, h, c = _operator(cell, x, list(states), list(params), lengths)
     return y, (h, c)[: CELLS[cell].states], ()
 
@@ -121,6 +126,12 @@ def _translate(cell: str, x: Any, states: Any, params: Any, lengths: Any = None)
     return y, out[1], out[-1]
 
 
+def _by_parameter(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """args and kwargs by the names of forward's parameters, as torch.export takes them together."""
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return dict(bound.arguments)
+
+
 def export_onnx(
     model: torch.nn.Module, args: tuple[Any, ...] | Tensor, path: str | os.PathLike[str], **options: Any
 ) -> None:
@@ -145,19 +156,28 @@ def export_onnx(
     if isinstance(args, Tensor):
         args = (args,)
     if "dynamic_shapes" not in options:
-        options["dynamic_shapes"] = pytree.tree_map(
+        dynamic = pytree.tree_map(
             lambda leaf: (
                 dict.fromkeys(range(leaf.dim()), torch.export.Dim.AUTO) if isinstance(leaf, Tensor) else None
             ),
-            args,
+            (args, options.get("kwargs") or {}),
         )
-    # Else an example of one sequence would fix B = 1.
-    with _recording(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-        torch.onnx.export(
-            model,
-            args,
-            path,
-            dynamo=True,
-            custom_translation_table={torch.ops.fastrnn_onnx.layer.default: _translate},
-            **options,
-        )
+        options["dynamic_shapes"] = _by_parameter(model, *dynamic) if dynamic[1] else dynamic[0]
+    try:
+        # Else an example of one sequence would fix B = 1.
+        with _recording(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+            torch.onnx.export(
+                model,
+                args,
+                path,
+                dynamo=True,
+                custom_translation_table={torch.ops.fastrnn_onnx.layer.default: _translate},
+                **options,
+            )
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, _NoEqual):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise ValueError(str(cause)) from error

@@ -134,7 +134,37 @@ def test_what_onnx_lacks(tmp_path):
         def forward(self, x, reset):
             return self.layer(x, reset=reset)[0]
 
-    with pytest.raises(Exception, match="no equal of reset="):
+    class Cells(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.LSTM(4, 6)
+
+        def forward(self, x):
+            return self.layer(x, return_states=True)[2].c
+
+    with pytest.raises(ValueError, match=r"^ONNX's GRU has no equal of reset=$"):
         export(Reset(), (torch.randn(3, 2, 4), torch.zeros(3, 2, dtype=torch.bool)), path)
+    with pytest.raises(ValueError, match=r"^ONNX's LSTM has no equal of return_states=$"):
+        export(Cells(), torch.randn(3, 2, 4), path)
     assert not path.exists()
     assert fastrnn.functional.RECORDER.take is None
+
+
+def test_keyword_arguments(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.GRU(4, 6)
+
+        def forward(self, x, scale=None, *, h=None):
+            return self.layer(x, h)[0]
+
+    model = Model().eval()
+    path = tmp_path / "m.onnx"
+    fastrnn.export_onnx(model, torch.randn(3, 2, 4), path, kwargs={"h": torch.randn(1, 2, 6)}, verbose=False)
+    session = onnxruntime.InferenceSession(path)
+    for T, B in ((3, 2), (5, 1), (1, 4)):
+        x, h = torch.randn(T, B, 4), torch.randn(1, B, 6)
+        names = [i.name for i in session.get_inputs()]
+        got = session.run(None, dict(zip(names, (x.numpy(), h.numpy()), strict=True)))
+        assert_same([torch.from_numpy(got[0])], model(x, h=h))
