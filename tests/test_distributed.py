@@ -137,7 +137,7 @@ def test_batch_that_cannot_be_shared_out(text, tmp_path):
 
 
 def test_a_lost_process_ends_the_other_with_its_checkpoint_whole(text, tmp_path):
-    """Without torchrun's agent, which would kill the survivor before it can speak."""
+    """Without torchrun's agent: the survivor notices by itself."""
     path = tmp_path / "c.pt"
     command = [sys.executable, "-m", "fastrnn", "lm", "train", "--data", text, *OPTIONS, "--steps", "1000000"]
     with socket.socket() as free:
@@ -168,3 +168,61 @@ def test_a_lost_process_ends_the_other_with_its_checkpoint_whole(text, tmp_path)
     assert both[0].returncode == 2, said
     assert "another process of this run is gone" in said
     assert checkpoint.load(str(path))["step"] >= 5
+
+
+def test_a_lost_process_under_torchrun(text, tmp_path):
+    """Its agent asks the survivor to end, which says what there is to do."""
+    script, path = tmp_path / "train.py", tmp_path / "c.pt"
+    script.write_text(
+        textwrap.dedent(f"""
+        import os, sys
+        from pathlib import Path
+        from fastrnn.__main__ import main
+        Path({str(tmp_path)!r}, "pid" + os.environ["RANK"]).write_text(str(os.getpid()))
+        sys.exit(main(sys.argv[1:]))
+    """)
+    )
+    train = ["lm", "train", "--data", text, *OPTIONS, "--steps", "1000000", "--checkpoint", str(path)]
+    run = subprocess.Popen([*TORCHRUN, str(script), *train], stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.kill(int((tmp_path / "pid1").read_text()), signal.SIGKILL)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode != 0
+    assert "another process of this run is gone; its checkpoint is whole" in said
+    assert checkpoint.load(str(path))["step"] >= 5
+
+
+def test_each_process_has_random_numbers_of_its_own(text, tmp_path):
+    """No two drop out alike; the first draws what a process by itself would; a checkpoint keeps all of them."""
+    script = tmp_path / "draw.py"
+    script.write_text(
+        textwrap.dedent(f"""
+        import dataclasses, torch
+        from fastrnn.lm import train
+        from fastrnn.lm.corpus import Corpus
+        from fastrnn.lm.model import Config
+        from fastrnn.lm.world import joined
+        config = dataclasses.replace(Config(), hidden=8, batch=4, bptt=10)
+        corpus = Corpus.from_text(open({text!r}).read())
+
+        def draw():
+            return torch.rand(3)
+
+        alone = train.Trainer(config, corpus, torch.device("cpu"))
+        expected = draw()
+        with joined(torch.device("cpu")) as world:
+            trainer = train.Trainer(config, corpus, torch.device("cpu"), world)
+            saved = trainer.fields()
+            own = draw()
+            both = world.each(own)
+            assert torch.equal(both[0], expected) and not torch.equal(both[0], both[1]), both
+            trainer.restore(saved, "")
+            assert torch.equal(draw(), own)
+            alone.restore(saved, "")
+            assert torch.equal(draw(), expected)
+            trainer.leave()
+    """)
+    )
+    run(*TORCHRUN, str(script))

@@ -42,6 +42,7 @@ class Trainer:
         self.device = device
         self.model = build(config, len(corpus.vocabulary), device)
         self.parallel = self.world.wrap(self.model)
+        self._own_random_numbers()
         self.interrupted = False  # in any of the processes
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.lr)
         self.chunks = Chunks(corpus.train.to(device), config.batch, config.bptt)
@@ -50,6 +51,11 @@ class Trainer:
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self.validations: list[tuple[int, float]] = []
+
+    def _own_random_numbers(self) -> None:
+        """So that no two processes drop out alike; the first goes on as a process by itself would."""
+        if not self.world.first:
+            torch.manual_seed(self.config.seed + self.world.rank)
 
     def leave(self) -> None:
         """Lets go of the other processes, before the group that joins them is destroyed.
@@ -101,9 +107,9 @@ class Trainer:
 
         Called by all of them.
         """
-        rng = {"cpu": torch.get_rng_state()}
+        rng = {"cpu": self._of_each(torch.get_rng_state())}
         if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+            rng["cuda"] = self._of_each(torch.cuda.get_rng_state(self.device))
         return {
             "config": asdict(self.config),
             "characters": self.corpus.vocabulary.characters,
@@ -119,6 +125,9 @@ class Trainer:
             "validations": self.validations,
         }
 
+    def _of_each(self, state: Tensor) -> list[Tensor]:
+        return [s.cpu() for s in self.world.each(state.to(self.device))]
+
     def restore(self, saved: dict[str, Any], path: str) -> None:
         """Takes over the fields of a checkpoint read from `path`."""
         if saved["digest"] != self.corpus.digest:
@@ -130,9 +139,11 @@ class Trainer:
             if saved["position"] != self.step % len(self.chunks) or len(saved["losses"]) != self.step:
                 raise ValueError("step, position and history disagree")
             self.state = each(saved["state"], lambda s: self.world.columns(s).to(self.device))
-            torch.set_rng_state(saved["rng"]["cpu"])
-            if self.device.type == "cuda" and "cuda" in saved["rng"]:
-                torch.cuda.set_rng_state(saved["rng"]["cuda"], self.device)
+            rank, rng = self.world.rank, saved["rng"]
+            if rank < len(rng["cpu"]):  # else one of more processes than before
+                torch.set_rng_state(rng["cpu"][rank])
+            if self.device.type == "cuda" and rank < len(rng.get("cuda", ())):
+                torch.cuda.set_rng_state(rng["cuda"][rank], self.device)
             self.losses = saved["losses"].tolist()
             self.seconds = saved["seconds"].tolist()
             self.validations = [(int(step), float(value)) for step, value in saved["validations"]]

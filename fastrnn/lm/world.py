@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -16,6 +19,9 @@ from .model import State
 
 # What gloo and NCCL say when the other end has gone.
 _LOST = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "gloo", "nccl", "timed out")
+
+
+_GO_ON = "its checkpoint is whole: start all again with --resume"
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,17 @@ class World:
         share = batched.size(dim) // self.size
         return batched.narrow(dim, self.rank * share, share)
 
+    def each(self, own: Tensor) -> list[Tensor]:
+        """Every process's tensor of one shape, in the order of their ranks; called by all processes."""
+        if self.size == 1:
+            return [own]
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(parts, own.contiguous())
+        return parts
+
     def gathered(self, share: Tensor) -> Tensor:
         """All columns [.., B, ..] from every process's share; called by all processes."""
-        if self.size == 1:
-            return share
-        parts = [torch.empty_like(share) for _ in range(self.size)]
-        dist.all_gather(parts, share.contiguous())
-        return torch.cat(parts, 1)
+        return torch.cat(self.each(share), 1)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the processes; called by all."""
@@ -77,6 +87,10 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
+def _asked_to_end(number: int, frame: FrameType | None) -> None:
+    raise LostProcessError(f"asked to end (SIGTERM), as when another process of this run is gone; {_GO_ON}")
+
+
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
     """The run's processes, joined while the block lasts; LostProcessError where one of them is lost."""
@@ -86,12 +100,16 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # When a process is lost torchrun's agent sends this to the others, often before they notice by themselves.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _asked_to_end) if main else None
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     except RuntimeError as error:
         if any(word in str(error).lower() for word in _LOST):
-            raise LostProcessError(
-                "another process of this run is gone; its checkpoint is whole: start all again with --resume"
-            ) from error
+            raise LostProcessError(f"another process of this run is gone; {_GO_ON}") from error
         raise
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
