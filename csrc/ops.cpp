@@ -37,6 +37,14 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "layer_backward(str cell, Tensor? dy, Tensor[] dlast, Tensor[] dseq, Tensor x, Tensor[] states, "
       "Tensor[] params, Tensor? lengths, Tensor? batch_sizes, Tensor? reset, Tensor y, Tensor[] seq, "
       "Tensor[] saved, bool need_x, bool need_params) -> (Tensor dx, Tensor[] dstates, Tensor[] dparams)");
+  // The weights of a layer as the kernels of this instruction set read them, in one tensor of the inputs'
+  // type that only layer_packed understands. params as layer's; scales, of the rows of each weight, where the
+  // weights are int8, else empty.
+  m.def("pack(str cell, Tensor[] params, Tensor[] scales, int directions) -> Tensor");
+  m.def(
+      "layer_packed(str cell, Tensor x, Tensor[] states, Tensor weights, Tensor? lengths, Tensor? "
+      "batch_sizes, "
+      "Tensor? reset, bool return_states) -> (Tensor y, Tensor[] last, Tensor[] seq)");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");

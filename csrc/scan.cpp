@@ -24,11 +24,11 @@ bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
   return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
-Tensor expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-              const LayerArgs& args) {
+Tensor expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
+              bool on_cpu) {
   STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(shape_of(t)));
-  STD_TORCH_CHECK(t.scalar_type() == args.dtype, name, " must have the input's dtype");
-  STD_TORCH_CHECK(t.is_cpu() == args.x.is_cpu(), name, " must be on the input's device");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must have the input's dtype");
+  STD_TORCH_CHECK(t.is_cpu() == on_cpu, name, " must be on the input's device");
   return dense(t);
 }
 
@@ -52,30 +52,64 @@ std::string take_string(StringHandle handle) {
   return {data, length};
 }
 
-LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& states,
-                      const TensorList& params, const OptionalTensor& lengths,
-                      const OptionalTensor& batch_sizes, const OptionalTensor& reset) {
-  LayerArgs a;
-  STD_TORCH_CHECK(static_cast<int>(states.size()) == cell.states, "expected ", cell.states, " states, got ",
-                  states.size());
-  STD_TORCH_CHECK(states[0].dim() == 3, "h must have 3 dimensions [D, B, P], got ",
-                  text(shape_of(states[0])));
-  a.dtype = x.scalar_type();
-  a.D = states[0].size(0);
-  a.B = states[0].size(1);
-  STD_TORCH_CHECK(a.D == 1 || a.D == 2, "h must be of 1 or 2 directions, got ", a.D);
-  STD_TORCH_CHECK(!params.empty() && params.size() % a.D == 0, "params must be a multiple of ", a.D,
+int64_t directions(const TensorList& states) {
+  STD_TORCH_CHECK(!states.empty() && states[0].dim() == 3, "h must have 3 dimensions [D, B, P], got ",
+                  states.empty() ? "none" : text(shape_of(states[0])));
+  const int64_t D = states[0].size(0);
+  STD_TORCH_CHECK(D == 1 || D == 2, "h must be of 1 or 2 directions, got ", D);
+  return D;
+}
+
+LayerSizes param_sizes(const CellShape& cell, const TensorList& params, int64_t D) {
+  STD_TORCH_CHECK(!params.empty() && params.size() % D == 0, "params must be a multiple of ", D,
                   " directions, got ", params.size());
-  const size_t per = params.size() / a.D;
+  const size_t per = params.size() / D;
   STD_TORCH_CHECK(per >= 2 && per <= 5,
                   "params must be (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each direction, got ", per,
                   " tensors");
   STD_TORCH_CHECK(params[0].dim() == 2 && params[1].dim() == 2, "weights must have 2 dimensions");
-  a.I = params[0].size(1);
-  a.H = params[0].size(0) / cell.gates;
   const bool projected = per == 3 || per == 5;
-  a.P = projected ? params[per - 1].size(0) : a.H;
   STD_TORCH_CHECK(!projected || cell.states == 2, "only the LSTM can be projected");
+  const int64_t H = params[0].size(0) / cell.gates;
+  return {params[0].size(1), H, projected ? params[per - 1].size(0) : H, D, projected};
+}
+
+std::vector<LayerArgs::Direction> check_params(const CellShape& cell, const LayerSizes& n,
+                                               const TensorList& params, ScalarType weights,
+                                               ScalarType biases, bool on_cpu) {
+  const size_t per = params.size() / n.D;
+  const int64_t rows = cell.gates * n.H;
+  std::vector<LayerArgs::Direction> all;
+  for (int64_t d = 0; d < n.D; ++d) {
+    const Tensor* p = params.data() + d * per;
+    LayerArgs::Direction dir;
+    dir.w_ih = expect("weight_ih", p[0], {rows, n.I}, weights, on_cpu);
+    dir.w_hh = expect("weight_hh", p[1], {rows, n.P}, weights, on_cpu);
+    if (per >= 4) {
+      dir.b_ih = expect("bias_ih", p[2], {rows}, biases, on_cpu);
+      dir.b_hh = expect("bias_hh", p[3], {rows}, biases, on_cpu);
+    }
+    if (n.projected) dir.w_hr = expect("weight_hr", p[per - 1], {n.P, n.H}, weights, on_cpu);
+    all.push_back(std::move(dir));
+  }
+  return all;
+}
+
+LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tensor& x,
+                      const TensorList& states, const OptionalTensor& lengths,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& reset) {
+  LayerArgs a;
+  STD_TORCH_CHECK(static_cast<int>(states.size()) == cell.states, "expected ", cell.states, " states, got ",
+                  states.size());
+  STD_TORCH_CHECK(directions(states) == sizes.D, "h must be of ", sizes.D, " directions, got ",
+                  states[0].size(0));
+  a.dtype = x.scalar_type();
+  a.D = sizes.D;
+  a.B = states[0].size(1);
+  a.I = sizes.I;
+  a.H = sizes.H;
+  a.P = sizes.P;
+  a.projected = sizes.projected;
 
   if (batch_sizes) {
     STD_TORCH_CHECK(x.dim() == 2, "a packed input must be [N, I], got ", text(shape_of(x)));
@@ -98,8 +132,9 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
     a.N = a.T * a.B;
   }
   STD_TORCH_CHECK(a.T > 0, "Expected sequence length to be larger than 0");
-  a.x = x;
-  a.x = a.packed() ? expect("input", x, {a.N, a.I}, a) : expect("input", x, {a.T, a.B, a.I}, a);
+  const bool on_cpu = x.is_cpu();
+  a.x = a.packed() ? expect("input", x, {a.N, a.I}, a.dtype, on_cpu)
+                   : expect("input", x, {a.T, a.B, a.I}, a.dtype, on_cpu);
   if (lengths) {
     a.lengths = dense(*lengths);
     check_indices("lengths", *a.lengths, a.B);
@@ -111,20 +146,17 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
     a.reset = dense(*reset);
   }
   for (int j = 0; j < cell.states; ++j) {
-    a.states.push_back(expect(j ? "c" : "h", states[j], {a.D, a.B, j ? a.H : a.P}, a));
+    a.states.push_back(expect(j ? "c" : "h", states[j], {a.D, a.B, j ? a.H : a.P}, a.dtype, on_cpu));
   }
-  for (int64_t d = 0; d < a.D; ++d) {
-    const Tensor* p = params.data() + d * per;
-    LayerArgs::Direction dir;
-    dir.w_ih = expect("weight_ih", p[0], {cell.gates * a.H, a.I}, a);
-    dir.w_hh = expect("weight_hh", p[1], {cell.gates * a.H, a.P}, a);
-    if (per >= 4) {
-      dir.b_ih = expect("bias_ih", p[2], {cell.gates * a.H}, a);
-      dir.b_hh = expect("bias_hh", p[3], {cell.gates * a.H}, a);
-    }
-    if (projected) dir.w_hr = expect("weight_hr", p[per - 1], {a.P, a.H}, a);
-    a.params.push_back(std::move(dir));
-  }
+  return a;
+}
+
+LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& states,
+                      const TensorList& params, const OptionalTensor& lengths,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& reset) {
+  const LayerSizes sizes = param_sizes(cell, params, directions(states));
+  LayerArgs a = check_input(cell, sizes, x, states, lengths, batch_sizes, reset);
+  a.params = check_params(cell, sizes, params, a.dtype, a.dtype, x.is_cpu());
   return a;
 }
 

@@ -31,6 +31,12 @@ struct CellShape {
   int gates, states, saved;
 };
 
+// The sizes that parameters, or what was packed of them, give a layer.
+struct LayerSizes {
+  int64_t I, H, P, D;
+  bool projected;
+};
+
 // The arguments of a layer, checked and contiguous. Shapes: T time, B batch, N rows (T*B, or a
 // PackedSequence's), I input, H hidden, P the width of h (H without projection), G gates, D directions.
 struct LayerArgs {
@@ -38,13 +44,14 @@ struct LayerArgs {
     Tensor w_ih, w_hh;                // [G*H, I], [G*H, P]
     OptionalTensor b_ih, b_hh, w_hr;  // [G*H], [G*H], [P, H]
   };
-  Tensor x;           // [T, B, I] or packed [N, I]
-  TensorList states;  // [D, B, P], then [D, B, H]
-  std::vector<Direction> params;
-  OptionalTensor lengths;      // [B]
-  OptionalTensor batch_sizes;  // [T]
-  OptionalTensor reset;        // [T, B]
+  Tensor x;                       // [T, B, I] or packed [N, I]
+  TensorList states;              // [D, B, P], then [D, B, H]
+  std::vector<Direction> params;  // empty: they were packed
+  OptionalTensor lengths;         // [B]
+  OptionalTensor batch_sizes;     // [T]
+  OptionalTensor reset;           // [T, B]
   int64_t T, B, N, I, H, P, D;
+  bool projected;
   ScalarType dtype;
 
   bool packed() const { return batch_sizes.has_value(); }
@@ -56,6 +63,15 @@ struct LayerArgs {
 // Raises a RuntimeError that says what was expected and what came.
 LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& states,
                       const TensorList& params, const OptionalTensor& lengths,
+                      const OptionalTensor& batch_sizes, const OptionalTensor& reset);
+// Its two halves, and what they start from.
+int64_t directions(const TensorList& states);
+LayerSizes param_sizes(const CellShape& cell, const TensorList& params, int64_t directions);
+std::vector<LayerArgs::Direction> check_params(const CellShape& cell, const LayerSizes& sizes,
+                                               const TensorList& params, ScalarType weights,
+                                               ScalarType biases, bool on_cpu);
+LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tensor& x,
+                      const TensorList& states, const OptionalTensor& lengths,
                       const OptionalTensor& batch_sizes, const OptionalTensor& reset);
 
 // Which rows a step has. Sequences are sorted by length, longest first; `order` maps that back to the

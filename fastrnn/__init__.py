@@ -9,6 +9,7 @@ from ._version import __version__
 from .backends import BackendError, Explanation, backend, explain
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .inference import freeze, quantize
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
 from .onnx import export_onnx
@@ -33,6 +34,8 @@ __all__ = [
     "convert",
     "explain",
     "export_onnx",
+    "freeze",
     "functional",
+    "quantize",
     "revert",
 ]

@@ -142,6 +142,13 @@ def weight_shapes(
             raise RuntimeError(f"{name} must be {symbols} = {list(expected)}, got {list(param.shape)}")
 
 
+def is_module(model: Any) -> torch.nn.Module:
+    """The model; TypeError where it is no module."""
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
 def padded_only(lengths: Tensor | None, reset: Tensor | None) -> None:
     """A PackedSequence has its lengths already, and its rows are no [T, B] for `reset`."""
     if lengths is not None:

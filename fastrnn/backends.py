@@ -180,8 +180,13 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanati
     decision = decide(x)
     if decision.backend is None:
         return Explanation(None, None, decision.reason)
+    packed = getattr(layer, "kernel_note", "")
+    if packed and decision.backend == "reference":
+        return Explanation(
+            None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"
+        )
     if decision.backend == "reference":
         return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
-    kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
+    kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"
     return Explanation("cpu", kernel, decision.reason)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch.nn.modules import rnn as torch_rnn
 from torch.nn.utils import parametrize
 
+from . import _checks
 from .cells import GRUCell, LSTMCell, RNNCell
+from .inference import Packed
 from .modules import GRU, LSTM, OWN, RNN
 
 _M = TypeVar("_M", bound=torch.nn.Module)
@@ -40,12 +42,6 @@ def _become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
             parametrize._inject_property(module, name)
 
 
-def _checked(model: Any) -> torch.nn.Module:
-    if not isinstance(model, torch.nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
 def convert(model: _M) -> _M:
     """Turns every torch.nn.LSTM, GRU, RNN and their cells inside the model into fastrnn's, in place.
 
@@ -56,7 +52,7 @@ def convert(model: _M) -> _M:
 
     Raises TypeError where the model is no module.
     """
-    for module in _checked(model).modules():
+    for module in _checks.is_module(model).modules():
         ours = _OURS.get(_class_of(module))
         if ours is not None:
             _become(module, ours)
@@ -70,8 +66,8 @@ def revert(model: _M) -> _M:
     TypeError where the model is no module.
     """
     found = []
-    for name, module in _checked(model).named_modules():
-        if _class_of(module) in _OURS.values():
+    for name, module in _checks.is_module(model).named_modules():
+        if _class_of(module) in _OURS.values() or isinstance(module, Packed):
             try:
                 found.append((module, module._torch_class()))  # type: ignore[operator]
             except ValueError as error:

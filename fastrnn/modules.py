@@ -195,15 +195,25 @@ class _Layer(torch_rnn.RNNBase):
             return None
         if two and type(hx) is not tuple:
             return None
-        cell, own = self._cell, self._parameters
-        params = [own.get(name) for name in self._all_weights[0]]
         try:
-            if params[0].shape != (CELLS[cell].gates * self.hidden_size, self.input_size):  # type: ignore[union-attr]
-                return None
-            y, last, _, _ = kernels.call_plain(cell, input, list(hx) if two else [hx], params)
+            y, last, *_ = self._call_kernel(input, list(hx) if two else [hx])
         except (AttributeError, RuntimeError, TypeError, IndexError):
             return None
         return y, tuple(last) if two else last[0]
+
+    def _call_kernel(self, x: Tensor, states: list[Tensor]) -> Any:
+        """The operator's outputs for the only layer, past all of Python's checks; the kernel's errors."""
+        cell, own = self._cell, self._parameters
+        params = [own.get(name) for name in self._all_weights[0]]
+        if params[0].shape != (CELLS[cell].gates * self.hidden_size, self.input_size):  # type: ignore[union-attr]
+            raise IndexError
+        return kernels.call_plain(cell, x, states, params)
+
+    def _call_layer(
+        self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """One layer on what `_layer_weights` gave of it."""
+        return functional.layer(self._cell, x, states, weights, **options)
 
     def _run(
         self,
@@ -258,8 +268,7 @@ class _Layer(torch_rnn.RNNBase):
         lasts: list[tuple[Tensor, ...]] = []
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
         for k in range(L):
-            y, last, seq = functional.layer(
-                self._cell,
+            y, last, seq = self._call_layer(
                 x,
                 starts[k],
                 weights[k],

@@ -136,7 +136,7 @@ _FUNCTIONS: dict[str, type[_LayerFunction]] = {
 }
 
 
-def _any_needs_grad(*tensors: Tensor) -> bool:
+def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -157,7 +157,7 @@ def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ..
         y, last, seq, _ = torch.ops.fastrnn.layer(*inputs, False, return_states)
     else:
         try:
-            if _any_needs_grad(x, *states, *params):
+            if wants_grad(x, *states, *params):
                 plan = Plan(cell, len(states), len(params))
                 apply: Any = _FUNCTIONS.get(cell, _LayerFunction).apply
                 y, *rest = apply(plan, *masks, x, *states, *params)
@@ -252,7 +252,7 @@ def _no_transforms() -> None:
         )
 
 
-def _below(keyset: Any, name: str, *args: Any) -> Any:
+def below_autograd(keyset: Any, name: str, *args: Any) -> Any:
     """The operator `name` without its Autograd key, as the same call: a profile shows it once."""
     with torch._C._AutoDispatchBelowAutograd():
         operator: Any = getattr(torch.ops.fastrnn, name).default
@@ -273,9 +273,9 @@ def _autograd_layer(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     _no_transforms()
     inputs = Inputs(cell, x, states, params, lengths, batch_sizes, reset)
-    if not _any_needs_grad(x, *states, *params):
+    if not wants_grad(x, *states, *params):
         unchanged: tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
-        unchanged = _below(keyset, "layer", *inputs, save, return_states)
+        unchanged = below_autograd(keyset, "layer", *inputs, save, return_states)
         return unchanged
     plan = Plan(cell, len(states), len(params))
     apply: Any = _OperatorFunction.apply
@@ -305,10 +305,10 @@ def _autograd_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     _no_transforms()
     given = [g for g in (dy, *dlast, *dseq) if g is not None]
-    if not _any_needs_grad(*given, x, *states, *params):
+    if not wants_grad(*given, x, *states, *params):
         args = (dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved)
         unchanged: tuple[Tensor, list[Tensor], list[Tensor]]
-        unchanged = _below(keyset, "layer_backward", cell, *args, need_x, need_params)
+        unchanged = below_autograd(keyset, "layer_backward", cell, *args, need_x, need_params)
         return unchanged
     S, plan, none = len(states), Plan(cell, len(states), len(params)), [None]
     needs = (False,) * MASKS + (need_x,) + (True,) * S + (need_params,) * plan.params

@@ -9,6 +9,7 @@ namespace fastrnn::cpu {
 InstructionSet instruction_set_baseline();
 InstructionSet instruction_set_avx2();
 InstructionSet instruction_set_avx512();
+Int8Kernels int8_avx512vnni();
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
@@ -20,6 +21,11 @@ const std::vector<InstructionSet>& instruction_sets() {
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       s.push_back(instruction_set_avx512());
+      if (__builtin_cpu_supports("avx512vnni")) {
+        s.push_back(s.back());
+        s.back().name = "avx512vnni";
+        s.back().int8 = int8_avx512vnni();
+      }
     }
 #endif
     return s;

@@ -6,6 +6,20 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
+// The rows that a product takes: those given, or, where w is of int8, the same quantized.
+template <class E>
+FASTRNN_HD InRows<E> operand(const Share& share, const cpu::Weight<E>& w, int64_t row0, int64_t row1,
+                             const E* rows, int64_t ld, int64_t K) {
+  if constexpr (sizeof(E) == sizeof(float)) {
+    if (w.layout == cpu::Weight<E>::kInt8) {
+      const int64_t to = cpu::int8_row(K);
+      for (int64_t r = row0; r < row1; ++r) w.int8->quantize(rows + r * ld, K, share.quantized + r * to);
+      return {share.quantized, to};
+    }
+  }
+  return {rows, ld};
+}
+
 template <class Cell, class E>
 struct Forward {
   using S = Simd<E>;
@@ -46,8 +60,8 @@ struct Forward {
   FASTRNN_HD void first_stage(int64_t row0, int64_t row1) const {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
-    product<kFirst>(row0, row1, block0, block1, p.H, InRows<E>{h_in, d.ld_ring}, d.w[0], p.H, d.bh,
-                    d.ld_state, backwards, gx_of(0, kFirst),
+    product<kFirst>(row0, row1, block0, block1, p.H, operand(share, d.w[0], row0, row1, h_in, d.ld_ring, p.H),
+                    d.w[0], p.H, d.bh, d.ld_state, backwards, gx_of(0, kFirst),
                     [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
                       Vec<S, kFirst> gx, first;
                       Vec<S, Cell::kStates> s;
@@ -65,10 +79,11 @@ struct Forward {
     constexpr bool kTwo = Cell::kStages == 2;
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
-    const E* source = kTwo ? d.mid : h_in;
-    const int64_t ld = kTwo ? d.ld_state : d.ld_ring, K = kTwo ? p.H : p.P;
-    product<kLast>(row0, row1, block0, block1, p.H, InRows<E>{source, ld}, d.w[Cell::kStages - 1], K,
-                   d.bh + kFirst * d.ld_state, d.ld_state, backwards, gx_of(kFirst, kLast),
+    const int64_t K = kTwo ? p.H : p.P;
+    const cpu::Weight<E>& w = d.w[Cell::kStages - 1];
+    const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_state : d.ld_ring, K);
+    product<kLast>(row0, row1, block0, block1, p.H, source, w, K, d.bh + kFirst * d.ld_state, d.ld_state,
+                   backwards, gx_of(kFirst, kLast),
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
                      Vec<S, Cell::kStates> s, s_new;
@@ -108,10 +123,9 @@ struct Forward {
   FASTRNN_HD void projection(int64_t row0, int64_t row1) const {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
-    product<1>(
-        row0, row1, block0, block1, p.P, InRows<E>{d.mid, d.ld_state}, d.w_proj, p.H,
-        static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
-        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
+    product<1>(row0, row1, block0, block1, p.P, operand(share, d.w_proj, row0, row1, d.mid, d.ld_state, p.H),
+               d.w_proj, p.H, static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
+               [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
   }
 
@@ -145,9 +159,9 @@ struct Forward {
     const E* x =
         d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const E*>(p.x.data) + first * p.I;
     E* to = d.gates + (first - (d.save ? 0 : c.first)) * d.ld_gates + gate0 * p.H;
-    product<N>(0, count, block0, block1, p.H, InRows<E>{x, d.x_rows ? d.ld_x : p.I}, d.w_x[stage], p.I,
-               d.bx + gate0 * d.ld_state, d.ld_state, false, Reads<E>{},
-               [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
+    const auto rows = operand(share, d.w_x[stage], 0, count, x, d.x_rows ? d.ld_x : p.I, p.I);
+    product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_state, d.ld_state,
+               false, Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
                  for (int g = 0; g < N; ++g) gx[g].store(to + i * d.ld_gates + g * p.H + unit, lanes);
                });
   }

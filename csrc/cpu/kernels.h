@@ -6,6 +6,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "gradients.h"
+#include "int8_kernels.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -69,9 +70,10 @@ cpu::Kernels<E> kernels() {
 
 }  // namespace fastrnn::FASTRNN_ISA
 
-#define FASTRNN_INSTRUCTION_SET(NAME)                                                                    \
-  namespace fastrnn::cpu {                                                                               \
-  InstructionSet instruction_set_##NAME() {                                                              \
-    return {#NAME, ::fastrnn::FASTRNN_ISA::kernels<float>(), ::fastrnn::FASTRNN_ISA::kernels<double>()}; \
-  }                                                                                                      \
+#define FASTRNN_INSTRUCTION_SET(NAME)                                    \
+  namespace fastrnn::cpu {                                               \
+  InstructionSet instruction_set_##NAME() {                              \
+    using namespace ::fastrnn::FASTRNN_ISA;                              \
+    return {#NAME, kernels<float>(), kernels<double>(), int8_kernels()}; \
+  }                                                                      \
   }

@@ -1,5 +1,5 @@
 // fastrnn::layer on the CPU.
-#include "workspace.h"
+#include "packed.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -9,21 +9,19 @@ struct Outputs {
   TensorList last, seq, saved;
 };
 
+// packed: null where the weights are `a.params`.
 template <class E>
-Outputs forward(const std::string& name, const Tensor& x, const TensorList& states, const TensorList& params,
-                const OptionalTensor& lengths, const OptionalTensor& batch_sizes, const OptionalTensor& reset,
-                bool save, bool return_states) {
-  const CellKernels<E>& cell = cell_kernels<E>(name);
-  const LayerArgs a =
-      check_layer({cell.gates, cell.states, cell.saved}, x, states, params, lengths, batch_sizes, reset);
+Outputs forward(const CellKernels<E>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
+                bool return_states) {
   const RowTable table = row_table(a);
   const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
-  const bool projected = a.params[0].w_hr.has_value(), bf16 = a.dtype == ScalarType::BFloat16;
+  const bool projected = a.projected, bf16 = a.dtype == ScalarType::BFloat16;
+  const bool int8 = packed && packed->int8();
   Arena arena;
 
   Outputs out;
   const auto fresh = [&](std::vector<int64_t> shape, ScalarType dtype) {
-    return lengths ? torch::stable::new_zeros(x, shape, dtype) : empty(shape, dtype);
+    return a.lengths ? torch::stable::new_zeros(a.x, shape, dtype) : empty(shape, dtype);
   };
   out.y = fresh(a.row_shape(D * P), a.dtype);
   for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
@@ -56,29 +54,26 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
   scan.steps = input_steps(a, columns, sizeof(E));
   const int64_t most_rows = scan.steps * a.B;
   for (int64_t d = 0; d < D; ++d) {
-    const LayerArgs::Direction& p = a.params[d];
     Direction<E>& s = scan.dir[d];
     s.reverse = d == 1;
-    for (int64_t stage = 0, gate0 = 0; stage < cell.stages; gate0 += cell.stage_gates[stage++]) {
+    if (packed) packed->direction(d, s);
+    for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed; gate0 += cell.stage_gates[stage++]) {
+      const LayerArgs::Direction& p = a.params[d];
       const int64_t gates = cell.stage_gates[stage];
       s.w_x[stage] = weights.get(p.w_ih, gate0 * H * a.I, {nullptr, false, gates, H * a.I, H, a.I, a.I, 1});
       s.w[stage] = weights.get(p.w_hh, gate0 * H * P, {nullptr, false, gates, H * P, H, P, P, 1}, few);
     }
     s.ld_x = padded<E>(a.I);
     s.x_rows = direct ? nullptr : arena.get<E>(most_rows * s.ld_x);
-    weight_bytes = G * H * P * sizeof(E);
-    if (projected) {
-      s.w_proj = weights.get(*p.w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
-      weight_bytes += H * P * sizeof(E);
+    weight_bytes = (G + projected) * H * P * (int8 ? 1 : sizeof(E));
+    if (!packed) {
+      if (projected) s.w_proj = weights.get(*a.params[d].w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
+      E* bx = arena.zeros<E>(G * ld);
+      E* bh = arena.zeros<E>(G * ld);
+      read_biases(a.params[d], G, H, bx, bh);
+      s.bx = bx;
+      s.bh = bh;
     }
-    E* bx = arena.zeros<E>(G * ld);
-    E* bh = arena.zeros<E>(G * ld);
-    for (int64_t g = 0; g < G && p.b_ih; ++g) {
-      read(*p.b_ih, g * H, H, bx + g * ld);
-      read(*p.b_hh, g * H, H, bh + g * ld);
-    }
-    s.bx = bx;
-    s.bh = bh;
     s.save = save;
     s.ld_gates = save ? cell.saved * H : ld_gx;
     s.gates = save ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
@@ -89,7 +84,7 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     }
     s.raw = save && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
     s.y = {static_cast<char*>(out.y.mutable_data_ptr()) + d * P * out.y.element_size(), D * P, bf16};
-    if (reset) {
+    if (a.reset) {
       uint8_t* keep = arena.get<uint8_t>(N);
       const bool* cut = static_cast<const bool*>(a.reset->const_data_ptr());
       fill_keep(table, a, s.reverse, cut, keep);
@@ -111,10 +106,15 @@ Outputs forward(const std::string& name, const Tensor& x, const TensorList& stat
     }
   }
 
-  Plan plan(D, a.B, a.B * columns * P, weight_bytes, ceil_div(H, kernels<E>().width));
+  // A product of int8 weights takes a quarter of the time.
+  Plan plan(D, a.B, a.B * columns * P / (int8 ? 4 : 1), weight_bytes, ceil_div(H, kernels<E>().width));
+  const int64_t quantized = int8 ? most_rows * int8_row(std::max({a.I, P, H})) : 0;
+  float* scratch = int8 ? arena.get<float>(plan.threads() * quantized) : nullptr;
   run_team(plan.threads(), [&](int member, int size) {
     weights.pack(member, size);
-    cell.forward(scan, plan.share(member, size));
+    Share share = plan.share(member, size);
+    share.quantized = scratch + member * quantized;
+    cell.forward(scan, share);
   });
 
   // h_n is y at each sequence's own end; the other states are where the scan left them.
@@ -140,10 +140,34 @@ std::tuple<Tensor, TensorList, TensorList, TensorList> layer(StringHandle cell, 
                                                              OptionalTensor batch_sizes, OptionalTensor reset,
                                                              bool save, bool return_states) {
   const std::string name = take_string(cell);
-  const auto run = x.scalar_type() == ScalarType::Double ? &forward<double> : &forward<float>;
   check_dtype(x);
-  Outputs out = run(name, x, states, params, lengths, batch_sizes, reset, save, return_states);
+  const auto run = [&]<class E>(E) {
+    const CellKernels<E>& kernels = cell_kernels<E>(name);
+    const LayerArgs a = check_layer({kernels.gates, kernels.states, kernels.saved}, x, states, params,
+                                    lengths, batch_sizes, reset);
+    return forward<E>(kernels, a, nullptr, save, return_states);
+  };
+  Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
   return {std::move(out.y), std::move(out.last), std::move(out.seq), std::move(out.saved)};
+}
+
+std::tuple<Tensor, TensorList, TensorList> layer_packed(StringHandle cell, Tensor x, TensorList states,
+                                                        Tensor weights, OptionalTensor lengths,
+                                                        OptionalTensor batch_sizes, OptionalTensor reset,
+                                                        bool return_states) {
+  const std::string name = take_string(cell);
+  check_dtype(x);
+  STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type(),
+                  "the weights were packed for another dtype of input");
+  const auto run = [&]<class E>(E) {
+    const CellKernels<E>& kernels = cell_kernels<E>(name);
+    const PackedLayer<E> packed(kernels, weights);
+    const LayerArgs a = check_input({kernels.gates, kernels.states, kernels.saved}, packed.sizes(), x, states,
+                                    lengths, batch_sizes, reset);
+    return forward<E>(kernels, a, &packed, false, return_states);
+  };
+  Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  return {std::move(out.y), std::move(out.last), std::move(out.seq)};
 }
 
 std::vector<std::string> instruction_set_names() {
@@ -156,7 +180,10 @@ std::string instruction_set_name() { return instruction_set().name; }
 }  // namespace
 }  // namespace fastrnn::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) { m.impl("layer", TORCH_BOX(&fastrnn::cpu::layer)); }
+STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
+  m.impl("layer", TORCH_BOX(&fastrnn::cpu::layer));
+  m.impl("layer_packed", TORCH_BOX(&fastrnn::cpu::layer_packed));
+}
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&fastrnn::cpu::instruction_set_names));
   m.impl("instruction_set", TORCH_BOX(&fastrnn::cpu::instruction_set_name));

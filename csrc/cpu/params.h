@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "int8.h"
 #include "team.h"
 
 namespace fastrnn::cpu {
@@ -37,13 +38,15 @@ struct Border {
 template <class E>
 struct Weight {
   enum Layout {
-    kPacked,  // [units/W][K][G][W]
-    kRows,    // [G][units][K], rows of ld: dot products along k
-    kColumns  // [K][units], rows of ld, G = 1, whole vectors of units
+    kPacked,   // [units/W][K][G][W]
+    kRows,     // [G][units][K], rows of ld: dot products along k
+    kColumns,  // [K][units], rows of ld, G = 1, whole vectors of units
+    kInt8      // see int8.h; E is float
   };
   const E* data = nullptr;
   Layout layout = kPacked;
   int64_t ld = 0;
+  const Int8Kernels* int8 = nullptr;  // of kInt8
   explicit operator bool() const { return data; }
 };
 
@@ -112,6 +115,7 @@ struct Share {
   int64_t row0, row1;  // rows of the batch
   int part, parts;     // part of the units; parts > 1: a barrier ends each phase
   Barrier* barrier;
+  float* quantized;  // scratch of this member: what its int8 weights meet, by int8_row
 };
 
 struct Pack {
@@ -174,6 +178,7 @@ struct InstructionSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+  Int8Kernels int8;
 };
 
 }  // namespace fastrnn::cpu

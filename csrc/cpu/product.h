@@ -16,6 +16,8 @@ struct TileShape {
   static constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int kUnits = G >= 3 ? 1 : G == 2 ? 2 : 4;
   static constexpr int kRows = kAccumulators / (G * kUnits);
+  // Of int8 weights, whose sums take two registers each where the instruction set wants it so.
+  static constexpr int kInt8Rows = FASTRNN_VECTOR_BYTES == 64 ? kRows / 2 : 8 / (G * kUnits);
   // One row alone: more blocks, or the latency of the multiply-add would be waited for.
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
@@ -231,13 +233,17 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const int64_t rows = row1 - row0;
   if (rows <= 0) return;
   const bool dots = weight.layout == cpu::Weight<E>::kRows;
-  const int most = dots ? 4 : Tile::kRows;
+  const bool int8 = weight.layout == cpu::Weight<E>::kInt8;
+  const int most = dots ? 4 : int8 ? Tile::kInt8Rows : Tile::kRows;
   const int64_t tiles = (rows + most - 1) / most;
   const int wide = dots ? 1 : rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
   const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
   const bool packed = weight.layout == cpu::Weight<E>::kPacked;
   const int64_t step = packed ? G * S::W : weight.ld;
-  const int64_t block = packed ? K * G * S::W : dots ? S::W * weight.ld : S::W;
+  const int64_t block = packed ? K * G * S::W
+                        : int8 ? cpu::int8_block(K, G, S::W)
+                        : dots ? S::W * weight.ld
+                               : S::W;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
     const int U = at < wides ? wide : 1;
@@ -262,6 +268,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                            : M == 3 ? &dot_tile<E, G, 3>
                                     : &dot_tile<E, G, 4>;
           run(a_r.data, a_r.ld, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
+        }
+      } else if (int8) {
+        if constexpr (std::is_same_v<A, InRows<float>>) {
+          weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
         }
       } else if (U == 1) {
         tile_of<E, G, 1, Tile::kRows>(M, a_r, w, step, block, K, bias_b, ld_bias, ahead, out);

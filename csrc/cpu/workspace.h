@@ -67,6 +67,23 @@ void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
   }
 }
 
+// Rows of scratch: whole vectors of any instruction set, and never a power of two.
+template <class E>
+int64_t padded(int64_t width) {
+  constexpr int64_t kWidest = 64 / sizeof(E);
+  return ceil_div(width, kWidest) * kWidest + 16;
+}
+
+// The biases of one direction as [G][padded H]; left alone where there are none.
+template <class E>
+void read_biases(const LayerArgs::Direction& p, int64_t gates, int64_t H, E* bx, E* bh) {
+  const int64_t ld = padded<E>(H);
+  for (int64_t g = 0; g < gates && p.b_ih; ++g) {
+    read(*p.b_ih, g * H, H, bx + g * ld);
+    read(*p.b_hh, g * H, H, bh + g * ld);
+  }
+}
+
 inline void check_dtype(const Tensor& x) {
   const ScalarType t = x.scalar_type();
   STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16,
@@ -133,13 +150,6 @@ class Weights {
   std::vector<Job> jobs_;
   Barrier packed_;
 };
-
-// Rows of scratch: whole vectors of any instruction set, and never a power of two.
-template <class E>
-int64_t padded(int64_t width) {
-  constexpr int64_t kWidest = 64 / sizeof(E);
-  return ceil_div(width, kWidest) * kWidest + 16;
-}
 
 // A new tensor on the CPU, past the dispatcher: for a short call that is a tenth of its time.
 inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {

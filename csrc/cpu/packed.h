@@ -1,0 +1,89 @@
+// Weights packed for good: what fastrnn::pack writes and fastrnn::layer_packed reads. A tensor of the inputs'
+// type, which begins with a head; its other bytes are what `direction` says.
+#pragma once
+
+#include <cstddef>
+
+#include "workspace.h"
+
+namespace fastrnn::cpu {
+
+struct PackedHead {
+  static constexpr uint64_t kMagic = 0x316b6361706e7266;  // "frnpack1"
+  uint64_t magic;
+  int64_t bytes, vector_bytes;  // of all, head included; of the instruction set's registers
+  LayerSizes sizes;
+  bool int8;
+  char cell[32];
+};
+
+template <class E>
+class PackedLayer {
+ public:
+  // Room for a layer; `direction` then says where its weights are to be written.
+  PackedLayer(const CellKernels<E>& cell, const LayerSizes& sizes, bool int8, ScalarType dtype)
+      : cell_(cell), head_{PackedHead::kMagic, 0, vector_bytes(), sizes, int8, {}} {
+    std::strncpy(head_.cell, cell.name, sizeof head_.cell - 1);
+    Direction<E> end{};
+    head_.bytes = direction(sizes.D, end);
+    data_ = empty({head_.bytes / (dtype == ScalarType::BFloat16 ? 2 : int64_t{sizeof(E)})}, dtype);
+    std::memset(data_.mutable_data_ptr(), 0, head_.bytes);
+    std::memcpy(data_.mutable_data_ptr(), &head_, sizeof head_);
+  }
+
+  PackedLayer(const CellKernels<E>& cell, const Tensor& data) : cell_(cell), head_{}, data_(dense(data)) {
+    const int64_t bytes = data_.numel() * data_.element_size();
+    if (bytes >= int64_t{sizeof head_}) std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
+    STD_TORCH_CHECK(data_.is_cpu() && head_.magic == PackedHead::kMagic && head_.bytes == bytes,
+                    "weights must be what fastrnn::pack gave");
+    STD_TORCH_CHECK(std::string(cell.name) == head_.cell, "the weights were packed for the cell ", head_.cell,
+                    ", got ", cell.name);
+    STD_TORCH_CHECK(head_.vector_bytes == vector_bytes(), "the weights were packed for vectors of ",
+                    head_.vector_bytes, " bytes, this processor's kernels take those of ", vector_bytes(),
+                    " (", instruction_set().name, "): freeze or quantize the layer here");
+  }
+
+  const LayerSizes& sizes() const { return head_.sizes; }
+  bool int8() const { return head_.int8; }
+  const Tensor& data() const { return data_; }
+
+  // Fills in direction d's weights and biases; returns where they end.
+  int64_t direction(int64_t d, Direction<E>& s) const {
+    const LayerSizes& n = head_.sizes;
+    const int64_t ld = padded<E>(n.H);
+    int64_t at = ceil_div(sizeof head_, kAlign) * kAlign;
+    char* base = data_.defined() ? static_cast<char*>(data_.mutable_data_ptr()) : nullptr;
+    const auto get = [&](int64_t count) {
+      E* p = reinterpret_cast<E*>(base + at);
+      at += ceil_div(count * sizeof(E), kAlign) * kAlign;
+      return p;
+    };
+    const auto weight = [&](int gates, int64_t units, int64_t K) -> Weight<E> {
+      const int width = kernels<E>().width;
+      const int64_t block = head_.int8 ? int8_block(K, gates, width) : K * gates * width;
+      const E* p = get(ceil_div(units, width) * block);
+      if (head_.int8) return {p, Weight<E>::kInt8, 0, &instruction_set().int8};
+      return {p, Weight<E>::kPacked};
+    };
+    for (int64_t i = 0; i <= d && i < n.D; ++i) {
+      for (int stage = 0; stage < cell_.stages; ++stage) {
+        s.w_x[stage] = weight(cell_.stage_gates[stage], n.H, n.I);
+        s.w[stage] = weight(cell_.stage_gates[stage], n.H, n.P);
+      }
+      if (n.projected) s.w_proj = weight(1, n.P, n.H);
+      s.bx = get(cell_.gates * ld);
+      s.bh = get(cell_.gates * ld);
+    }
+    return at;
+  }
+
+ private:
+  static constexpr int64_t kAlign = 64;
+  static int64_t vector_bytes() { return kernels<E>().width * int64_t{sizeof(E)}; }
+
+  const CellKernels<E>& cell_;
+  PackedHead head_;
+  Tensor data_;
+};
+
+}  // namespace fastrnn::cpu

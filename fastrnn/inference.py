@@ -1,0 +1,234 @@
+"""Layers for inference alone: `freeze` packs the weights once for good, `quantize` rounds them to int8."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils import parametrize
+
+from . import _checks, packed
+from .kernels import KERNEL_DTYPES
+from .modules import GRU, LSTM, RNN, _Layer
+
+_M = TypeVar("_M", bound=torch.nn.Module)
+
+
+class Packed(_Layer):
+    """What `Frozen` and `Quantized` share: buffers instead of Parameters, and a packed copy of each layer.
+
+    It is called as the layer that it was made from. The packed copies follow `load_state_dict`, `to`, copies
+    and pickles, but no edit of a buffer in place.
+    """
+
+    word: str  # for messages
+    cell: str  # a name of `reference.CELLS`
+
+    @property
+    def _cell(self) -> str:
+        return self.cell
+
+    def _kept(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        """The buffers that stand for one of the plain layer's parameters."""
+        raise NotImplementedError
+
+    def _pack_layer(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and scales of the directions that `names` are of, for `packed.pack`."""
+        raise NotImplementedError
+
+    def _take(self, cell: str, weights: dict[str, Tensor]) -> None:
+        """Makes these weights its own; it was a plain layer, perhaps a parametrized one, until now."""
+        self.cell = cell
+        self._parameters.clear()
+        self._modules.clear()
+        # torch.nn's second list of the parameters.
+        self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
+        for name, weight in weights.items():
+            for own, tensor in self._kept(name, weight).items():
+                self.register_buffer(own, tensor)
+        self._pack()
+
+    def _pack(self) -> None:
+        D = 2 if self.bidirectional else 1
+        for k in range(self.num_layers):
+            names = [name for group in self._all_weights[k * D : (k + 1) * D] for name in group]
+            params, scales = self._pack_layer(names)
+            self.register_buffer(f"packed_l{k}", packed.pack(self.cell, params, scales, D), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*args, **options)
+        self._pack()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
+        state["_buffers"] = {
+            k: b for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set
+        }
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._pack()  # perhaps on a machine of other instruction sets
+
+    def _serves(self, like: Tensor) -> bool:
+        """Whether the kernels take buffers of this device and dtype."""
+        return like.is_cpu and like.dtype in KERNEL_DTYPES
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Behind `to`, `half`, `cuda` and their like: RuntimeError where the kernels could not follow."""
+        like = fn(next(b for b in self.buffers() if b.is_floating_point()).new_empty(0))
+        if not self._serves(like):
+            raise RuntimeError(
+                f"a {self.word} layer cannot be moved to {like.dtype} on {like.device}: move the layer it "
+                "was made from, and make it again"
+            )
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._pack()
+        return self
+
+    def train(self, mode: bool = True) -> Any:
+        """RuntimeError unless mode is False."""
+        if mode:
+            raise RuntimeError(
+                f"a {self.word} layer is for inference and cannot be trained: train the layer it was made "
+                "from, and make it again"
+            )
+        return super().train(mode)
+
+    def _torch_class(self) -> Any:
+        raise ValueError(f"a {self.word} layer has no torch.nn equal: use the layer it was made from")
+
+    def extra_repr(self) -> str:
+        return f"{self.cell}, {super().extra_repr()}"
+
+    def _layer_weights(self, k: int, D: int) -> list[Tensor]:
+        return [getattr(self, f"packed_l{k}")]
+
+    def _call_layer(
+        self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any
+    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        return packed.layer(self.cell, x, states, weights[0], **options)
+
+    def _call_kernel(self, x: Tensor, states: list[Tensor]) -> Any:
+        return packed.call(self.cell, x, states, self._buffers["packed_l0"])  # type: ignore[arg-type]
+
+
+class Frozen(Packed):
+    """A layer by `freeze`. Its state dict is the plain layer's, and loads into one and from one."""
+
+    word = "frozen"
+    kernel_note = ", frozen: weights packed once"
+
+    def _kept(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        return {name: weight}
+
+    def _pack_layer(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        return [getattr(self, name) for name in names], []
+
+
+def rounded_rows(w: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 q [rows, K] and scale [rows] with w = scale * q and an error of at most scale / 2."""
+    scale = w.abs().amax(1) / 127
+    q = (w / torch.where(scale > 0, scale, 1)[:, None]).round().clamp(-127, 127)
+    return q.to(torch.int8), scale
+
+
+class Quantized(Packed):
+    """A layer by `quantize`. Its state dict holds, for each weight, `{name}_int8` and `{name}_scale`, and the
+    biases: a quarter of the plain layer's bytes. It loads into another quantized layer."""
+
+    word = "quantized"
+    kernel_note = ", int8 weights"
+
+    def _kept(self, name: str, weight: Tensor) -> dict[str, Tensor]:
+        if not name.startswith("weight"):
+            return {name: weight}
+        q, scale = rounded_rows(weight)
+        return {f"{name}_int8": q, f"{name}_scale": scale}
+
+    def _pack_layer(self, names: list[str]) -> tuple[list[Tensor], list[Tensor]]:
+        weights = [name for name in names if name.startswith("weight")]
+        params = [getattr(self, f"{name}_int8" if name in weights else name) for name in names]
+        return params, [getattr(self, f"{name}_scale") for name in weights]
+
+    def _serves(self, like: Tensor) -> bool:
+        return like.is_cpu and like.dtype == torch.float32
+
+
+def _is_ours(module: torch.nn.Module) -> bool:
+    """A user's subclass is left alone, as by `convert`: its own `forward` would be lost."""
+    return parametrize.type_before_parametrizations(module) in (LSTM, GRU, RNN)
+
+
+def _copied(model: _M, kind: type[Packed], dtypes: frozenset[torch.dtype]) -> _M:
+    """A copy of the model in eval mode whose layers are of `kind`."""
+    modules = _checks.is_module(model).named_modules()
+    found = [(name, cast(_Layer, m)) for name, m in modules if _is_ours(m)]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN (fastrnn.convert makes them of "
+            "torch.nn's)"
+        )
+    for where, module in found:
+        for name in module._flat_weights_names:
+            tensor, called = getattr(module, name), f"{where or 'the layer'}: {name}"
+            if not tensor.is_cpu or tensor.dtype not in dtypes:
+                names = " or ".join(sorted(str(d) for d in dtypes))
+                raise ValueError(
+                    f"{called} must be {names} on the CPU, got {tensor.dtype} on {tensor.device}"
+                )
+            if name not in module._parameters and not parametrize.is_parametrized(module, name):
+                raise ValueError(
+                    f"{called} is no Parameter; where a hook makes it, as pruning's and the old "
+                    "weight_norm's do, take that off first"
+                )
+    made = copy.deepcopy(model).eval()
+    for copied in made.modules():
+        if _is_ours(copied):
+            layer = cast(Any, copied)
+            cell = layer._cell
+            weights = {name: getattr(layer, name).detach() for name in layer._flat_weights_names}
+            layer.__class__ = kind
+            layer._take(cell, weights)
+    return made
+
+
+def freeze(model: _M) -> _M:
+    """A copy for inference, whose weights are packed once for good into the layout that the kernels read.
+
+    Its calls neither pack the weights, as a plain layer's do from a few rows (T * B) on, nor check them. The
+    numbers are the plain layer's: the same bits where that packs, else to rounding.
+
+    model    a fastrnn.LSTM, GRU or RNN, or any model that holds some, of float32, float64 or bfloat16 on the
+             CPU. Cells and all other modules are copied as they are
+    returns  the copy, in eval mode, its layers called as before. Its state dict is the model's, and loads
+             both ways. The packed weights take their own memory beside it
+
+    Raises TypeError where the model is no module, ValueError where it holds no such layer, or one of another
+    dtype or device. The copy's layers raise RuntimeError on `train()`, and where a gradient of their input is
+    wanted: they have none.
+    """
+    return _copied(model, Frozen, KERNEL_DTYPES)
+
+
+def quantize(model: _M) -> _M:
+    """A copy for inference with int8 weights: a quarter of the memory traffic and of the state dict.
+
+    Each row of a weight (one unit of one gate) is rounded to multiples of its largest value / 127. The input
+    and the hidden state are rounded at each step, row by row, to 16 bits (fewer for rows of more than 516: 13
+    at 4096). The products' sums are exact integers, and all else is float32, input and output too.
+
+    model    a fastrnn.LSTM, GRU or RNN of float32 on the CPU, or any model that holds some. Cells and all
+             other modules are copied as they are
+    returns  the copy, in eval mode, its layers called as before. Its state dict holds int8 weights and their
+             scales, and loads into another quantized copy, on a machine of any instruction set
+
+    ERRORS
+
+    Raises what `freeze` raises, and so do the copy's layers. A NaN or an infinity in a row of the input makes
+    the step's whole row NaN.
+    """
+    return _copied(model, Quantized, frozenset({torch.float32}))
