@@ -257,6 +257,19 @@ def test_the_copy_is_on_its_own():
     assert not list(made.parameters())
 
 
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh"])
+def test_error_beside_float32(name):
+    """What the docstring of `quantize` says of random weights."""
+    root_mean_square, most = {"lstm": (0.0006, 0.005), "gru": (0.0012, 0.008), "rnn_tanh": (0.0022, 0.013)}[
+        name
+    ]
+    plain, x = layer(name, 256, 256), torch.randn(100, 8, 256)
+    with torch.no_grad():
+        error = fastrnn.quantize(plain)(x)[0] - plain(x)[0]
+    assert error.square().mean().sqrt() < 1.2 * root_mean_square
+    assert error.abs().max() < 1.2 * most
+
+
 def test_size_is_a_quarter():
     def size(module):
         file = io.BytesIO()
@@ -472,6 +485,9 @@ def test_the_operator_trusts_nobody():
         lambda: packed.pack("lstm", q, [s[:3] for s in scales], 1),
         lambda: packed.pack("lstm", q, [s.double() for s in scales], 1),
         lambda: packed.pack("elman", params, [], 1),
+        lambda: packed.pack(
+            "rnn_tanh", [q[0].new_zeros(1, 131073), q[0].new_zeros(1, 1)], [torch.ones(1), torch.ones(1)], 1
+        ),
     ]
     for call in wrong:
         with pytest.raises(RuntimeError):

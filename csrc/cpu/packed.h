@@ -36,6 +36,7 @@ class PackedLayer {
     if (bytes >= int64_t{sizeof head_}) std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
     STD_TORCH_CHECK(data_.is_cpu() && head_.magic == PackedHead::kMagic && head_.bytes == bytes,
                     "weights must be what fastrnn::pack gave");
+    head_.cell[sizeof head_.cell - 1] = '\0';
     STD_TORCH_CHECK(std::string(cell.name) == head_.cell, "the weights were packed for the cell ", head_.cell,
                     ", got ", cell.name);
     STD_TORCH_CHECK(head_.vector_bytes == vector_bytes(), "the weights were packed for vectors of ",
