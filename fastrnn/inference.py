@@ -226,11 +226,11 @@ def quantize(model: _M) -> _M:
     returns  the copy, in eval mode, its layers called as before. Its state dict holds int8 weights and their
              scales, and loads into another quantized copy, on a machine of any instruction set
 
-    Beside float32, with torch.nn's initial weights, normal input, T = 100 and H = 128 to 1024, the outputs
-    err by 0.0006 (LSTM), 0.0012 (GRU) and 0.0022 (RNN) in the root mean square, which is 0.45 % of the outputs'
-    own, and by 0.005, 0.008 and 0.013 at most. A trained language model (`python -m fastrnn lm train --steps
-    1200`: two layers of LSTM, H = 256): validation perplexity 5.470 for 5.469, the same character first in
-    99.6 % of the places.
+    Beside float32, with torch.nn's initial weights, normal input, T = 100 and H = 128 to 1024, the
+    outputs err by 0.0006 (LSTM), 0.0012 (GRU) and 0.0022 (RNN) in the root mean square, 0.45 % of the
+    outputs' own, and by 0.005, 0.008 and 0.013 at most. A trained language model (`python -m fastrnn lm
+    train --steps 1200`: two layers of LSTM, H = 256) has a validation perplexity of 5.470 for 5.469; its
+    likeliest character is the same in 99.6 % of the places.
 
     Raises what `freeze` raises, and so do the copy's layers. A NaN or an infinity in a row of the input makes
     the step's whole row NaN.
