@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import transforms
+from ._checks import same_device
 from .backends import BackendError, autocast_dtype, choose
 from .functional import RECORDER
 from .kernels import LOADED, compute_dtype
@@ -95,6 +96,7 @@ def _fake(
     reset: Tensor | None,
     return_states: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    same_device(x, states, [weights], (lengths, reset))
     D, _, P = states[0].shape
     y = x.new_empty((*x.shape[:-1], D * P))
     seq = [x.new_empty((D, *x.shape[:-1], s.shape[-1]), dtype=compute_dtype(x)) for s in states[1:]]

@@ -195,7 +195,7 @@ def test_a_lost_process_under_torchrun(text, tmp_path):
 
 
 def test_each_process_has_random_numbers_of_its_own(text, tmp_path):
-    """No two drop out alike; the first draws what a process by itself would; a checkpoint keeps all of them."""
+    """No two drop out alike; the first draws what one by itself would; a checkpoint keeps them all."""
     script = tmp_path / "draw.py"
     script.write_text(
         textwrap.dedent(f"""

@@ -514,3 +514,25 @@ def test_autocast(make):
     assert {t.dtype for t in (z, h_n, c_n, again, states.h, states.c)} == {torch.bfloat16}
     assert torch.equal(z, y.bfloat16())
     assert torch.equal(c_n, c.bfloat16())
+
+
+def test_packed_weights_that_pack_did_not_give():
+    """Whatever became of the bytes, none is read that is not there."""
+    layer = fastrnn.freeze(fastrnn.GRU(4, 6))
+    x, h = torch.randn(3, 2, 4), torch.randn(1, 2, 6)
+    good = layer.packed_l0
+
+    def call(weights):
+        return torch.ops.fastrnn.layer_packed("gru", x, [h], weights, None, None, None, False)
+
+    torch.testing.assert_close(call(good)[0], layer(x, h)[0])
+    changed = []
+    for word in range(7):  # magic, bytes, vector bytes, I, H, P, directions
+        for value in (-1, 0, 2, 5, 1 << 20, 1 << 62):
+            bad = good.clone()
+            bad[2 * word : 2 * word + 2] = torch.tensor([value]).view(torch.float32)
+            if not torch.equal(bad, good):
+                changed.append(bad)
+    for bad in (*changed, good[:-1], good[:3], torch.zeros(0), torch.zeros(64), good.to("meta")):
+        with pytest.raises(RuntimeError, match=r"fastrnn::pack gave|were packed for|same device"):
+            call(bad)

@@ -1,4 +1,4 @@
-"""Inference by one layer with its state given, which goes past most of Python: its values, errors and limits."""
+"""Inference by one layer with its state given, which goes past most of Python: values, errors and limits."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def compare(ours, theirs, x, hx, direct):
         assert type(last) is (tuple if type(ours) is fastrnn.LSTM else torch.Tensor)
 
 
-@pytest.mark.parametrize("T,B", [(1, 1), (1, 5), (6, 3), (2, 40)])
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 5), (6, 3), (2, 40)])
 @pytest.mark.parametrize("bias", [True, False])
 @cells
 def test_values(cell, bias, T, B, direct):
@@ -118,7 +118,7 @@ def test_what_is_left_on_the_meta_device(cell):
         lambda: call(lengths=lengths),
     ):
         for mode in (torch.no_grad, torch.enable_grad):
-            with mode(), pytest.raises(RuntimeError, match="not at the same device.*meta"):
+            with mode(), pytest.raises(RuntimeError, match=r"not at the same device.*meta"):
                 function()
 
 

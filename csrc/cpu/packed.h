@@ -34,7 +34,7 @@ class PackedLayer {
   PackedLayer(const CellKernels<E>& cell, const Tensor& data) : cell_(cell), head_{}, data_(dense(data)) {
     const int64_t bytes = data_.numel() * data_.element_size();
     if (bytes >= int64_t{sizeof head_}) std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
-    STD_TORCH_CHECK(data_.is_cpu() && head_.magic == PackedHead::kMagic && head_.bytes == bytes,
+    STD_TORCH_CHECK(data_.is_cpu() && head_.magic == PackedHead::kMagic && head_.bytes == bytes && whole(),
                     "weights must be what fastrnn::pack gave");
     head_.cell[sizeof head_.cell - 1] = '\0';
     STD_TORCH_CHECK(std::string(cell.name) == head_.cell, "the weights were packed for the cell ", head_.cell,
@@ -80,6 +80,17 @@ class PackedLayer {
 
  private:
   static constexpr int64_t kAlign = 64;
+  // Its sizes are those that its bytes are of, whatever a file or a program made of it.
+  bool whole() const {
+    const LayerSizes& n = head_.sizes;
+    const int64_t most = int64_t{1} << 24;
+    if (n.I < 0 || n.H < 1 || n.P < 1 || n.I > most || n.H > most || n.P > most || n.D < 1 || n.D > 2)
+      return false;
+    if (n.projected ? cell_.states != 2 : n.P != n.H) return false;
+    if (head_.int8 && sizeof(E) != sizeof(float)) return false;
+    Direction<E> s{};
+    return head_.vector_bytes != vector_bytes() || direction(n.D, s) == head_.bytes;
+  }
   static int64_t vector_bytes() { return kernels<E>().width * int64_t{sizeof(E)}; }
 
   const CellKernels<E>& cell_;

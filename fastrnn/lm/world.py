@@ -100,7 +100,7 @@ def joined(device: torch.device) -> Iterator[World]:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    # When a process is lost torchrun's agent sends this to the others, often before they notice by themselves.
+    # When a process is lost torchrun's agent sends this to the others, often before they notice.
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, _asked_to_end) if main else None
     try:
