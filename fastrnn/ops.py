@@ -224,7 +224,8 @@ def _fake_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    same_device(x, [*states, *seq, *saved, y], params, (lengths, reset))
+    given = [g for g in (dy, *dlast, *dseq) if g is not None]
+    same_device(x, [*states, *given, *seq, *saved, y], params, (lengths, reset))
     dx = x.new_empty(x.shape if need_x else (0,))
     dparams = [p.new_empty(p.shape) for p in params] if need_params else []
     return dx, [s.new_empty(s.shape) for s in states], dparams
