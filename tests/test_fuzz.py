@@ -57,7 +57,7 @@ def spoiled(draw, tensor):
     if way == "int":
         return tensor.long()
     if way == "strided":  # the same values, every second element of a larger one
-        wide = torch.full((*tensor.shape, 2), 99, dtype=tensor.dtype)
+        wide = tensor.new_full((*tensor.shape, 2), 99)
         wide[..., 0] = tensor
         return wide[..., 0]
     if way == "expanded":
