@@ -62,6 +62,7 @@ class Packed(_Layer):
         super()._load_from_state_dict(*args, **options)
         self._pack()
 
+    # no-untyped-call, here and below: torch does not annotate these methods of Module.
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
         state["_buffers"] = {
@@ -113,7 +114,9 @@ class Packed(_Layer):
         return packed.layer(self.cell, x, states, weights[0], **options)
 
     def _call_kernel(self, x: Tensor, states: list[Tensor]) -> Any:
-        return packed.call(self.cell, x, states, self._buffers["packed_l0"])  # type: ignore[arg-type]
+        weights = self._buffers["packed_l0"]
+        assert weights is not None
+        return packed.call(self.cell, x, states, weights)
 
 
 class Frozen(Packed):

@@ -205,8 +205,9 @@ class _Layer(torch_rnn.RNNBase):
         """The operator's outputs for the only layer, past all of Python's checks; the kernel's errors."""
         cell, own = self._cell, self._parameters
         params = [own.get(name) for name in self._all_weights[0]]
-        if params[0].shape != (CELLS[cell].gates * self.hidden_size, self.input_size):  # type: ignore[union-attr]
-            raise IndexError
+        w_ih = params[0]
+        if w_ih is None or w_ih.shape != (CELLS[cell].gates * self.hidden_size, self.input_size):
+            raise IndexError  # reparametrized, or of other sizes: `_run` has the words
         return kernels.call_plain(cell, x, states, params)
 
     def _call_layer(

@@ -164,7 +164,7 @@ def export_onnx(
         )
         options["dynamic_shapes"] = _by_parameter(model, *dynamic) if dynamic[1] else dynamic[0]
     try:
-        # Else an example of one sequence would fix B = 1.
+        # Else an example of one sequence would fix B = 1. (mypy cannot see it: torch makes it when imported.)
         with _recording(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
             torch.onnx.export(
                 model,

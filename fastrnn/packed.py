@@ -104,19 +104,11 @@ def _fake(
 
 
 def _autograd(
-    keyset: Any,
-    cell: str,
-    x: Tensor,
-    states: list[Tensor],
-    weights: Tensor,
-    lengths: Tensor | None,
-    batch_sizes: Tensor | None,
-    reset: Tensor | None,
-    return_states: bool,
+    keyset: Any, cell: str, x: Tensor, states: list[Tensor], weights: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     if transforms.active() or wants_grad(x, *states, weights):
         raise RuntimeError(_NO_GRADIENT)
-    args = (cell, x, states, weights, lengths, batch_sizes, reset, return_states)
+    args = (cell, x, states, weights, *rest)
     result: tuple[Tensor, list[Tensor], list[Tensor]] = below_autograd(keyset, "layer_packed", *args)
     return result
 
