@@ -7,16 +7,20 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastrnn.lm.checkpoint import check_writable
 from fastrnn.lm.errors import Parser, UserError
 
+if TYPE_CHECKING:
+    from fastrnn.bench.records import Settings
+
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m fastrnn bench", description=__doc__, allow_abbrev=False)
-    p.add_argument("--quick", action="store_true", help="three shapes, few rounds")
+    p.add_argument("--quick", action="store_true", help="three shapes and a streaming step, few rounds")
     p.add_argument(
         "--cell", action="append", choices=["lstm", "gru", "rnn"], help="may be given more than once"
     )
@@ -36,38 +40,44 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     for path in (args.json, args.plot):
         check_writable(str(path))
-    import pytest
-
-    from fastrnn.bench import report, rivals
+    from fastrnn.bench import grid, machine, records, report, rivals
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = report.Settings(args.quick, tuple(args.cell or report.GATES))
+    settings = records.Settings(args.quick, tuple(args.cell or grid.GATES))
 
-    class Plugin:
-        @staticmethod
-        def pytest_configure(config: pytest.Config) -> None:
-            config.stash[report.SETTINGS] = settings
-
-    note = rivals.why_no_onnxruntime()
-    clock = report.CpuClock()
-    peak = report.measured_peak()
-    here = Path(__file__).resolve().parent
-    options = ["-c", os.devnull, "--rootdir", str(here), "-p", "no:cacheprovider"]
-    code = pytest.main(
-        [str(here / "test_speed.py"), "-q", "--benchmark-columns=median,iqr,rounds", *options], [Plugin()]
-    )
+    product, fma = machine.product_peak(), machine.fma_peak()
+    clock = machine.CpuClock()
+    code = measure_rows(settings)
     if not settings.records:
-        return int(code)
-    about = report.machine(clock, peak)
-    print(f"\n{report.describe(about)}\n{report.table(settings.records, peak)}")
-    if note:
-        print(note)
-    report.write_json(args.json, settings.records, about)
+        return code
+    about = machine.about(clock.read(), product, fma)
+
+    parts = [report.describe(about), report.table(settings.records, about["peak_gflops"])]
+    parts += [rivals.why_no_onnxruntime()]
+    print("", *filter(None, parts), sep="\n")
+    records.write_json(args.json, settings.records, about)
     print(f"wrote {args.json}")
     if find_spec("matplotlib"):
         report.write_plot(args.plot, settings.records, about)
         print(f"wrote {args.plot}")
     else:
         print("no plot: matplotlib is not installed")
-    return int(code)
+    return code
+
+
+def measure_rows(settings: Settings) -> int:
+    """Fills settings.records; returns pytest's exit code."""
+    import pytest
+
+    from fastrnn.bench.records import SETTINGS
+
+    class Plugin:
+        @staticmethod
+        def pytest_configure(config: pytest.Config) -> None:
+            config.stash[SETTINGS] = settings
+
+    here = Path(__file__).resolve().parent
+    options = ["-c", os.devnull, "--rootdir", str(here), "-p", "no:cacheprovider"]
+    options += ["-q", "--benchmark-columns=median,iqr,rounds"]
+    return int(pytest.main([str(here / "test_speed.py"), *options], [Plugin()]))

@@ -1,8 +1,9 @@
-"""The one home of the benchmarks' shapes, cells and counts of operations."""
+"""The one home of the benchmarks' rows: shapes, cells, kinds of layer, counts of operations."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,57 @@ class Shape:
         return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
 
 
-GRID = (
+@dataclass(frozen=True)
+class Case:
+    """What one row measures.
+
+    mode  forward; training (forward and backward to the parameters); last (training whose loss sees the last
+          step alone, so that gradients vanish); step (one step of a stream, the state carried, no gradients)
+    kind  plain, bidirectional, two layers, projection (P = H/2) or packed (a PackedSequence)
+    """
+
+    cell: str
+    mode: str
+    shape: Shape
+    kind: str = "plain"
+    dtype: str = "float32"
+
+    @property
+    def id(self) -> str:
+        more = [part for part in (self.kind, self.dtype) if part not in ("plain", "float32")]
+        return "-".join([self.cell, self.mode, self.shape.id, *more]).replace(" ", "-")
+
+    @property
+    def calls(self) -> int:
+        """Calls of the layer in one sample."""
+        return STREAM if self.mode == "step" else 1
+
+    @property
+    def proj_size(self) -> int:
+        return self.shape.H // 2 if self.kind == "projection" else 0
+
+    @property
+    def num_layers(self) -> int:
+        return 2 if self.kind == "two layers" else 1
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.kind == "bidirectional" else 1
+
+    @property
+    def lengths(self) -> list[int]:
+        """Steps of each sequence, falling evenly from T to T/4 where they are packed."""
+        T, B = self.shape.T, self.shape.B
+        if self.kind != "packed":
+            return [T] * B
+        return [T - (T - T // 4) * b // max(1, B - 1) for b in range(B)]
+
+
+GATES = {"lstm": 4, "gru": 3, "rnn": 1}
+STREAM = 100  # steps of a stream in one sample: one alone is too short for the clock
+MODES = ("forward", "training")
+
+SHAPES = (
     Shape(100, 1, 128, 128),
     Shape(100, 1, 512, 512),
     Shape(1000, 4, 64, 64),
@@ -27,13 +78,44 @@ GRID = (
     Shape(100, 64, 512, 512),
     Shape(50, 64, 1024, 1024),
 )
-QUICK = (GRID[0], GRID[2], GRID[4])
+SMALL, MEDIUM = SHAPES[0], SHAPES[4]
+STEPS = tuple(Shape(1, 1, H, H) for H in (128, 256, 512))
+VANISHING = Shape(1000, 16, 256, 256)
+KINDS = {
+    "bidirectional": (SMALL, MEDIUM),
+    "two layers": (SMALL, MEDIUM),
+    "projection": (SMALL, MEDIUM),
+    "packed": (MEDIUM,),
+}
+LOW_PRECISION = (SHAPES[1], *SHAPES[4:])
 
-GATES = {"lstm": 4, "gru": 3, "rnn": 1}
-MODES = ("forward", "training")
+
+def rows() -> list[Case]:
+    """Every row of the full run."""
+    cases = [Case(*row) for row in product(GATES, MODES, SHAPES)]
+    cases += [Case(cell, "step", shape) for cell, shape in product(GATES, STEPS)]
+    cases += [
+        Case(cell, mode, shape, kind)
+        for kind, shapes in KINDS.items()
+        for cell, mode, shape in product(GATES if kind != "projection" else ["lstm"], MODES, shapes)
+    ]
+    cases += [Case(cell, "last", VANISHING) for cell in GATES]
+    cases += [Case(*row, dtype="bfloat16") for row in product(GATES, MODES, LOW_PRECISION)]
+    return cases
 
 
-def flop(cell: str, shape: Shape, mode: str) -> int:
-    """Operations of the matrix products alone, a multiply-add being two; training is three times forward."""
-    forward = 2 * shape.T * shape.B * GATES[cell] * shape.H * (shape.I + shape.H)
-    return forward * (3 if mode == "training" else 1)
+def quick_rows() -> list[Case]:
+    """Three shapes, and one streaming step."""
+    cases = [Case(*row) for row in product(GATES, MODES, (SMALL, SHAPES[2], MEDIUM))]
+    return cases + [Case(cell, "step", STEPS[1]) for cell in GATES]
+
+
+def flop(case: Case) -> int:
+    """Operations of one call's matrix products, a multiply-add being two; training is three times forward."""
+    H, D, P = case.shape.H, case.directions, case.proj_size
+    steps, out = sum(case.lengths), P or H
+    forward = 0
+    for layer in range(case.num_layers):
+        inputs = D * out if layer else case.shape.I
+        forward += 2 * steps * D * (GATES[case.cell] * H * (inputs + out) + P * H)
+    return forward * (3 if case.mode in ("training", "last") else 1)

@@ -1,0 +1,161 @@
+"""The benchmarks' report: rows, files. None of these times anything."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
+from fastrnn.bench import grid, machine, records, report, rivals
+from fastrnn.bench.grid import Case, Shape
+from fastrnn.bench.machine import Conditions
+from fastrnn.bench.records import Record
+from fastrnn.lm.errors import UserError
+
+CASE = Case("lstm", "forward", grid.SMALL)
+MACHINE = {"cpu": "a CPU", "cpus": 2, "threads": 2, "torch": "2.13.0", "unquiet": False}
+NOISY = Conditions(3.0, 0.0, 0.5)
+
+
+def record(ratio=2.0, case=CASE, spread=0.02, **more):
+    return Record(case, 11, 1e-3, {"torch.nn": ratio * 1e-3}, {"torch.nn": spread}, **more)
+
+
+@pytest.mark.parametrize("rows", [grid.rows, grid.quick_rows], ids=["full", "quick"])
+def test_no_row_stands_twice(rows):
+    ids = [case.id for case in rows()]
+    assert len(ids) == len(set(ids)) == len(set(rows()))
+
+
+def test_the_quick_rows_are_among_the_full_ones():
+    assert set(grid.quick_rows()) < set(grid.rows())
+
+
+def tiny(case):
+    s = case.shape
+    return dataclasses.replace(case, shape=Shape(min(s.T, 6), min(s.B, 3), 8, 8))
+
+
+@pytest.mark.parametrize("case", sorted({*map(tiny, grid.rows())}, key=lambda c: c.id), ids=lambda c: c.id)
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+def test_every_kind_of_row_runs_and_all_rivals_agree(case):
+    calls = rivals.calls(case)
+    rivals.check(case, calls)
+    expected = {"fastrnn", "torch.nn"}
+    expected |= {"fastrnn float32"} if case.dtype == "bfloat16" else set()
+    expected |= {"onnxruntime"} if rivals.onnx_can(case) and rivals.why_no_onnxruntime() is None else set()
+    assert set(calls) == expected
+
+
+def test_operations():
+    shape = Shape(10, 2, 3, 4)
+    assert grid.flop(Case("lstm", "forward", shape)) == 2 * 20 * 16 * 7
+    assert grid.flop(Case("gru", "last", shape)) == 3 * 2 * 20 * 12 * 7
+    assert grid.flop(Case("rnn", "forward", shape, "bidirectional")) == 2 * 2 * 20 * 4 * 7
+    assert grid.flop(Case("rnn", "forward", shape, "two layers")) == 2 * 20 * 4 * (7 + 8)
+    assert grid.flop(Case("lstm", "forward", shape, "projection")) == 2 * 20 * (16 * 5 + 8)
+    assert Case("rnn", "forward", shape, "packed").lengths == [10, 2]
+    assert grid.flop(Case("rnn", "forward", shape, "packed")) == 2 * 12 * 4 * 7
+
+
+def test_a_record_of_samples():
+    step = Case("rnn", "step", Shape(1, 1, 8, 8))
+    r = Record.of(step, {"fastrnn": [1.0, 1.0, 2.0], "torch.nn": [2.0, 4.0, 4.0]}, NOISY)
+    assert (r.rounds, r.ours, r.rivals, r.spread) == (3, 0.01, {"torch.nn": 0.04}, {"torch.nn": 1.0})
+    assert r.ratio("torch.nn") == 4
+    assert records.relative_spread([1, 2, 3, 4, 5]) == 2 / 3
+
+
+# Files
+
+
+def test_a_file_comes_back(tmp_path):
+    path = tmp_path / "deep" / "run.json"
+    rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
+    rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="bfloat16")))
+    records.write_json(path, rows, MACHINE)
+    assert records.read_json(path) == (rows, MACHINE)
+
+    def constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    content = json.loads(path.read_text(), parse_constant=constant)
+    assert len(content["results"]) == 3
+
+
+def old_file(path):
+    """As the first version wrote it: no kind, dtype, spread or conditions."""
+    row = {
+        "cell": "lstm",
+        "mode": "forward",
+        "rounds": 11,
+        "gflops": 85.0,
+        "T": 100,
+        "B": 1,
+        "I": 128,
+        "H": 128,
+    }
+    row["seconds"] = {"fastrnn": 1e-3, "onnxruntime": 3e-3, "torch.nn": 2e-3}
+    path.write_text(json.dumps({"machine": MACHINE, "geometric_means": {}, "results": [row]}))
+    return path
+
+
+def test_a_file_of_the_first_version(tmp_path):
+    earlier = records.read_json(old_file(tmp_path / "old.json"))
+    assert earlier[0] == [Record(CASE, 11, 1e-3, {"onnxruntime": 3e-3, "torch.nn": 2e-3})]
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": [{}], "machine": {}}', '{"results": [1]}'])
+def test_a_file_that_no_run_wrote(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"x\.json is not a file that bench --json wrote"):
+        records.read_json(path)
+
+
+# The machine
+
+
+def proc(folder, ticks):
+    folder.joinpath("stat").write_text("cpu " + " ".join(map(str, ticks)) + "\ncpu0 1 2 3\n")
+    folder.joinpath("loadavg").write_text("1.50 0.70 0.30 2/90 3\n")
+
+
+def test_conditions_of_a_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine.time, "process_time", lambda: 5.0)
+    proc(tmp_path, [0] * 8)
+    clock = machine.CpuClock(tmp_path)
+    proc(tmp_path, [100, 0, 50, 700, 50, 0, 0, 100])
+    assert clock.read() == Conditions(1.5, 0.1, 0.15)
+    assert clock.read().unquiet
+    assert clock.read().text().split() == ["1.50", "10.0%", "15.0%", "*"]
+
+
+def test_a_system_that_does_not_tell(tmp_path):
+    conditions = machine.CpuClock(tmp_path / "none").read()
+    assert conditions == Conditions(None, None, None)
+    assert not conditions.unquiet
+    assert conditions.text().strip() == ""
+
+
+def test_the_report_of_a_run():
+    rows = [record(2.0), record(3.0, Case("gru", "step", grid.STEPS[0]), conditions=NOISY)]
+    text = report.table(rows, 100.0)
+    assert "gru-step-T1-B1-I128-H128" in text
+    assert "* 1 of 2 rows were taken while others had the CPUs" in text
+    assert records.means(rows) == {
+        "lstm forward": {"torch.nn": pytest.approx(2)},
+        "gru step": {"torch.nn": pytest.approx(3)},
+    }
+    about = machine.about(Conditions(), 100.0, None)
+    assert "for want of a compiler" in report.describe(about)
+    assert about["threads"] == torch.get_num_threads()
+    assert "WARNING" in report.describe(machine.about(NOISY, 100.0, 120.0))
+
+
+def test_without_a_compiler_the_peak_is_unknown(monkeypatch):
+    monkeypatch.setenv("CXX", "/nonexistent/c++")
+    assert machine.fma_peak() is None
