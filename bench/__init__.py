@@ -25,6 +25,7 @@ def parser() -> argparse.ArgumentParser:
         "--cell", action="append", choices=["lstm", "gru", "rnn"], help="may be given more than once"
     )
     p.add_argument("--threads", type=int, help="threads of torch and of the rivals")
+    p.add_argument("--compare", type=Path, metavar="EARLIER.json", help="say what changed beyond the noise")
     p.add_argument("--json", type=Path, default=Path("out/bench.json"), metavar="PATH")
     p.add_argument("--plot", type=Path, default=Path("out/bench.png"), metavar="PATH")
     return p
@@ -40,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     for path in (args.json, args.plot):
         check_writable(str(path))
-    from fastrnn.bench import grid, machine, records, report, rivals
+    from fastrnn.bench import compare, grid, machine, records, report, rivals
 
+    # Read before --json, which may be the same file, is written.
+    earlier = records.read_json(args.compare) if args.compare else None
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = records.Settings(args.quick, tuple(args.cell or grid.GATES))
@@ -55,6 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parts = [report.describe(about), report.table(settings.records, about["peak_gflops"])]
     parts += [rivals.why_no_onnxruntime()]
+    if earlier:
+        parts.append(compare.compare(*earlier, settings.records, about))
     print("", *filter(None, parts), sep="\n")
     records.write_json(args.json, settings.records, about)
     print(f"wrote {args.json}")

@@ -1,4 +1,4 @@
-"""The benchmarks' report: rows, files. None of these times anything."""
+"""The benchmarks' report: rows, comparisons. None of these times anything."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import json
 import pytest
 import torch
 
+from fastrnn import __main__ as cli
+
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from fastrnn.bench import grid, machine, records, report, rivals
+from fastrnn.bench import compare, grid, machine, records, report, rivals
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions
 from fastrnn.bench.records import Record
@@ -69,6 +71,44 @@ def test_a_record_of_samples():
     assert records.relative_spread([1, 2, 3, 4, 5]) == 2 / 3
 
 
+# Comparisons
+
+
+def test_compare_tells_changes_from_noise():
+    one, two = CASE, Case("gru", "forward", grid.SMALL)
+    earlier = [record(2.0, one), record(2.0, two)]
+    text = compare.compare(earlier, MACHINE, [record(1.7, one), record(1.96, two)], MACHINE)
+    assert "1 slower, 0 faster, 1 within the noise" in text
+    assert f"slower  -15.0% (noise 3.0%)  {one.id}: 2.00 -> 1.70, ours 1.0000 -> 1.0000 ms" in text
+    noisy = compare.compare(earlier, MACHINE, [record(1.7, one, spread=0.3), record(2.0, two)], MACHINE)
+    assert "0 slower, 0 faster, 2 within the noise" in noisy
+
+
+def test_compare_counts_rows_of_one_run_only_and_marks_unquiet_ones():
+    now = [record(4.0, conditions=NOISY), record(case=Case("rnn", "last", grid.VANISHING))]
+    earlier = [record(2.0), record(case=Case("rnn", "training", grid.SMALL))]
+    text = compare.compare(earlier, MACHINE, now, MACHINE)
+    assert "1 faster, 0 within the noise; 1 rows only then, 1 only now" in text
+    assert "faster +100.0%" in text
+    assert text.endswith("*")
+
+
+def test_on_another_machine_only_ratios_count():
+    other = {**MACHINE, "cpu": "another"}
+    slow = Record(CASE, 11, 1.0, {"torch.nn": 2.0}, {"torch.nn": 0.0})  # 1000 times the time, the same ratio
+    text = compare.compare([record(2.0)], MACHINE, [slow], other)
+    assert "1 within the noise" in text
+    assert "not the same machine: a CPU" in text
+    assert " ms" not in compare.compare([record(3.0)], MACHINE, [slow], other)
+
+
+def test_the_noise_of_two_rows():
+    assert compare.noise(record(spread=0.03), record(spread=0.04)) == pytest.approx(0.05)
+    assert compare.noise(record(spread=0.0), record(spread=0.0)) == compare.LEAST_NOISE
+    unknown = Record(CASE, 11, 1e-3, {"torch.nn": 2e-3})
+    assert compare.noise(unknown, record(spread=0.0)) == compare.UNKNOWN_SPREAD
+
+
 # Files
 
 
@@ -106,6 +146,8 @@ def old_file(path):
 def test_a_file_of_the_first_version(tmp_path):
     earlier = records.read_json(old_file(tmp_path / "old.json"))
     assert earlier[0] == [Record(CASE, 11, 1e-3, {"onnxruntime": 3e-3, "torch.nn": 2e-3})]
+    assert "1 within the noise" in compare.compare(*earlier, [record(1.85)], MACHINE)
+    assert "noise 10.2%" in compare.compare(*earlier, [record(1.6)], MACHINE)
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": [{}], "machine": {}}', '{"results": [1]}'])
@@ -114,6 +156,13 @@ def test_a_file_that_no_run_wrote(tmp_path, content):
     path.write_text(content)
     with pytest.raises(UserError, match=r"x\.json is not a file that bench --json wrote"):
         records.read_json(path)
+
+
+def test_a_missing_file_is_told_before_anything_is_measured(capsys, tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    options = ["--json", str(tmp_path / "a.json"), "--plot", str(tmp_path / "a.png")]
+    assert cli.main(["bench", "--compare", str(tmp_path / "none.json"), *options]) == 2
+    assert f"cannot read {tmp_path / 'none.json'}: No such file" in capsys.readouterr().err
 
 
 # The machine

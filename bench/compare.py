@@ -1,0 +1,69 @@
+"""`--compare EARLIER.json`: which rows became slower or faster by more than the noise."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from fastrnn.bench.records import Record
+
+RIVAL = "torch.nn"
+# Of a row in a file written before spreads were stored: a guess, and a wide one.
+UNKNOWN_SPREAD = 0.1
+LEAST_NOISE = 0.03
+
+
+def noise(*records: Record) -> float:
+    """How far two runs' ratios may lie apart by chance, as a share: the rule.
+
+    The root of the sum of the squares of both rows' spreads (interquartile range over median of the rounds'
+    ratios to torch.nn, `UNKNOWN_SPREAD` where the file has none), and at least `LEAST_NOISE`. With 11 rounds
+    that is some three standard errors of the two medians' difference; two runs differ by more than one run's
+    rounds do, so it is not divided by their number.
+    """
+    return max(LEAST_NOISE, math.hypot(*(r.spread.get(RIVAL, UNKNOWN_SPREAD) for r in records)))
+
+
+def change(earlier: Record, now: Record) -> float:
+    """By what share we became faster (above 0) or slower (below), as torch.nn in the same run sees it.
+
+    Of ratios, not of times: the machine may be another one, and even the same one is faster on some days.
+    """
+    return now.ratio(RIVAL) / earlier.ratio(RIVAL) - 1
+
+
+def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one.get(key) == other.get(key) for key in ("cpu", "cpus", "threads", "torch"))
+
+
+def compare(
+    earlier: list[Record], machine_then: dict[str, Any], now: list[Record], machine_now: dict[str, Any]
+) -> str:
+    """The rows that changed by more than the noise, worst first, and how many did not."""
+    known = {r.case: r for r in earlier}
+    pairs = [(known[r.case], r) for r in now if r.case in known]
+    same = same_machine(machine_then, machine_now)
+    lines = []
+    for then, r in sorted(pairs, key=lambda pair: change(*pair)):
+        by, beyond = change(then, r), noise(then, r)
+        # Faster by 25 % and slower by 20 % are the same step: the noise is one of logarithms.
+        if abs(math.log1p(by)) <= math.log1p(beyond):
+            continue
+        line = f"  {'slower' if by < 0 else 'faster'} {by:+7.1%} (noise {beyond:.1%})  {r.case.id}: "
+        line += f"{then.ratio(RIVAL):.2f} -> {r.ratio(RIVAL):.2f}"
+        if same:
+            line += f", ours {then.ours * 1e3:.4f} -> {r.ours * 1e3:.4f} ms"
+        line += " *" * (then.conditions.unquiet or r.conditions.unquiet)
+        lines.append(line)
+    slower = sum(line.startswith("  slower") for line in lines)
+    summary = f"{slower} slower, {len(lines) - slower} faster, {len(pairs) - len(lines)} within the noise"
+    gone, new = len(known) - len(pairs), len(now) - len(pairs)
+    if gone or new:
+        summary += f"; {gone} rows only then, {new} only now"
+    if not same:
+        then, here = (
+            f"{m.get('cpu')}, {m.get('threads')} threads, torch {m.get('torch')}"
+            for m in (machine_then, machine_now)
+        )
+        summary += f"\n  not the same machine: {then}; now {here}"
+    return "\n".join([f"compared by {RIVAL}'s time over ours in the same run: {summary}", *lines])
