@@ -17,6 +17,8 @@ from fastrnn.lm.errors import Parser, UserError
 if TYPE_CHECKING:
     from fastrnn.bench.records import Settings
 
+SECTIONS = ("memory", "crowded", "scaling")
+
 
 def parser() -> argparse.ArgumentParser:
     p = Parser(prog="python -m fastrnn bench", description=__doc__, allow_abbrev=False)
@@ -25,6 +27,13 @@ def parser() -> argparse.ArgumentParser:
         "--cell", action="append", choices=["lstm", "gru", "rnn"], help="may be given more than once"
     )
     p.add_argument("--threads", type=int, help="threads of torch and of the rivals")
+    p.add_argument(
+        "--skip",
+        action="append",
+        choices=SECTIONS,
+        default=[],
+        help="a section after the rows: peak memory, a neighbour on every core, one thread beside two",
+    )
     p.add_argument("--compare", type=Path, metavar="EARLIER.json", help="say what changed beyond the noise")
     p.add_argument("--json", type=Path, default=Path("out/bench.json"), metavar="PATH")
     p.add_argument("--plot", type=Path, default=Path("out/bench.png"), metavar="PATH")
@@ -41,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     for path in (args.json, args.plot):
         check_writable(str(path))
-    from fastrnn.bench import compare, grid, machine, records, report, rivals
+    from fastrnn.bench import compare, grid, machine, records, report, rivals, sections
 
     # Read before --json, which may be the same file, is written.
     earlier = records.read_json(args.compare) if args.compare else None
@@ -55,20 +64,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not settings.records:
         return code
     about = machine.about(clock.read(), product, fma)
+    wanted = [name for name in SECTIONS if name not in args.skip and not args.quick]
+    probes, failed = sections.measure(wanted, settings.cells)
 
     parts = [report.describe(about), report.table(settings.records, about["peak_gflops"])]
-    parts += [rivals.why_no_onnxruntime()]
+    parts += [sections.table(probes), *failed, rivals.why_no_onnxruntime()]
     if earlier:
         parts.append(compare.compare(*earlier, settings.records, about))
     print("", *filter(None, parts), sep="\n")
-    records.write_json(args.json, settings.records, about)
+    records.write_json(args.json, settings.records, about, probes)
     print(f"wrote {args.json}")
     if find_spec("matplotlib"):
         report.write_plot(args.plot, settings.records, about)
         print(f"wrote {args.plot}")
     else:
         print("no plot: matplotlib is not installed")
-    return code
+    return code or int(bool(failed))
 
 
 def measure_rows(settings: Settings) -> int:

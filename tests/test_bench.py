@@ -1,9 +1,10 @@
-"""The benchmarks' report: rows, comparisons. None of these times anything."""
+"""The benchmarks' report: rows, comparisons, memory. None of these times anything."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +12,10 @@ import torch
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from fastrnn.bench import compare, grid, machine, records, report, rivals
+from fastrnn.bench import compare, grid, machine, memory, records, report, rivals, sections
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions
-from fastrnn.bench.records import Record
+from fastrnn.bench.records import Probe, Record
 from fastrnn.lm.errors import UserError
 
 CASE = Case("lstm", "forward", grid.SMALL)
@@ -116,14 +117,14 @@ def test_a_file_comes_back(tmp_path):
     path = tmp_path / "deep" / "run.json"
     rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
     rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="bfloat16")))
-    records.write_json(path, rows, MACHINE)
+    records.write_json(path, rows, MACHINE, [Probe("memory", CASE, 1, 2)])
     assert records.read_json(path) == (rows, MACHINE)
 
     def constant(name):
         raise AssertionError(f"{name} is not JSON")
 
     content = json.loads(path.read_text(), parse_constant=constant)
-    assert len(content["results"]) == 3
+    assert content["sections"][0]["torch.nn"] == 2
 
 
 def old_file(path):
@@ -165,7 +166,24 @@ def test_a_missing_file_is_told_before_anything_is_measured(capsys, tmp_path):
     assert f"cannot read {tmp_path / 'none.json'}: No such file" in capsys.readouterr().err
 
 
-# The machine
+# Memory and the machine
+
+
+def status(rss, peak):
+    return f"Name:\tpython\nVmPeak:\t  999999 kB\nVmHWM:\t  {peak} kB\nVmRSS:\t  {rss} kB\n"
+
+
+def test_growth_is_the_peak_over_what_was_there():
+    assert memory.growth(status(1000, 9000), status(1200, 5000)) == 4000 * 1024
+    assert memory.growth(status(1000, 1000), status(900, 990)) == 0
+    with pytest.raises(ValueError, match="no VmHWM"):
+        memory.growth(status(1, 1), "VmRSS: 3 kB")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_the_output_is_among_the_bytes():
+    found = memory.in_a_process("fastrnn", Case("rnn", "forward", Shape(2000, 4, 8, 512)))
+    assert 2000 * 4 * 512 * 4 * 0.9 < found < 100 * 2**20
 
 
 def proc(folder, ticks):
@@ -208,3 +226,17 @@ def test_the_report_of_a_run():
 def test_without_a_compiler_the_peak_is_unknown(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
     assert machine.fma_peak() is None
+
+
+def test_busy_neighbours_end_with_the_block():
+    with sections.neighbours(2) as started:
+        assert [process.poll() for process in started] == [None, None]
+    assert None not in [process.poll() for process in started]
+
+
+def test_a_section_that_fails_loses_no_rows(monkeypatch):
+    def fails(cells):
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(sections, "SECTIONS", {"memory": fails, "scaling": lambda cells: [cells]})
+    assert sections.measure(["memory", "scaling"], ("gru",)) == ([("gru",)], ["memory was not measured: no"])
