@@ -41,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the grid and reports; returns the exit code."""
+    """Runs the grid and reports; returns the exit code, which the goals do not touch."""
     args = parser().parse_args(argv)
     missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if missing:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     for path in (args.json, args.plot):
         check_writable(str(path))
-    from fastrnn.bench import compare, grid, machine, records, report, rivals, sections
+    from fastrnn.bench import compare, goals, grid, machine, records, report, rivals, sections
 
     # Read before --json, which may be the same file, is written.
     earlier = records.read_json(args.compare) if args.compare else None
@@ -66,13 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = machine.about(clock.read(), product, fma)
     wanted = [name for name in SECTIONS if name not in args.skip and not args.quick]
     probes, failed = sections.measure(wanted, settings.cells)
+    outcomes = goals.evaluate(settings.records, probes, fma)
 
     parts = [report.describe(about), report.table(settings.records, about["peak_gflops"])]
     parts += [sections.table(probes), *failed, rivals.why_no_onnxruntime()]
     if earlier:
         parts.append(compare.compare(*earlier, settings.records, about))
+    parts.append(goals.report(outcomes))
     print("", *filter(None, parts), sep="\n")
-    records.write_json(args.json, settings.records, about, probes)
+    records.write_json(args.json, settings.records, about, probes, goals.as_json(outcomes))
     print(f"wrote {args.json}")
     if find_spec("matplotlib"):
         report.write_plot(args.plot, settings.records, about)

@@ -1,4 +1,4 @@
-"""The benchmarks' report: rows, comparisons, memory. None of these times anything."""
+"""The benchmarks' report: rows, goals, comparisons, memory. None of these times anything."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from fastrnn.bench import compare, grid, machine, memory, records, report, rivals, sections
+from fastrnn.bench import compare, goals, grid, machine, memory, records, report, rivals, sections
+from fastrnn.bench.goals import Goal
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions
 from fastrnn.bench.records import Probe, Record
@@ -72,6 +73,78 @@ def test_a_record_of_samples():
     assert records.relative_spread([1, 2, 3, 4, 5]) == 2 / 3
 
 
+# Goals
+
+
+def outcome(goal, *rows, peak=None):
+    return goals.outcome(goal, rows, peak)
+
+
+def test_a_goal_names_the_worst_row():
+    goal = Goal("any", "torch.nn", 1.5, ("forward",))
+    good, bad = record(2.0), record(1.2, Case("gru", "forward", grid.MEDIUM), conditions=NOISY)
+    o = outcome(goal, good, bad, record(0.1, Case("gru", "training", grid.MEDIUM)))
+    assert (o.measured, o.worst, o.rows, o.met_rows) == (1.2, bad.case.id, 2, 1)
+    assert o.met is False
+    assert o.unquiet
+    text = goals.report([o])
+    assert text.startswith("goals: 0 met, 1 not met, 0 not measured")
+    assert "NOT MET" in text
+    assert "at least 1.50x torch.nn, measured 1.20x (1 of 2 rows; worst gru-forward-T100-B32" in text
+    assert text.endswith("*")
+
+
+def test_at_most_a_mean_and_a_share_of_the_peak():
+    step = record(case=Case("lstm", "step", grid.STEPS[1]))
+    goal = Goal("step", goals.MICROSECONDS, 1000.0, ("step",), at_most=True)
+    assert outcome(goal, step).met
+    assert not outcome(dataclasses.replace(goal, bound=999.0), step).met
+
+    mean = outcome(Goal("mean", "torch.nn", 2.0, ("forward",), mean=True), record(1.0), record(4.0))
+    assert mean.met
+    assert mean.measured == pytest.approx(2)
+
+    share = Goal("share", goals.PEAK, 0.5, ("forward",))
+    r = record()
+    assert outcome(share, r, peak=2 * r.gflops).met
+    assert not outcome(share, r, peak=2.1 * r.gflops).met
+    assert outcome(share, r, peak=None).met is None  # no compiler: the peak is not known
+
+
+def test_a_goal_only_where_the_rival_is_slow():
+    goal = Goal("slow", "torch.nn", 3.0, ("forward",), rival_us=2500.0)
+    assert outcome(goal, record(2.0), record(4.0)).rows == 1
+    assert outcome(goal, record(2.0)).met is None
+
+
+def test_sections_have_goals_of_their_own():
+    probes = [Probe("memory", CASE, 59, 100), Probe("crowded", CASE, 3.5, 30.0)]
+    found = {o.goal.section: o for o in goals.evaluate([], probes, None) if o.met is not None}
+    assert found["memory"].met
+    assert found["memory"].measured == 0.59
+    assert found["crowded"].met is False
+    assert set(found) == {"memory", "crowded"}  # the goals of the rows leave them alone
+    assert "ratio 0.59" in sections.table(probes)
+
+
+def test_every_goal_meets_a_row_and_every_row_a_goal():
+    rows = [
+        Record(case, 11, 1e-3, dict.fromkeys((rivals.TORCH, rivals.ONNX, rivals.FLOAT32), 1.0))
+        for case in grid.rows()
+    ]
+    shapes = {"memory": (memory.SHAPE,), "crowded": sections.CROWDED, "scaling": (sections.SCALING,)}
+    rows += [
+        Probe(section, Case("gru", mode, shape), 1.0, 1.0)
+        for section in shapes
+        for mode in (grid.MODES if section != "crowded" else ["forward"])
+        for shape in shapes[section]
+    ]
+    assert not [o.goal.text for o in goals.evaluate(rows, [], 1.0) if o.met is None]
+    assert not [r.case.id for r in rows if not any(goal.concerns(r) for goal in goals.GOALS)]
+    texts = [goal.text for goal in goals.GOALS]
+    assert len(texts) == len(set(texts))
+
+
 # Comparisons
 
 
@@ -117,13 +190,15 @@ def test_a_file_comes_back(tmp_path):
     path = tmp_path / "deep" / "run.json"
     rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
     rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="bfloat16")))
-    records.write_json(path, rows, MACHINE, [Probe("memory", CASE, 1, 2)])
+    outcomes = goals.evaluate(rows, [], None)
+    records.write_json(path, rows, MACHINE, [Probe("memory", CASE, 1, 2)], goals.as_json(outcomes))
     assert records.read_json(path) == (rows, MACHINE)
 
     def constant(name):
         raise AssertionError(f"{name} is not JSON")
 
     content = json.loads(path.read_text(), parse_constant=constant)
+    assert {g["goal"]: g["met"] for g in content["goals"]} == {o.goal.text: o.met for o in outcomes}
     assert content["sections"][0]["torch.nn"] == 2
 
 

@@ -1,0 +1,181 @@
+"""The one home of the speed goals: what the report sets beside what was measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fastrnn.bench.grid import GATES
+from fastrnn.bench.records import Probe, Record, geometric_mean
+from fastrnn.bench.rivals import FLOAT32, ONNX, TORCH
+
+ANY = (1, math.inf)
+ALL = tuple(GATES)
+OTHERS = ("gru", "rnn")
+# Figures beside the ratios to a rival, which go by its name.
+MICROSECONDS, PEAK, MEMORY = "us a call", "of the FMA peak", "of torch.nn's memory"
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A bound on a figure of every row that it is about, or on the geometric mean of those rows.
+
+    figure     a rival's name: its time over ours; or one of the names above; or a section's name
+    modes      of the rows, as in grid.Case
+    B, H       the least and the most
+    rival_us   only rows where the rival takes longer, in microseconds
+    section    "" for the rows of the grid
+    """
+
+    about: str
+    figure: str
+    bound: float
+    modes: tuple[str, ...]
+    cells: tuple[str, ...] = ALL
+    B: tuple[float, float] = ANY
+    H: tuple[float, float] = ANY
+    dtype: str = "float32"
+    rival_us: float = 0
+    mean: bool = False
+    at_most: bool = False
+    section: str = ""
+
+    def concerns(self, row: Record | Probe) -> bool:
+        case = row.case
+        return (
+            (row.section if isinstance(row, Probe) else "") == self.section
+            and (case.mode in self.modes and case.cell in self.cells and case.dtype == self.dtype)
+            and self.B[0] <= case.shape.B <= self.B[1]
+            and self.H[0] <= case.shape.H <= self.H[1]
+        )
+
+    def of(self, row: Record | Probe, peak: float | None) -> float | None:
+        """The row's figure; None where it has none. peak is that of multiply-adds, in GFLOP/s."""
+        if isinstance(row, Probe):
+            return row.ours / row.theirs if self.figure == MEMORY else row.ours
+        if self.figure == MICROSECONDS:
+            return row.ours * 1e6
+        if self.figure == PEAK:
+            return row.gflops / peak if peak else None
+        if row.rivals.get(self.figure, 0) * 1e6 <= self.rival_us:
+            return None
+        return row.ratio(self.figure)
+
+    @property
+    def text(self) -> str:
+        bound = f"{'at most' if self.at_most else 'at least'} {self.number(self.bound)} {self.figure}"
+        return f"{' and '.join(self.modes)}, {self.about}: {bound}"
+
+    def number(self, value: float) -> str:
+        if self.figure in (PEAK, MEMORY):
+            return f"{value:.0%}"
+        return f"{value:.1f}" if self.figure == MICROSECONDS else f"{value:.2f}x"
+
+    def holds(self, value: float) -> bool:
+        return value <= self.bound if self.at_most else value >= self.bound
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A goal beside what was measured: the mean, or the worst row's figure and that row."""
+
+    goal: Goal
+    measured: float | None
+    worst: str
+    rows: int
+    met_rows: int
+    unquiet: bool
+
+    @property
+    def met(self) -> bool | None:
+        """None: nothing that it is about was measured."""
+        return None if self.measured is None else self.goal.holds(self.measured)
+
+
+def goal(about: str, figure: str, forward: float | None, training: float | None, **more: Any) -> list[Goal]:
+    """The same goal forward and in training, as the two columns of a table."""
+    bounds = {"forward": forward, "training": training}
+    return [
+        Goal(about, figure, bound, (mode,), **more) for mode, bound in bounds.items() if bound is not None
+    ]
+
+
+def under(limit: int) -> tuple[float, float]:
+    return (1, limit - 1)
+
+
+FEW, MANY = (1, 4), (32, 64)
+STEP = {"modes": ("step",), "B": (1, 1)}
+GOALS: tuple[Goal, ...] = (
+    Goal("any cell, any shape", TORCH, 1.0, ("forward", "step")),
+    Goal("any cell, any shape", TORCH, 1.0, ("training",)),
+    *goal("LSTM, B=1..4, H<512", TORCH, 2.0, 2.0, cells=("lstm",), B=FEW, H=under(512)),
+    *goal("LSTM, B=1..4, H=512", TORCH, 1.5, 1.5, cells=("lstm",), B=FEW, H=(512, 512)),
+    *goal("LSTM, B=32..64, H=256..1024", TORCH, 1.05, None, cells=("lstm",), B=MANY, H=(256, 1024)),
+    *goal("LSTM, B=32..64, H=256..512", TORCH, None, 1.25, cells=("lstm",), B=MANY, H=(256, 512)),
+    *goal("LSTM, B=32..64, H=1024", TORCH, None, 1.1, cells=("lstm",), B=MANY, H=(1024, 1024)),
+    *goal("GRU, RNN, B=1..4, H<512", TORCH, 4.0, 5.0, cells=OTHERS, B=FEW, H=under(512)),
+    *goal("GRU, B=1..4, H=512", TORCH, 2.5, 3.0, cells=("gru",), B=FEW, H=(512, 512)),
+    *goal("RNN, B=1..4, H=512", TORCH, 3.0, 3.0, cells=("rnn",), B=FEW, H=(512, 512)),
+    *goal("GRU, RNN, B=32..64, H<1024", TORCH, 1.4, 1.4, cells=OTHERS, B=MANY, H=under(1024)),
+    *goal("GRU, RNN, B=32..64, H=1024", TORCH, 1.15, 1.15, cells=OTHERS, B=MANY, H=(1024, 1024)),
+    Goal("loss on the last step only", TORCH, 3.0, ("last",)),
+    *goal("B>1", ONNX, 1.2, None, B=(2, math.inf)),
+    *goal("B=1, H<512", ONNX, 1.2, None, B=(1, 1), H=under(512)),
+    *goal("B=1, H=512", ONNX, 1.1, None, B=(1, 1), H=(512, 512)),
+    Goal("one streaming step, H=256", MICROSECONDS, 20.0, H=(256, 256), at_most=True, **STEP),
+    Goal("one streaming step", ONNX, 1.0, **STEP),
+    Goal("one streaming step where onnxruntime takes over 15 us", ONNX, 1.2, rival_us=15.0, **STEP),
+    *goal("bfloat16", TORCH, 1.5, 1.5, dtype="bfloat16"),
+    *goal("bfloat16, B>=32", FLOAT32, 4.0, 2.5, dtype="bfloat16", B=(32, math.inf)),
+    Goal("geometric mean over the grid", TORCH, 2.0, ("forward", "step"), mean=True),
+    Goal("geometric mean over the grid", TORCH, 2.0, ("training",), mean=True),
+    *goal("B>=32, H>=512", PEAK, 0.67, 0.62, B=(32, math.inf), H=(512, math.inf)),
+    *goal("peak memory", MEMORY, 0.6, 0.55, section="memory", at_most=True),
+    *goal("one busy neighbour a core", "quiet times", 3.0, None, section="crowded", at_most=True),
+    *goal("two threads", "one thread's speed", 1.7, 1.7, section="scaling"),
+)
+
+
+def evaluate(
+    records: Sequence[Record], probes: Sequence[Probe], peak: float | None, goals: Sequence[Goal] = GOALS
+) -> list[Outcome]:
+    """Every goal beside what was measured; peak, in GFLOP/s, is None where it is not known."""
+    return [outcome(goal, [*records, *probes], peak) for goal in goals]
+
+
+def outcome(goal: Goal, rows: Sequence[Record | Probe], peak: float | None) -> Outcome:
+    found = [(value, row) for row in rows if goal.concerns(row) and (value := goal.of(row, peak)) is not None]
+    if not found:
+        return Outcome(goal, None, "", 0, 0, False)
+    values = [value for value, _ in found]
+    worst, row = (max if goal.at_most else min)(found, key=lambda pair: pair[0])
+    measured = geometric_mean(values) if goal.mean else worst
+    return Outcome(
+        goal,
+        measured,
+        row.case.id,
+        len(found),
+        sum(map(goal.holds, values)),
+        any(r.conditions.unquiet for _, r in found) if goal.mean else row.conditions.unquiet,
+    )
+
+
+def line(o: Outcome) -> str:
+    if o.measured is None:
+        return f"  not measured  {o.goal.text}"
+    text = f"  {'met' if o.met else 'NOT MET':14}{o.goal.text}, measured {o.goal.number(o.measured)}"
+    return f"{text} ({o.met_rows} of {o.rows} rows; worst {o.worst})" + " *" * o.unquiet
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """Each goal beside what was measured; those that this run did not measure are only counted."""
+    count = {met: sum(o.met is met for o in outcomes) for met in (True, False, None)}
+    head = f"goals: {count[True]} met, {count[False]} not met, {count[None]} not measured"
+    return "\n".join([head, *(line(o) for o in outcomes if o.met is not None)])
+
+
+def as_json(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    return [{**asdict(o), "goal": o.goal.text, "met": o.met} for o in outcomes]
