@@ -17,7 +17,7 @@ from fastrnn.lm.errors import Parser, UserError
 if TYPE_CHECKING:
     from fastrnn.bench.records import Settings
 
-SECTIONS = ("memory", "crowded", "scaling")
+SECTIONS = ("memory", "crowded", "scaling")  # of sections.py, which needs pytest
 
 
 def parser() -> argparse.ArgumentParser:
