@@ -7,15 +7,15 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-template <class Cell, class E>
+template <class Cell, class E, class A = E>
 struct Backward {
   using S = Simd<E>;
   static constexpr int kLast = last_stage_gates<Cell>();
   static constexpr int kFirst = Cell::kGates - kLast;
   static constexpr int kRecurrent = Cell::kStageGates[0];  // gates that read h itself
 
-  const Scan<E>& p;
-  const Direction<E>& d;
+  const Scan<E, A>& p;
+  const Direction<E, A>& d;
   const Share& share;
   Step now, next, before;  // in the forward order of the scan
   const E* dgh_in;
@@ -79,7 +79,7 @@ struct Backward {
       Cell::backward(saved, s, s_new, ds_new, dg, ds);
       for (int g = 0; g < kLast; ++g) {
         store_dg(i, unit, kFirst + g, dg[g]);
-        dg[g].store(d.mid + i * d.ld_state + g * p.H + unit, lanes);
+        dg[g].store(d.mid + i * d.ld_mid + g * p.H + unit, lanes);
       }
       dh.store(d.dmid + i * d.ld_state + unit, lanes);
     } else {
@@ -130,11 +130,11 @@ struct Backward {
     if (d.w_proj) {
       phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, {}, [&](int64_t i, int64_t unit, int lanes, const S& v) {
         const S dh = arriving(i, unit, lanes, v);
-        dh.store(d.mid + i * d.ld_state + unit);
+        dh.store(d.mid + i * d.ld_mid + unit);
         dh.store(d.dh_out + in_panels(i, unit));
         S(0).store(d.state[0] + i * d.ld_state + unit);
       });
-      phase(row1, p.H, d.mid, d.ld_state, d.w_proj, p.P, saved,
+      phase(row1, p.H, d.mid, d.ld_mid, d.w_proj, p.P, saved,
             [&](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
     } else {
       phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, saved,
@@ -143,14 +143,14 @@ struct Backward {
             });
     }
     if constexpr (Cell::kStages == 2) {
-      phase(row1, p.H, d.mid, d.ld_state, d.w[1], kLast * p.H, {},
+      phase(row1, p.H, d.mid, d.ld_mid, d.w[1], kLast * p.H, {},
             [&](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
     }
   }
 
-  static void run(const Scan<E>& p, const Share& share) {
+  static void run(const Scan<E, A>& p, const Share& share) {
     for (int which = share.dir0; which < share.dir1; ++which) {
-      const Direction<E>& d = p.dir[which];
+      const Direction<E, A>& d = p.dir[which];
       const int64_t forward = d.reverse ? -1 : 1;  // the forward scan's next step in time
       const auto time = [&](int64_t k) { return d.reverse ? k : p.rows.T - 1 - k; };
       const int64_t chunk_first = p.rows.offset[d.reverse ? time(p.k0) : time(p.k1 - 1)];
@@ -172,9 +172,9 @@ struct Backward {
   }
 
   // ds of the first state, in state[0] (and the other states, cut where the first step is reset).
-  static void finish(const Scan<E>& p, const Share& share) {
+  static void finish(const Scan<E, A>& p, const Share& share) {
     for (int which = share.dir0; which < share.dir1; ++which) {
-      const Direction<E>& d = p.dir[which];
+      const Direction<E, A>& d = p.dir[which];
       // In reverse no reset cuts a first state: the boundary before a sequence's last step is past its end.
       const Step first = d.reverse ? Step{0, 0, 0, nullptr} : step_at(p, d, int64_t{0});
       const Backward b{p, d, share, first, first, first, nullptr, nullptr, 0, 0};

@@ -4,12 +4,36 @@
 
 #include <cstdlib>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastrnn::cpu {
 
 InstructionSet instruction_set_baseline();
 InstructionSet instruction_set_avx2();
 InstructionSet instruction_set_avx512();
 Int8Kernels int8_avx512vnni();
+Kernels<float, Bf16> bf16_amx();
+
+#if defined(__x86_64__)
+namespace {
+
+// The processor has the tiles, their bfloat16 product and that of AVX-512; and the kernel lends this process
+// the tiles.
+bool amx_lent() {
+  unsigned a, b, c, d;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+}  // namespace
+#endif
 
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
@@ -25,6 +49,11 @@ const std::vector<InstructionSet>& instruction_sets() {
         s.push_back(s.back());
         s.back().name = "avx512vnni";
         s.back().int8 = int8_avx512vnni();
+      }
+      if (amx_lent()) {
+        s.push_back(s.back());
+        s.back().name = "amx";
+        s.back().bf16 = bf16_amx();
       }
     }
 #endif
@@ -46,17 +75,21 @@ const InstructionSet& instruction_set() {
 }
 
 template <>
-const Kernels<float>& kernels() {
+const Kernels<float>& kernels<float>() {
   return instruction_set().f32;
 }
 template <>
-const Kernels<double>& kernels() {
+const Kernels<double>& kernels<double>() {
   return instruction_set().f64;
 }
+template <>
+const Kernels<float, Bf16>& kernels<float, Bf16>() {
+  return instruction_set().bf16;
+}
 
-template <class E>
-const CellKernels<E>& cell_kernels(const std::string& name) {
-  const Kernels<E>& k = kernels<E>();
+template <class E, class A>
+const CellKernels<E, A>& cell_kernels(const std::string& name) {
+  const Kernels<E, A>& k = kernels<E, A>();
   for (int i = 0; i < k.count; ++i) {
     if (name == k.cells[i].name) return k.cells[i];
   }
@@ -64,5 +97,6 @@ const CellKernels<E>& cell_kernels(const std::string& name) {
 }
 template const CellKernels<float>& cell_kernels(const std::string&);
 template const CellKernels<double>& cell_kernels(const std::string&);
+template const CellKernels<float, Bf16>& cell_kernels(const std::string&);
 
 }  // namespace fastrnn::cpu

@@ -14,11 +14,11 @@ const std::vector<InstructionSet>& instruction_sets();
 // each.
 const InstructionSet& instruction_set();
 
-template <class E>
-const Kernels<E>& kernels();
+template <class E, class A = E>
+const Kernels<E, A>& kernels();
 
 // Raises for a name that is not in the registry.
-template <class E>
-const CellKernels<E>& cell_kernels(const std::string& name);
+template <class E, class A = E>
+const CellKernels<E, A>& cell_kernels(const std::string& name);
 
 }  // namespace fastrnn::cpu

@@ -20,18 +20,18 @@ FASTRNN_HD InRows<E> operand(const Share& share, const cpu::Weight<E>& w, int64_
   return {rows, ld};
 }
 
-template <class Cell, class E>
+template <class Cell, class E, class A = E>
 struct Forward {
   using S = Simd<E>;
   static constexpr int kLast = last_stage_gates<Cell>();
   static constexpr int kFirst = Cell::kGates - kLast;  // gates of the stage before, if there is one
 
-  const Scan<E>& p;
-  const Direction<E>& d;
+  const Scan<E, A>& p;
+  const Direction<E, A>& d;
   const Share& share;
   Step now, next;
-  const E* h_in;
-  E* h_out;
+  const A* h_in;
+  A* h_out;
   E* gates;        // of the step's first row
   bool backwards;  // which way this step sweeps the weights
 
@@ -53,7 +53,7 @@ struct Forward {
 
   FASTRNN_HD void write_h(int64_t i, int64_t unit, int lanes, const S& h) const {
     const S stored = store(d.y, p.rows.at(now.first + i), unit, lanes, h);
-    if_kept(kept(next, i), stored).store(h_out + i * d.ld_ring + unit);
+    store_row(if_kept(kept(next, i), stored), h_out + i * d.ld_ring + unit, lanes);
   }
 
   // The first of two stages: mid, and gates that the second will read, kept in gx's place.
@@ -67,10 +67,10 @@ struct Forward {
                       Vec<S, Cell::kStates> s;
                       S mid;
                       load_gx(i, unit, lanes, 0, gx);
-                      s[0] = S::load(h_in + i * d.ld_ring + unit);
+                      s[0] = load_row(h_in + i * d.ld_ring + unit);
                       Cell::forward_first(gx, gh, s, mid, first);
                       save(i, unit, lanes, 0, first);
-                      mid.store(d.mid + i * d.ld_state + unit);
+                      store_row(mid, d.mid + i * d.ld_mid + unit, lanes);
                     });
     end_phase(share);
   }
@@ -80,8 +80,8 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
     const int64_t K = kTwo ? p.H : p.P;
-    const cpu::Weight<E>& w = d.w[Cell::kStages - 1];
-    const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_state : d.ld_ring, K);
+    const cpu::Weight<A>& w = d.w[Cell::kStages - 1];
+    const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K);
     product<kLast>(row0, row1, block0, block1, p.H, source, w, K, d.bh + kFirst * d.ld_state, d.ld_state,
                    backwards, gx_of(kFirst, kLast),
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
@@ -89,7 +89,7 @@ struct Forward {
                      Vec<S, Cell::kStates> s, s_new;
                      load_gx(i, unit, lanes, kFirst, gx);
                      // Under a projection h has another width; such cells do not read it elementwise.
-                     s[0] = d.w_proj ? S(0) : S::load(h_in + i * d.ld_ring + unit);
+                     s[0] = d.w_proj ? S(0) : load_row(h_in + i * d.ld_ring + unit);
                      for (int j = 1; j < Cell::kStates; ++j)
                        s[j] = S::load(d.state[j] + i * d.ld_state + unit);
                      if constexpr (kTwo) {
@@ -111,7 +111,7 @@ struct Forward {
                        if_kept(kept(next, i), s_new[j]).store(d.state[j] + i * d.ld_state + unit);
                      }
                      if (d.w_proj) {
-                       s_new[0].store(d.mid + i * d.ld_state + unit);
+                       store_row(s_new[0], d.mid + i * d.ld_mid + unit, lanes);
                        if (d.raw) s_new[0].store(d.raw + (now.first + i) * p.H + unit, lanes);
                      } else {
                        write_h(i, unit, lanes, s_new[0]);
@@ -124,7 +124,7 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
     product<1>(
-        row0, row1, block0, block1, p.P, operand(share, d.w_proj, row0, row1, d.mid, d.ld_state, p.H),
+        row0, row1, block0, block1, p.P, operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H),
         d.w_proj, p.H, static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
@@ -136,15 +136,15 @@ struct Forward {
   };
 
   // The chunk's rows of x, each by one of those that will read it.
-  static void gather_x(const Scan<E>& p, const Direction<E>& d, const Share& share, const Chunk& c) {
+  static void gather_x(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c) {
     for (int64_t t = c.t0 + share.part; t < c.t1; t += share.parts) {
       const int64_t row1 = at_most(share.row1, p.rows.active[t]);
       for (int64_t row = p.rows.offset[t] + share.row0; row < p.rows.offset[t] + row1; ++row) {
         const int64_t from = p.rows.at(row);
-        E* to = d.x_rows + (row - c.first) * d.ld_x;
-        for (int64_t k = 0; k < p.I; k += S::W) {
+        A* to = d.x_rows + (row - c.first) * d.ld_x;
+        for (int64_t k = 0; k < p.I || k % cpu::kDepth<A> != 0; k += S::W) {
           const int lanes = static_cast<int>(at_most(p.I - k, S::W));
-          load(p.x, from, k, lanes).store(to + k, lanes);
+          store_row(lanes > 0 ? load(p.x, from, k, lanes) : S(0), to + k, S::W);
         }
       }
     }
@@ -153,12 +153,12 @@ struct Forward {
 
   // gx of rows [first, first + count) and this member's units, for one stage's gates.
   template <int N>
-  static void input_product(const Scan<E>& p, const Direction<E>& d, const Share& share, const Chunk& c,
+  static void input_product(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
                             int stage, int gate0, int64_t first, int64_t count) {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
-    const E* x =
-        d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const E*>(p.x.data) + first * p.I;
+    const A* x =
+        d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const A*>(p.x.data) + first * p.I;
     E* to = d.gates + (first - (d.save ? 0 : c.first)) * d.ld_gates + gate0 * p.H;
     const auto rows = operand(share, d.w_x[stage], 0, count, x, d.x_rows ? d.ld_x : p.I, p.I);
     product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_state, d.ld_state,
@@ -167,7 +167,8 @@ struct Forward {
                });
   }
 
-  static void input_products(const Scan<E>& p, const Direction<E>& d, const Share& share, const Chunk& c) {
+  static void input_products(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share,
+                             const Chunk& c) {
     const auto rows = [&](int64_t first, int64_t count) {
       if constexpr (kFirst > 0) input_product<kFirst>(p, d, share, c, 0, 0, first, count);
       input_product<kLast>(p, d, share, c, Cell::kStages - 1, kFirst, first, count);
@@ -181,10 +182,10 @@ struct Forward {
     }
   }
 
-  static void run(const Scan<E>& p, const Share& share) {
+  static void run(const Scan<E, A>& p, const Share& share) {
     const int64_t T = p.rows.T;
     for (int which = share.dir0; which < share.dir1; ++which) {
-      const Direction<E>& d = p.dir[which];
+      const Direction<E, A>& d = p.dir[which];
       const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };
       for (int64_t k0 = 0; k0 < T; k0 += p.steps) {
         const int64_t k1 = at_most(k0 + p.steps, T);

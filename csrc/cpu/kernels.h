@@ -39,33 +39,43 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
   }
 }
 
-template <class Cell, class E>
-constexpr cpu::CellKernels<E> cell_kernels() {
+template <class Cell, class E, class A = E>
+constexpr cpu::CellKernels<E, A> cell_kernels() {
   // The rows of saved values receive the input product first; the first of two stages saves its gates.
   static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
   static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");
-  return {Cell::kName,
-          Cell::kGates,
-          Cell::kStates,
-          Cell::kSaved,
-          Cell::kGrads,
-          Cell::kStages,
-          Cell::kStageGates,
-          Cell::kHiddenGrad,
-          &Forward<Cell, E>::run,
-          &Backward<Cell, E>::run,
-          &Backward<Cell, E>::finish};
+  cpu::CellKernels<E, A> k{Cell::kName,
+                           Cell::kGates,
+                           Cell::kStates,
+                           Cell::kSaved,
+                           Cell::kGrads,
+                           Cell::kStages,
+                           Cell::kStageGates,
+                           Cell::kHiddenGrad,
+                           &Forward<Cell, E, A>::run,
+                           nullptr,
+                           nullptr};
+  if constexpr (sizeof(A) == sizeof(E)) {
+    k.backward = &Backward<Cell, E>::run;
+    k.finish = &Backward<Cell, E>::finish;
+  }
+  return k;
 }
 
-template <class E>
-cpu::Kernels<E> kernels() {
-#define FASTRNN_ENTRY(Cell) cell_kernels<Cell, E>(),
-  static constexpr cpu::CellKernels<E> cells[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
+template <class E, class A = E>
+cpu::Kernels<E, A> kernels() {
+#define FASTRNN_ENTRY(Cell) cell_kernels<Cell, E, A>(),
+  static constexpr cpu::CellKernels<E, A> cells[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
 #undef FASTRNN_ENTRY
-  return {Simd<E>::W,    sizeof(cells) / sizeof(cells[0]),
-          cells,         &pack<E>,
-          &to_panels<E>, &outer_product<E>,
-          &add_rows<E>,  &input_gradient<E>};
+  cpu::Kernels<E, A> k{Simd<E>::W, sizeof(cells) / sizeof(cells[0]), cells, &pack, nullptr, nullptr, nullptr,
+                       nullptr};
+  if constexpr (sizeof(A) == sizeof(E)) {
+    k.to_panels = &to_panels<E>;
+    k.outer_product = &outer_product<E>;
+    k.add_rows = &add_rows<E>;
+    k.input_gradient = &input_gradient<E>;
+  }
+  return k;
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

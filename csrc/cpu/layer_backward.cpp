@@ -130,7 +130,7 @@ class BackwardPass {
       s.dg = arena_.get<E>(most * cell_.grads * wide);
       if (cell_.stages == 2) s.mid_out = arena_.get<E>(most * wide);
       if (projected_) s.dh_out = arena_.get<E>(most * wide_p);
-      s.ld_state = ld;
+      s.ld_state = s.ld_mid = ld;
       s.ld_ring = ld_ring;
       for (int j = 0; j < 2; ++j) s.ring[j] = arena_.zeros<E>(B * ld_ring);
       s.last_ring = arena_.zeros<E>(B * ld_ring);

@@ -10,8 +10,8 @@ struct Outputs {
 };
 
 // packed: null where the weights are `a.params`.
-template <class E>
-Outputs forward(const CellKernels<E>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
+template <class E, class A = E>
+Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
                 bool return_states) {
   const RowTable table = row_table(a);
   const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
@@ -37,35 +37,38 @@ Outputs forward(const CellKernels<E>& cell, const LayerArgs& a, const PackedLaye
     if (projected) out.saved.push_back(empty({D, N, H}, kScalar<E>));
   }
 
-  Scan<E> scan{};
+  Scan<E, A> scan{};
   scan.rows = {a.T, a.B, table.active.data(), table.offset.data(),
                table.outside.empty() ? nullptr : table.outside.data()};
   scan.directions = static_cast<int>(D);
   scan.H = H;
   scan.P = P;
-  const int64_t ld = padded<E>(H), ld_h = padded<E>(P), columns = G * H;
+  const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
   const int64_t ld_gx = padded<E>(columns);
   int64_t weight_bytes = 0;
-  Weights<E> weights(arena, a);
-  const int64_t few = a.B <= Weights<E>::kFewSequences ? Weights<E>::kFewRowsOfFew : Weights<E>::kFewRows;
-  const bool direct = !bf16 && table.outside.empty();
+  Weights<E, A> weights(arena, a);
+  using Packing = Weights<E, A>;
+  const int64_t few = a.B <= Packing::kFewSequences ? Packing::kFewRowsOfFew : Packing::kFewRows;
+  const bool direct = bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty();
   scan.I = a.I;
   scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
   scan.steps = input_steps(a, columns, sizeof(E));
   const int64_t most_rows = scan.steps * a.B;
   for (int64_t d = 0; d < D; ++d) {
-    Direction<E>& s = scan.dir[d];
+    Direction<E, A>& s = scan.dir[d];
     s.reverse = d == 1;
-    if (packed) packed->direction(d, s);
+    if constexpr (sizeof(A) == sizeof(E)) {
+      if (packed) packed->direction(d, s);
+    }
     for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed; gate0 += cell.stage_gates[stage++]) {
       const LayerArgs::Direction& p = a.params[d];
       const int64_t gates = cell.stage_gates[stage];
       s.w_x[stage] = weights.get(p.w_ih, gate0 * H * a.I, {nullptr, false, gates, H * a.I, H, a.I, a.I, 1});
       s.w[stage] = weights.get(p.w_hh, gate0 * H * P, {nullptr, false, gates, H * P, H, P, P, 1}, few);
     }
-    s.ld_x = padded<E>(a.I);
-    s.x_rows = direct ? nullptr : arena.get<E>(most_rows * s.ld_x);
-    weight_bytes = (G + projected) * H * P * (int8 ? 1 : sizeof(E));
+    s.ld_x = padded<A>(a.I);
+    s.x_rows = direct ? nullptr : arena.get<A>(most_rows * s.ld_x);
+    weight_bytes = (G + projected) * H * P * (int8 ? 1 : sizeof(A));
     if (!packed) {
       if (projected) s.w_proj = weights.get(*a.params[d].w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
       E* bx = arena.zeros<E>(G * ld);
@@ -92,14 +95,15 @@ Outputs forward(const CellKernels<E>& cell, const LayerArgs& a, const PackedLaye
     }
     s.ld_state = ld;
     s.ld_ring = ld_h;
-    for (int j = 0; j < 2; ++j) s.ring[j] = arena.zeros<E>(a.B * ld_h);
+    for (int j = 0; j < 2; ++j) s.ring[j] = arena.zeros<A>(a.B * ld_h);
     for (int j = 1; j < cell.states; ++j) s.state[j] = arena.zeros<E>(a.B * ld);
-    if (projected || cell.stages == 2) s.mid = arena.zeros<E>(a.B * ld);
+    if (projected || cell.stages == 2) s.mid = arena.zeros<A>(a.B * ld_mid);
+    s.ld_mid = ld_mid;
     for (int64_t i = 0; i < a.B; ++i) {
       // In reverse no reset cuts a first state: the boundary lies past the sequence's end.
       if (!s.reverse && s.keep && i < table.active[0] && !s.keep[i]) continue;
       read(a.states[0], (d * a.B + table.caller(i)) * P, P, s.ring[0] + i * ld_h);
-      std::memcpy(s.ring[1] + i * ld_h, s.ring[0] + i * ld_h, P * sizeof(E));
+      std::memcpy(s.ring[1] + i * ld_h, s.ring[0] + i * ld_h, P * sizeof(A));
       for (int j = 1; j < cell.states; ++j) {
         read(a.states[j], (d * a.B + table.caller(i)) * H, H, s.state[j] + i * ld);
       }
@@ -107,7 +111,7 @@ Outputs forward(const CellKernels<E>& cell, const LayerArgs& a, const PackedLaye
   }
 
   // A product of int8 weights takes a quarter of the time.
-  Plan plan(D, a.B, a.B * columns * P / (int8 ? 4 : 1), weight_bytes, ceil_div(H, kernels<E>().width));
+  Plan plan(D, a.B, a.B * columns * P / (int8 ? 4 : 1), weight_bytes, ceil_div(H, kernels<E, A>().width));
   const int64_t quantized = int8 ? most_rows * int8_row(std::max({a.I, P, H})) : 0;
   float* scratch = int8 ? arena.get<float>(plan.threads() * quantized) : nullptr;
   run_team(plan.threads(), [&](int member, int size) {
@@ -120,7 +124,7 @@ Outputs forward(const CellKernels<E>& cell, const LayerArgs& a, const PackedLaye
   // h_n is y at each sequence's own end; the other states are where the scan left them.
   const size_t element = out.y.element_size();
   for (int64_t d = 0; d < D; ++d) {
-    const Direction<E>& s = scan.dir[d];
+    const Direction<E, A>& s = scan.dir[d];
     for (int64_t i = 0; i < a.B; ++i) {
       const int64_t to = d * a.B + table.caller(i), length = table.length(i);
       char* h = static_cast<char*>(out.last[0].mutable_data_ptr()) + to * P * element;
@@ -141,13 +145,16 @@ std::tuple<Tensor, TensorList, TensorList, TensorList> layer(StringHandle cell, 
                                                              bool save, bool return_states) {
   const std::string name = take_string(cell);
   check_dtype(x);
-  const auto run = [&]<class E>(E) {
-    const CellKernels<E>& kernels = cell_kernels<E>(name);
+  const auto run = [&]<class E, class A>(E, A) {
+    const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
     const LayerArgs a = check_layer({kernels.gates, kernels.states, kernels.saved}, x, states, params,
                                     lengths, batch_sizes, reset);
-    return forward<E>(kernels, a, nullptr, save, return_states);
+    return forward<E, A>(kernels, a, nullptr, save, return_states);
   };
-  Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  const bool in_bf16 = x.scalar_type() == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
+  Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}, double{})
+                : in_bf16                             ? run(float{}, Bf16{})
+                                                      : run(float{}, float{});
   return {std::move(out.y), std::move(out.last), std::move(out.seq), std::move(out.saved)};
 }
 

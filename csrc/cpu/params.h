@@ -1,6 +1,7 @@
 // What a CPU scan works on: plain structs of pointers, filled by layer_forward.cpp and layer_backward.cpp,
 // read by the kernels of every instruction set. E is the type of the arithmetic: float (also for bfloat16
-// tensors) or double.
+// tensors) or double. A is the type of what is multiplied, rows and packed weights alike: E, or bfloat16
+// where the instruction set multiplies that.
 //
 // Rows are *packed*: step t's active sequences stand at rows offset[t] .. offset[t] + active[t]. In a dense
 // batch that is t*B .. t*B + B; in a ragged one the sequences are sorted by length, so a step's rows are a
@@ -16,6 +17,16 @@
 namespace fastrnn::cpu {
 
 inline constexpr int kMaxStates = 4;
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+// What is multiplied is padded with zeros to a multiple of this.
+template <class A>
+inline constexpr int64_t kDepth = 1;
+template <>
+inline constexpr int64_t kDepth<Bf16> = 32;
 
 struct Rows {
   int64_t T, B;
@@ -35,32 +46,32 @@ struct Border {
 
 // The weight of a product, element (gate g, unit u, k): packed by Kernels::pack where many rows will use it,
 // else where torch keeps it.
-template <class E>
+template <class A>
 struct Weight {
   enum Layout {
-    kPacked,   // [units/W][K][G][W]
+    kPacked,   // [units/W][K][G][W]; of bfloat16 [units/W][K/32][G][16][W][2], pairs along k
     kRows,     // [G][units][K], rows of ld: dot products along k
     kColumns,  // [K][units], rows of ld, G = 1, whole vectors of units
-    kInt8      // see int8.h; E is float
+    kInt8      // see int8.h; A is float
   };
-  const E* data = nullptr;
+  const A* data = nullptr;
   Layout layout = kPacked;
   int64_t ld = 0;
   const Int8Kernels* int8 = nullptr;  // of kInt8
   explicit operator bool() const { return data; }
 };
 
-template <class E>
+template <class E, class A = E>
 struct Direction {
   bool reverse;
   const uint8_t* keep;  // [N] 0 where a reset cuts the state that enters the step; null: no resets
 
   // Stage s of the cell, then the projection; backward, the transposed products.
-  Weight<E> w[2], w_proj;  // w_proj null: no projection
+  Weight<A> w[2], w_proj;  // w_proj null: no projection
 
   // Forward.
-  Weight<E> w_x[2];  // the input's, of each stage
-  E* x_rows;         // [chunk rows][ld_x] the chunk's rows of x; null: x is read where it lies
+  Weight<A> w_x[2];  // the input's, of each stage
+  A* x_rows;         // [chunk rows][ld_x] the chunk's rows of x; null: x is read where it lies
   int64_t ld_x;
   const E* bx;  // [G][padded H] input bias, zeros where there is none
   const E* bh;  // [G][padded H] recurrent bias
@@ -84,19 +95,20 @@ struct Direction {
 
   // Scratch, kept between chunks.
   E* state[kMaxStates];  // forward: state[0] unused, state[s] [B][ld_state]; backward: ds
-  E* ring[2];            // forward: h [B][ld_h]; backward: dgh [B][ld_ring]
+  A* ring[2];            // forward: h [B][ld_ring]; backward: dgh [B][ld_ring]
   int64_t ld_ring;
-  E* last_ring;  // backward: dgh of each row's last step [B][ld_ring]
-  E* mid;        // [B][ld_state]: two-stage values, or h before the projection, or dh of it
-  E* dmid;       // backward only [B][ld_state]
+  A* last_ring;  // backward: dgh of each row's last step [B][ld_ring]
+  A* mid;        // [B][ld_mid]: two-stage values, or h before the projection, or dh of it
+  int64_t ld_mid;
+  E* dmid;  // backward only [B][ld_state]
   int64_t ld_state;
 };
 
-template <class E>
+template <class E, class A = E>
 struct Scan {
   Rows rows;
   int directions;
-  Direction<E> dir[2];
+  Direction<E, A> dir[2];
   int64_t H, P;  // P: the width of h, = H without projection
 
   // Backward.
@@ -120,7 +132,7 @@ struct Share {
 
 struct Pack {
   const void* src;
-  bool bf16;                                                    // of src; what is packed is E
+  bool bf16;                                                    // of src; what is packed is A
   int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
 };
 
@@ -150,24 +162,24 @@ struct InputGradient {
 };
 
 // One entry of an instruction set's table.
-template <class E>
+template <class E, class A = E>
 struct CellKernels {
   const char* name;
   int gates, states, saved, grads, stages;
   const int* stage_gates;
   const int* hidden_grad;
-  void (*forward)(const Scan<E>&, const Share&);
-  void (*backward)(const Scan<E>&, const Share&);
-  void (*finish)(const Scan<E>&,
+  void (*forward)(const Scan<E, A>&, const Share&);
+  void (*backward)(const Scan<E, A>&, const Share&);
+  void (*finish)(const Scan<E, A>&,
                  const Share&);  // the product that ends the backward scan: ds of the first state
 };
 
-template <class E>
+template <class E, class A = E>
 struct Kernels {
   int width;  // units in a vector
   int count;
-  const CellKernels<E>* cells;
-  void (*pack)(const Pack&, E* dst, int64_t block0, int64_t block1);
+  const CellKernels<E, A>* cells;
+  void (*pack)(const Pack&, A* dst, int64_t block0, int64_t block1);
   void (*to_panels)(const Border<E>& row, int64_t columns, E* to, int64_t panel);
   void (*outer_product)(const OuterProduct<E>&);
   void (*add_rows)(const E* panel, int64_t rows, double* to);
@@ -179,6 +191,7 @@ struct InstructionSet {
   Kernels<float> f32;
   Kernels<double> f64;
   Int8Kernels int8;
+  Kernels<float, Bf16> bf16{};  // of no cells: bfloat16 tensors go to f32
 };
 
 }  // namespace fastrnn::cpu

@@ -150,21 +150,31 @@ FASTRNN_HD void tile_of(int m, Rest... rest) {
   }
 }
 
+// A register's worth of a dot product's factors.
+template <class A>
+struct Terms {
+  static constexpr int N = Simd<A>::W;
+  Simd<A> v;
+  static FASTRNN_HD Terms load(const A* p, int n) { return {Simd<A>::load(p, n)}; }
+  FASTRNN_HD Simd<A> add_product(const Terms& w, const Simd<A>& sum) const { return sum + v * w.v; }
+};
+
 // The same tile from w [G][units][K] where torch keeps it, for one block of units: packing it would cost more
 // than the few rows gain. out [M][1][G][W].
-template <class E, int G, int M>
-__attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int64_t gate, int64_t ld,
+template <class E, int G, int M, class A>
+__attribute__((noinline)) void dot_tile(const A* a, int64_t lda, const A* w, int64_t gate, int64_t ld,
                                         int64_t K, int lanes, const E* bias, int64_t ld_bias, E* out) {
   using S = Simd<E>;
+  constexpr int kTerms = Terms<A>::N;
   constexpr int W = S::W, kMost = M == 1 ? 8 : 4;  // enough sums at once that none waits for the multiply-add
   constexpr int kDots = kMost < W ? kMost : W, kGroups = W / kDots;
-  const int64_t whole = K / W * W;
+  const int64_t whole = K / kTerms * kTerms;
   const int rest = static_cast<int>(K - whole);
   for (int g = 0; g < G; ++g) {
     S sums[M][kGroups];
 #pragma GCC unroll 4
     for (int group = 0; group < kGroups; ++group) {
-      const E* row[kDots];
+      const A* row[kDots];
       S acc[M][kDots];
 #pragma GCC unroll 8
       for (int j = 0; j < kDots; ++j) {
@@ -174,17 +184,17 @@ __attribute__((noinline)) void dot_tile(const E* a, int64_t lda, const E* w, int
         for (int m = 0; m < M; ++m) acc[m][j] = S(0);
       }
       const auto add = [&](int64_t k, int n) __attribute__((always_inline)) {
-        S x[M];
+        Terms<A> x[M];
 #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) x[m] = S::load(a + m * lda + k, n);
+        for (int m = 0; m < M; ++m) x[m] = Terms<A>::load(a + m * lda + k, n);
 #pragma GCC unroll 8
         for (int j = 0; j < kDots; ++j) {
-          const S wk = S::load(row[j] + k, n);
+          const auto wk = Terms<A>::load(row[j] + k, n);
 #pragma GCC unroll 4
-          for (int m = 0; m < M; ++m) acc[m][j] = acc[m][j] + x[m] * wk;
+          for (int m = 0; m < M; ++m) acc[m][j] = x[m].add_product(wk, acc[m][j]);
         }
       };
-      for (int64_t k = 0; k < whole; k += W) add(k, W);
+      for (int64_t k = 0; k < whole; k += kTerms) add(k, kTerms);
       if (rest) add(whole, rest);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) sums[m][group] = folded<kDots, W / 2>(acc[m]);
@@ -263,10 +273,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         if constexpr (std::is_same_v<A, InRows<E>>) {
           const int64_t left = units - b * S::W;
           const int lanes = static_cast<int>(left < S::W ? left : S::W);
-          const auto run = M == 1   ? &dot_tile<E, G, 1>
-                           : M == 2 ? &dot_tile<E, G, 2>
-                           : M == 3 ? &dot_tile<E, G, 3>
-                                    : &dot_tile<E, G, 4>;
+          const auto run = M == 1   ? &dot_tile<E, G, 1, E>
+                           : M == 2 ? &dot_tile<E, G, 2, E>
+                           : M == 3 ? &dot_tile<E, G, 3, E>
+                                    : &dot_tile<E, G, 4, E>;
           run(a_r.data, a_r.ld, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
         }
       } else if (int8) {

@@ -15,6 +15,13 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
+// Where all that comes out is rounded to bfloat16, gate functions need no more than two digits beyond it.
+#if defined(FASTRNN_BF16_ONLY)
+inline constexpr bool kRough = true;
+#else
+inline constexpr bool kRough = false;
+#endif
+
 template <class E>
 struct Limits;
 
@@ -23,7 +30,7 @@ struct Limits<float> {
   using Bits = int32_t;
   typedef float Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef int32_t NativeBits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
-  static constexpr int kMantissa = 23, kBias = 127, kDegree = 7;
+  static constexpr int kMantissa = 23, kBias = 127, kDegree = kRough ? 4 : 7;
   static constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float kLn2Hi = 0.693359375f, kLn2Lo = -2.12194440e-4f;
   static constexpr float kExpLow = -87.0f, kExpHigh = 88.3f, kTanhLimit = 9.5f;
@@ -116,6 +123,7 @@ FASTRNN_HD Simd<float> clamp(const Simd<float>& x, float low, float high) {
 // infinities.
 FASTRNN_HD Simd<float> reciprocal(const Simd<float>& x) {
   const Simd<float> y = Simd<float>::Native(_mm512_maskz_rcp14_ps(0xffff, x.v));
+  if (kRough) return y;
   return y + y * (Simd<float>(1) - x * y);
 }
 #endif
@@ -232,6 +240,23 @@ FASTRNN_HD Simd<E> drelu(const Simd<E>& y) {
   return select<E>(y.v > zero.v, Simd<E>(1), zero);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+FASTRNN_HD Simd<float> from_bf16(__m256i x) {
+  const __m512i bits = _mm512_maskz_slli_epi32(0xffff, _mm512_maskz_cvtepu16_epi32(0xffff, x), 16);
+  return Simd<float>::Native(_mm512_castsi512_ps(bits));
+}
+FASTRNN_HD __m256i to_bf16(const Simd<float>& x) {
+  return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
+}
+FASTRNN_HD __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); }
+FASTRNN_HD Simd<float> round_to_bf16(const Simd<float>& x) { return from_bf16(to_bf16(x)); }
+FASTRNN_HD void store_bf16(const Simd<float>& x, uint16_t* p, int n) {
+  _mm256_mask_storeu_epi16(p, first(n), to_bf16(x));
+}
+FASTRNN_HD Simd<float> load_bf16(const uint16_t* p, int n) {
+  return from_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+}
+#else
 // Round to bfloat16 (nearest, ties to even; a NaN stays one), still held as float.
 FASTRNN_HD Simd<float> round_to_bf16(const Simd<float>& x) {
   using S = Simd<float>;
@@ -256,5 +281,6 @@ FASTRNN_HD Simd<float> load_bf16(const uint16_t* p, int n) {
   std::memcpy(&r.v, bits, sizeof bits);
   return r;
 }
+#endif
 
 }  // namespace fastrnn::FASTRNN_ISA

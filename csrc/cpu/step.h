@@ -19,8 +19,8 @@ struct Step {
   const uint8_t* keep;  // of the step's own rows; null: no resets
 };
 
-template <class E>
-FASTRNN_HD Step step_at(const Scan<E>& p, const Direction<E>& d, int64_t t) {
+template <class E, class A>
+FASTRNN_HD Step step_at(const Scan<E, A>& p, const Direction<E, A>& d, int64_t t) {
   if (t < 0 || t >= p.rows.T) return {t, 0, 0, nullptr};
   const int64_t first = p.rows.offset[t];
   return {t, first, p.rows.active[t], d.keep ? d.keep + first : nullptr};
@@ -56,6 +56,21 @@ FASTRNN_HD Simd<E> store(const Border<E>& b, int64_t row, int64_t unit, int lane
   }
   x.store(static_cast<E*>(b.data) + at, lanes);
   return x;
+}
+
+// Vectors of rows that are multiplied: of E whole ones, since what lies past a row's end is not; bfloat16 is,
+// and stays zero.
+template <class E>
+FASTRNN_HD Simd<E> load_row(const E* p) {
+  return Simd<E>::load(p);
+}
+FASTRNN_HD Simd<float> load_row(const cpu::Bf16* p) { return load_bf16(&p->bits, Simd<float>::W); }
+template <class E>
+FASTRNN_HD void store_row(const Simd<E>& x, E* p, int) {
+  x.store(p);
+}
+FASTRNN_HD void store_row(const Simd<float>& x, cpu::Bf16* p, int lanes) {
+  store_bf16(round_to_bf16(x), &p->bits, lanes);
 }
 
 template <class E>

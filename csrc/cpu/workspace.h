@@ -17,6 +17,9 @@ namespace fastrnn::cpu {
 template <class E>
 constexpr ScalarType kScalar = sizeof(E) == sizeof(float) ? ScalarType::Float : ScalarType::Double;
 
+template <>
+inline constexpr ScalarType kScalar<Bf16> = ScalarType::BFloat16;
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // rows [begin, end) on each thread of torch's pool, with denormals as in run_team.
@@ -48,6 +51,9 @@ inline uint16_t to_bf16(float x) {
 }
 
 // n elements of a tensor (E, or bfloat16 where E is float) from or to E.
+inline void read(const Tensor& t, int64_t at, int64_t n, Bf16* to) {
+  if (n > 0) std::memcpy(to, static_cast<const Bf16*>(t.const_data_ptr()) + at, n * sizeof(Bf16));
+}
 template <class E>
 void read(const Tensor& t, int64_t at, int64_t n, E* to) {
   if (t.scalar_type() == ScalarType::BFloat16) {
@@ -71,7 +77,7 @@ void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
 template <class E>
 int64_t padded(int64_t width) {
   constexpr int64_t kWidest = 64 / sizeof(E);
-  return ceil_div(width, kWidest) * kWidest + 16;
+  return ceil_div(width, kWidest) * kWidest + std::max<int64_t>(kWidest, 16);
 }
 
 // The biases of one direction as [G][padded H]; left alone where there are none.
@@ -105,28 +111,32 @@ inline void fill_keep(const RowTable& table, const LayerArgs& a, bool reverse, c
 
 // The weights of a call as its products want them: where they lie when few rows use them, else packed, by the
 // team that will use them.
-template <class E>
+template <class E, class A = E>
 class Weights {
  public:
   // Measured at H = 64 to 512, packing pays from 16 rows on; from 256 where each step has but up to four.
-  static constexpr int64_t kFewRows = 16, kFewRowsOfFew = 256, kFewSequences = 4;
+  // A product by AMX gains from half of that, and as soon where steps are small.
+  static constexpr bool kTiles = sizeof(A) < sizeof(E);
+  static constexpr int64_t kFewRows = kTiles ? 8 : 16, kFewRowsOfFew = kTiles ? 16 : 256, kFewSequences = 4;
 
   Weights(Arena& arena, const LayerArgs& a)
-      : arena_(arena), kernels_(kernels<E>()), rows_(a.T * a.B), direct_(a.dtype == kScalar<E>) {}
+      : arena_(arena), kernels_(kernels<E, A>()), rows_(a.T * a.B), direct_(a.dtype == kScalar<A>) {}
 
   // p: the gates, units and strides, in elements, of w from `offset` on.
-  Weight<E> get(const Tensor& w, int64_t offset, Pack p, int64_t few = kFewRows) {
+  Weight<A> get(const Tensor& w, int64_t offset, Pack p, int64_t few = kFewRows) {
     p.src = static_cast<const char*>(w.const_data_ptr()) + offset * w.element_size();
     p.bf16 = w.scalar_type() == ScalarType::BFloat16;
     if (direct_ && rows_ <= few) {
-      const E* src = static_cast<const E*>(p.src);
-      if (p.k_stride == 1) return {src, Weight<E>::kRows, p.unit_stride};
-      if (p.units % kernels_.width == 0) return {src, Weight<E>::kColumns, p.k_stride};
+      const A* src = static_cast<const A*>(p.src);
+      if (p.k_stride == 1) return {src, Weight<A>::kRows, p.unit_stride};
+      if (p.units % kernels_.width == 0 && sizeof(A) == sizeof(E))
+        return {src, Weight<A>::kColumns, p.k_stride};
     }
     const int64_t blocks = ceil_div(p.units, kernels_.width);
-    E* dst = arena_.get<E>(blocks * p.K * p.gates * kernels_.width);
+    const int64_t K = ceil_div(p.K, kDepth<A>) * kDepth<A>;
+    A* dst = arena_.get<A>(blocks * K * p.gates * kernels_.width);
     jobs_.push_back({p, dst, blocks});
-    return {dst, Weight<E>::kPacked};
+    return {dst, Weight<A>::kPacked};
   }
 
   // This member's share of the packing; called by all of a team.
@@ -140,13 +150,13 @@ class Weights {
  private:
   struct Job {
     Pack pack;
-    E* dst;
+    A* dst;
     int64_t blocks;
   };
   Arena& arena_;
-  const Kernels<E>& kernels_;
+  const Kernels<E, A>& kernels_;
   const int64_t rows_;
-  const bool direct_;  // of the kernels' own type
+  const bool direct_;  // of the kernels' own type, and read by them where it lies
   std::vector<Job> jobs_;
   Barrier packed_;
 };

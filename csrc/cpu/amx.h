@@ -1,0 +1,265 @@
+// The product of a step where rows and weights are bfloat16, by AMX: a tile of up to 16 rows x 32 k times one
+// of 32 k x 16 units adds to one of float sums. The sums then take the same way through the cell as those of
+// any other instruction set.
+#pragma once
+
+#include <immintrin.h>
+
+#include "step.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+using cpu::Bf16;
+
+inline constexpr int64_t kTileRows = 16, kTileElements = 512;  // of bfloat16: 1 KB
+
+// Sets this thread's tiles for up to 16 rows while it lives. The intrinsics tell the compiler nothing of the
+// memory they read, hence the barriers.
+class Tiles {
+ public:
+  explicit Tiles(int64_t rows) {
+    struct alignas(64) {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {};
+      uint8_t rows[16] = {};
+    } c;
+    for (int i = 0; i < 8; ++i) {
+      c.row_bytes[i] = 64;
+      c.rows[i] = static_cast<uint8_t>(i < 6 ? rows : 16);  // 0 to 3 sums, 4 and 5 rows, 6 and 7 weights
+    }
+    asm volatile("" : : "r"(&c) : "memory");
+    _tile_loadconfig(&c);
+  }
+  ~Tiles() { _tile_release(); }
+  Tiles(const Tiles&) = delete;
+  Tiles& operator=(const Tiles&) = delete;
+};
+
+// What a tile product multiplies: two sets of rows (or one), and up to four columns of weights. A column is
+// one gate of 16 units, its tiles `w_step` elements apart.
+struct TileArgs {
+  const Bf16* a[2];
+  int64_t lda;
+  const Bf16* w[4];
+  int64_t w_step, steps;  // of 32 k
+  const float* bias[4];
+  float* out[2];  // rows of ld_out, a column after the other
+  int64_t ld_out;
+};
+
+// Two sets of rows, two columns. Weights pass the first-level cache by: the rows are to stay there.
+template <int C>
+__attribute__((noinline)) void tile_2(const TileArgs& p) {
+  asm volatile("" : : : "memory");
+  _tile_loadd(0, p.bias[0], 0);
+  _tile_loadd(2, p.bias[0], 0);
+  if constexpr (C > 1) {
+    _tile_loadd(1, p.bias[1], 0);
+    _tile_loadd(3, p.bias[1], 0);
+  }
+  const int64_t ld = p.lda * 2, step = p.w_step;
+  const Bf16 *a0 = p.a[0], *a1 = p.a[1], *w0 = p.w[0], *w1 = p.w[C - 1];
+  for (int64_t k = 0; k < p.steps; ++k, a0 += 32, a1 += 32, w0 += step, w1 += step) {
+    _tile_stream_loadd(6, w0, 64);
+    _tile_loadd(4, a0, ld);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(5, a1, ld);
+    _tile_dpbf16ps(2, 5, 6);
+    if constexpr (C > 1) {
+      _tile_stream_loadd(7, w1, 64);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  const int64_t ld_out = p.ld_out * 4;
+  _tile_stored(0, p.out[0], ld_out);
+  _tile_stored(2, p.out[1], ld_out);
+  if constexpr (C > 1) {
+    _tile_stored(1, p.out[0] + 16, ld_out);
+    _tile_stored(3, p.out[1] + 16, ld_out);
+  }
+}
+
+// One set of rows, up to four columns: enough sums at once that none waits for the one before.
+template <int C>
+__attribute__((noinline)) void tile_1(const TileArgs& p) {
+  asm volatile("" : : : "memory");
+  _tile_loadd(0, p.bias[0], 0);
+  if constexpr (C > 1) _tile_loadd(1, p.bias[1], 0);
+  if constexpr (C > 2) _tile_loadd(2, p.bias[2], 0);
+  if constexpr (C > 3) _tile_loadd(3, p.bias[3], 0);
+  const int64_t ld = p.lda * 2;
+  int64_t at = 0;
+  for (int64_t k = 0; k < p.steps; ++k, at += p.w_step) {
+    _tile_loadd(4, p.a[0] + k * 32, ld);
+    _tile_stream_loadd(6, p.w[0] + at, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (C > 1) {
+      _tile_stream_loadd(7, p.w[1] + at, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if constexpr (C > 2) {
+      _tile_stream_loadd(6, p.w[2] + at, 64);
+      _tile_dpbf16ps(2, 4, 6);
+    }
+    if constexpr (C > 3) {
+      _tile_stream_loadd(7, p.w[3] + at, 64);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  const int64_t ld_out = p.ld_out * 4;
+  _tile_stored(0, p.out[0], ld_out);
+  if constexpr (C > 1) _tile_stored(1, p.out[0] + 16, ld_out);
+  if constexpr (C > 2) _tile_stored(2, p.out[0] + 32, ld_out);
+  if constexpr (C > 3) _tile_stored(3, p.out[0] + 48, ld_out);
+}
+
+template <>
+struct Terms<Bf16> {
+  static constexpr int N = 32;
+  __m512i v;
+  static FASTRNN_HD Terms load(const Bf16* p, int64_t n) {
+    const __mmask32 mask = n >= N ? ~0u : (1u << n) - 1;
+    return {_mm512_maskz_loadu_epi16(mask, p)};
+  }
+  FASTRNN_HD Simd<float> add_product(const Terms& w, const Simd<float>& sum) const {
+    return Simd<float>::Native(_mm512_dpbf16_ps(sum.v, (__m512bh)v, (__m512bh)w.v));
+  }
+};
+
+// From weights where torch keeps them, for few rows.
+template <int G, class Epilogue>
+FASTRNN_HD void dot_product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
+                            const Bf16* a, int64_t lda, const cpu::Weight<Bf16>& weight, int64_t K,
+                            const float* bias, int64_t ld_bias, bool backwards, Epilogue&& epilogue) {
+  using S = Simd<float>;
+  constexpr int W = S::W;
+  alignas(64) float out[4 * G * W];
+  for (int64_t j = 0; j < block1 - block0; ++j) {
+    const int64_t unit = (backwards ? block1 - 1 - j : block0 + j) * W;
+    const int lanes = static_cast<int>(at_most(units - unit, W));
+    for (int64_t r = row0; r < row1; r += 4) {
+      const int M = static_cast<int>(at_most(row1 - r, 4));
+      const auto run = M == 1   ? &dot_tile<float, G, 1, Bf16>
+                       : M == 2 ? &dot_tile<float, G, 2, Bf16>
+                       : M == 3 ? &dot_tile<float, G, 3, Bf16>
+                                : &dot_tile<float, G, 4, Bf16>;
+      run(a + r * lda, lda, weight.data + unit * weight.ld, units * weight.ld, weight.ld, K, lanes,
+          bias ? bias + unit : nullptr, ld_bias, out);
+      for (int m = 0; m < M; ++m) {
+        Vec<S, G> v;
+        for (int g = 0; g < G; ++g) v[g] = S::load(out + (m * G + g) * W);
+        epilogue(r + m, unit, lanes, v);
+      }
+    }
+  }
+}
+
+// As the product of product.h.
+template <int G, class Epilogue>
+FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
+                        const InRows<Bf16>& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
+                        int64_t ld_bias, bool backwards, const Reads<float>& reads, Epilogue&& epilogue) {
+  using S = Simd<float>;
+  constexpr int W = S::W, kUnits = G >= 3 ? 1 : G == 2 ? 2 : 4, kColumns = G * kUnits;
+  alignas(64) static constexpr float kNoBias[W] = {};
+  alignas(64) float out[2 * kTileRows * kColumns * W];
+  const Bf16* a = in.data;
+  const int64_t rows = row1 - row0, lda = in.ld;
+  if (rows <= 0 || block0 >= block1) return;
+  if (weight.layout == cpu::Weight<Bf16>::kRows) {
+    dot_product<G>(row0, row1, block0, block1, units, a, lda, weight, K, bias, ld_bias, backwards, epilogue);
+    return;
+  }
+  const int64_t steps = (K + 31) / 32, w_step = G * kTileElements;
+  // Sets of equal size, so that one configuration serves all; the last may begin among the rows before.
+  const int64_t sets = (rows + kTileRows - 1) / kTileRows, M = (rows + sets - 1) / sets;
+  const int64_t sweeps = (block1 - block0 + kUnits - 1) / kUnits;
+  const Tiles tiles(M);
+  for (int64_t j = 0; j < sweeps; ++j) {
+    const int64_t b = block0 + (backwards ? sweeps - 1 - j : j) * kUnits;
+    const int U = static_cast<int>(at_most(block1 - b, kUnits)), columns = U * G;
+    const auto column = [&](TileArgs& t, int to, int c) {
+      const int64_t u = b + c / G, g = c % G;
+      t.w[to] = weight.data + (u * steps * G + g) * kTileElements;
+      t.bias[to] = bias ? bias + g * ld_bias + u * W : kNoBias;
+    };
+    for (int64_t set = 0; set < sets; set += 2) {
+      const bool two = set + 1 < sets;
+      const int64_t from = row0 + at_most(set * M, rows - M), to = row0 + at_most((set + 1) * M, rows - M);
+      TileArgs t{{a + from * lda, a + to * lda}, lda, {}, w_step, steps, {}, {}, kColumns * W};
+      const int64_t first = row0 + set * M, count = at_most((two ? 2 : 1) * M, row1 - first);
+      reads.fetch(first, static_cast<int>(count), b * W, U);
+      for (int c = 0; c < columns;) {
+        const int n = static_cast<int>(at_most(columns - c, two ? 2 : 4));
+        for (int i = 0; i < n; ++i) column(t, i, c + i);
+        t.out[0] = out + c * W;
+        t.out[1] = t.out[0] + kTileRows * kColumns * W;
+        if (two) {
+          n == 2 ? tile_2<2>(t) : tile_2<1>(t);
+        } else {
+          n == 4 ? tile_1<4>(t) : n == 3 ? tile_1<3>(t) : n == 2 ? tile_1<2>(t) : tile_1<1>(t);
+        }
+        c += n;
+      }
+#pragma GCC unroll 1
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = first + i;
+        const float* sums = row < to || !two ? out + (row - from) * kColumns * W
+                                             : out + (kTileRows + row - to) * kColumns * W;
+#pragma GCC unroll 1
+        for (int u = 0; u < U; ++u, sums += G * W) {
+          Vec<S, G> v;
+          for (int g = 0; g < G; ++g) v[g] = S::load(sums + g * W);
+          const int64_t unit = (b + u) * W;
+          epilogue(row, unit, static_cast<int>(at_most(units - unit, W)), v);
+        }
+      }
+    }
+  }
+}
+
+// Pairs of bfloat16, moved as if each were one float.
+FASTRNN_HD Simd<float> load_pairs(const Bf16* p, int64_t elements) {
+  return Simd<float>::Native(_mm512_castsi512_ps(Terms<Bf16>::load(p, elements).v));
+}
+
+// dst [blocks][K/32][gates][16][W][2], zeros where units or K end.
+inline void pack(const cpu::Pack& p, Bf16* dst, int64_t block0, int64_t block1) {
+  using S = Simd<float>;
+  constexpr int W = S::W;
+  const Bf16* src = static_cast<const Bf16*>(p.src);
+  const int64_t steps = (p.K + 31) / 32;
+  for (int64_t b = block0; b < block1; ++b) {
+    const int lanes = static_cast<int>(at_most(p.units - b * W, W));
+    for (int64_t step = 0; step < steps; ++step) {
+      for (int64_t g = 0; g < p.gates; ++g) {
+        const Bf16* from = src + g * p.gate_stride + b * W * p.unit_stride + step * 32 * p.k_stride;
+        float* to = reinterpret_cast<float*>(dst + ((b * steps + step) * p.gates + g) * kTileElements);
+        const int64_t left = at_most(p.K - step * 32, 32);
+        S v[W];
+        if (p.k_stride == 1) {
+          for (int lane = 0; lane < W; ++lane) {
+            v[lane] = lane < lanes ? load_pairs(from + lane * p.unit_stride, left) : S(0);
+          }
+          transpose(v);
+        } else {
+          // Rows along the units: each two of them are interleaved.
+          for (int k = 0; k < W; ++k) {
+            const auto row = [&](int64_t i) {
+              return i < left ? _mm256_maskz_loadu_epi16(first(lanes), from + i * p.k_stride)
+                              : _mm256_setzero_si256();
+            };
+            const __m512i low = _mm512_maskz_cvtepu16_epi32(0xffff, row(2 * k));
+            const __m512i high = _mm512_maskz_cvtepu16_epi32(0xffff, row(2 * k + 1));
+            const __m512i pairs = _mm512_or_si512(low, _mm512_maskz_slli_epi32(0xffff, high, 16));
+            v[k] = S::Native(_mm512_castsi512_ps(pairs));
+          }
+        }
+        for (int k = 0; k < W; ++k) v[k].store(to + k * W);
+      }
+    }
+  }
+}
+
+}  // namespace fastrnn::FASTRNN_ISA
