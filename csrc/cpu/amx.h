@@ -5,6 +5,8 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "step.h"
 
 namespace fastrnn::FASTRNN_ISA {
@@ -36,39 +38,44 @@ class Tiles {
 };
 
 // What a tile product multiplies: two sets of rows (or one), and up to four columns of weights. A column is
-// one gate of 16 units, its tiles `w_step` elements apart.
+// one gate of 16 units. The walk along k: `outer` times `inner` steps of 32.
 struct TileArgs {
   const Bf16* a[2];
-  int64_t lda;
+  int64_t lda, outer, a_outer, inner, a_inner;
   const Bf16* w[4];
-  int64_t w_step, steps;  // of 32 k
-  const float* bias[4];
+  int64_t ldw, w_step;
+  const float* from[2][4];  // what the sums begin with
+  int64_t ld_from;
   float* out[2];  // rows of ld_out, a column after the other
   int64_t ld_out;
 };
 
-// Two sets of rows, two columns. Weights pass the first-level cache by: the rows are to stay there.
+// Two sets of rows, up to two columns. Weights pass the first-level cache by: the rows are to stay there.
 template <int C>
 __attribute__((noinline)) void tile_2(const TileArgs& p) {
   asm volatile("" : : : "memory");
-  _tile_loadd(0, p.bias[0], 0);
-  _tile_loadd(2, p.bias[0], 0);
+  const int64_t ld_from = p.ld_from * 4;
+  _tile_loadd(0, p.from[0][0], ld_from);
+  _tile_loadd(2, p.from[1][0], ld_from);
   if constexpr (C > 1) {
-    _tile_loadd(1, p.bias[1], 0);
-    _tile_loadd(3, p.bias[1], 0);
+    _tile_loadd(1, p.from[0][1], ld_from);
+    _tile_loadd(3, p.from[1][1], ld_from);
   }
-  const int64_t ld = p.lda * 2, step = p.w_step;
-  const Bf16 *a0 = p.a[0], *a1 = p.a[1], *w0 = p.w[0], *w1 = p.w[C - 1];
-  for (int64_t k = 0; k < p.steps; ++k, a0 += 32, a1 += 32, w0 += step, w1 += step) {
-    _tile_stream_loadd(6, w0, 64);
-    _tile_loadd(4, a0, ld);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(5, a1, ld);
-    _tile_dpbf16ps(2, 5, 6);
-    if constexpr (C > 1) {
-      _tile_stream_loadd(7, w1, 64);
-      _tile_dpbf16ps(1, 4, 7);
-      _tile_dpbf16ps(3, 5, 7);
+  const int64_t lda = p.lda * 2, ldw = p.ldw * 2, step = p.w_step, a_inner = p.a_inner;
+  const Bf16 *w0 = p.w[0], *w1 = p.w[C - 1];
+  for (int64_t k = 0; k < p.outer; ++k) {
+    const Bf16 *a0 = p.a[0] + k * p.a_outer, *a1 = p.a[1] + k * p.a_outer;
+    for (int64_t i = 0; i < p.inner; ++i, a0 += a_inner, a1 += a_inner, w0 += step, w1 += step) {
+      _tile_stream_loadd(6, w0, ldw);
+      _tile_loadd(4, a0, lda);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, a1, lda);
+      _tile_dpbf16ps(2, 5, 6);
+      if constexpr (C > 1) {
+        _tile_stream_loadd(7, w1, ldw);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   const int64_t ld_out = p.ld_out * 4;
@@ -78,33 +85,38 @@ __attribute__((noinline)) void tile_2(const TileArgs& p) {
     _tile_stored(1, p.out[0] + 16, ld_out);
     _tile_stored(3, p.out[1] + 16, ld_out);
   }
+  asm volatile("" : : : "memory");
 }
 
 // One set of rows, up to four columns: enough sums at once that none waits for the one before.
 template <int C>
 __attribute__((noinline)) void tile_1(const TileArgs& p) {
   asm volatile("" : : : "memory");
-  _tile_loadd(0, p.bias[0], 0);
-  if constexpr (C > 1) _tile_loadd(1, p.bias[1], 0);
-  if constexpr (C > 2) _tile_loadd(2, p.bias[2], 0);
-  if constexpr (C > 3) _tile_loadd(3, p.bias[3], 0);
-  const int64_t ld = p.lda * 2;
+  const int64_t ld_from = p.ld_from * 4;
+  _tile_loadd(0, p.from[0][0], ld_from);
+  if constexpr (C > 1) _tile_loadd(1, p.from[0][1], ld_from);
+  if constexpr (C > 2) _tile_loadd(2, p.from[0][2], ld_from);
+  if constexpr (C > 3) _tile_loadd(3, p.from[0][3], ld_from);
+  const int64_t lda = p.lda * 2, ldw = p.ldw * 2;
   int64_t at = 0;
-  for (int64_t k = 0; k < p.steps; ++k, at += p.w_step) {
-    _tile_loadd(4, p.a[0] + k * 32, ld);
-    _tile_stream_loadd(6, p.w[0] + at, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    if constexpr (C > 1) {
-      _tile_stream_loadd(7, p.w[1] + at, 64);
-      _tile_dpbf16ps(1, 4, 7);
-    }
-    if constexpr (C > 2) {
-      _tile_stream_loadd(6, p.w[2] + at, 64);
-      _tile_dpbf16ps(2, 4, 6);
-    }
-    if constexpr (C > 3) {
-      _tile_stream_loadd(7, p.w[3] + at, 64);
-      _tile_dpbf16ps(3, 4, 7);
+  for (int64_t k = 0; k < p.outer; ++k) {
+    const Bf16* a = p.a[0] + k * p.a_outer;
+    for (int64_t i = 0; i < p.inner; ++i, a += p.a_inner, at += p.w_step) {
+      _tile_loadd(4, a, lda);
+      _tile_stream_loadd(6, p.w[0] + at, ldw);
+      _tile_dpbf16ps(0, 4, 6);
+      if constexpr (C > 1) {
+        _tile_stream_loadd(7, p.w[1] + at, ldw);
+        _tile_dpbf16ps(1, 4, 7);
+      }
+      if constexpr (C > 2) {
+        _tile_stream_loadd(6, p.w[2] + at, ldw);
+        _tile_dpbf16ps(2, 4, 6);
+      }
+      if constexpr (C > 3) {
+        _tile_stream_loadd(7, p.w[3] + at, ldw);
+        _tile_dpbf16ps(3, 4, 7);
+      }
     }
   }
   const int64_t ld_out = p.ld_out * 4;
@@ -112,6 +124,25 @@ __attribute__((noinline)) void tile_1(const TileArgs& p) {
   if constexpr (C > 1) _tile_stored(1, p.out[0] + 16, ld_out);
   if constexpr (C > 2) _tile_stored(2, p.out[0] + 32, ld_out);
   if constexpr (C > 3) _tile_stored(3, p.out[0] + 48, ld_out);
+  asm volatile("" : : : "memory");
+}
+
+// Rows as the first factor: where one begins, and how k walks along it.
+FASTRNN_HD const Bf16* walk(const InRows<Bf16>& in, int64_t K, TileArgs& t) {
+  t.lda = in.ld;
+  t.outer = (K + 31) / 32;
+  t.a_outer = 32;
+  t.inner = 1;
+  return in.data;
+}
+// Panels of 32 columns, [gates][units/32][...][32]: k goes through the gates, then the units.
+FASTRNN_HD const Bf16* walk(const InPanels<Bf16>& in, int64_t K, TileArgs& t) {
+  t.lda = 32;
+  t.outer = (in.units + 31) / 32;
+  t.a_outer = in.panel;
+  t.inner = K / in.units;
+  t.a_inner = t.outer * in.panel;
+  return in.data;
 }
 
 template <>
@@ -130,7 +161,7 @@ struct Terms<Bf16> {
 // From weights where torch keeps them, for few rows.
 template <int G, class Epilogue>
 FASTRNN_HD void dot_product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
-                            const Bf16* a, int64_t lda, const cpu::Weight<Bf16>& weight, int64_t K,
+                            const InRows<Bf16>& in, const cpu::Weight<Bf16>& weight, int64_t K,
                             const float* bias, int64_t ld_bias, bool backwards, Epilogue&& epilogue) {
   using S = Simd<float>;
   constexpr int W = S::W;
@@ -144,7 +175,7 @@ FASTRNN_HD void dot_product(int64_t row0, int64_t row1, int64_t block0, int64_t 
                        : M == 2 ? &dot_tile<float, G, 2, Bf16>
                        : M == 3 ? &dot_tile<float, G, 3, Bf16>
                                 : &dot_tile<float, G, 4, Bf16>;
-      run(a + r * lda, lda, weight.data + unit * weight.ld, units * weight.ld, weight.ld, K, lanes,
+      run(in.data + r * in.ld, in.ld, weight.data + unit * weight.ld, units * weight.ld, weight.ld, K, lanes,
           bias ? bias + unit : nullptr, ld_bias, out);
       for (int m = 0; m < M; ++m) {
         Vec<S, G> v;
@@ -156,22 +187,28 @@ FASTRNN_HD void dot_product(int64_t row0, int64_t row1, int64_t block0, int64_t 
 }
 
 // As the product of product.h.
-template <int G, class Epilogue>
+template <int G, class In, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
-                        const InRows<Bf16>& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
+                        const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
                         int64_t ld_bias, bool backwards, const Reads<float>& reads, Epilogue&& epilogue) {
   using S = Simd<float>;
   constexpr int W = S::W, kUnits = G >= 3 ? 1 : G == 2 ? 2 : 4, kColumns = G * kUnits;
   alignas(64) static constexpr float kNoBias[W] = {};
   alignas(64) float out[2 * kTileRows * kColumns * W];
-  const Bf16* a = in.data;
-  const int64_t rows = row1 - row0, lda = in.ld;
+  const int64_t rows = row1 - row0;
   if (rows <= 0 || block0 >= block1) return;
-  if (weight.layout == cpu::Weight<Bf16>::kRows) {
-    dot_product<G>(row0, row1, block0, block1, units, a, lda, weight, K, bias, ld_bias, backwards, epilogue);
-    return;
+  if constexpr (std::is_same_v<In, InRows<Bf16>>) {
+    if (weight.layout == cpu::Weight<Bf16>::kRows) {
+      dot_product<G>(row0, row1, block0, block1, units, in, weight, K, bias, ld_bias, backwards, epilogue);
+      return;
+    }
   }
-  const int64_t steps = (K + 31) / 32, w_step = G * kTileElements;
+  TileArgs t{};
+  const Bf16* a = walk(in, K, t);
+  const int64_t block = t.outer * t.inner * G * kTileElements;
+  t.ldw = 32;
+  t.w_step = G * kTileElements;
+  t.ld_out = kColumns * W;
   // Sets of equal size, so that one configuration serves all; the last may begin among the rows before.
   const int64_t sets = (rows + kTileRows - 1) / kTileRows, M = (rows + sets - 1) / sets;
   const int64_t sweeps = (block1 - block0 + kUnits - 1) / kUnits;
@@ -179,20 +216,20 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t b = block0 + (backwards ? sweeps - 1 - j : j) * kUnits;
     const int U = static_cast<int>(at_most(block1 - b, kUnits)), columns = U * G;
-    const auto column = [&](TileArgs& t, int to, int c) {
-      const int64_t u = b + c / G, g = c % G;
-      t.w[to] = weight.data + (u * steps * G + g) * kTileElements;
-      t.bias[to] = bias ? bias + g * ld_bias + u * W : kNoBias;
-    };
     for (int64_t set = 0; set < sets; set += 2) {
       const bool two = set + 1 < sets;
       const int64_t from = row0 + at_most(set * M, rows - M), to = row0 + at_most((set + 1) * M, rows - M);
-      TileArgs t{{a + from * lda, a + to * lda}, lda, {}, w_step, steps, {}, {}, kColumns * W};
       const int64_t first = row0 + set * M, count = at_most((two ? 2 : 1) * M, row1 - first);
+      t.a[0] = a + from * t.lda;
+      t.a[1] = a + to * t.lda;
       reads.fetch(first, static_cast<int>(count), b * W, U);
       for (int c = 0; c < columns;) {
         const int n = static_cast<int>(at_most(columns - c, two ? 2 : 4));
-        for (int i = 0; i < n; ++i) column(t, i, c + i);
+        for (int i = 0; i < n; ++i) {
+          const int64_t u = b + (c + i) / G, g = (c + i) % G;
+          t.w[i] = weight.data + u * block + g * kTileElements;
+          t.from[0][i] = t.from[1][i] = bias ? bias + g * ld_bias + u * W : kNoBias;
+        }
         t.out[0] = out + c * W;
         t.out[1] = t.out[0] + kTileRows * kColumns * W;
         if (two) {

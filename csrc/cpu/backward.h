@@ -18,13 +18,14 @@ struct Backward {
   const Direction<E, A>& d;
   const Share& share;
   Step now, next, before;  // in the forward order of the scan
-  const E* dgh_in;
-  E* dgh_out;
+  const A* dgh_in;
+  A* dgh_out;
   int64_t k, chunk_first;
 
   // Where the vector of units at `unit`, of the chunk's row i, lies in panels.
   FASTRNN_HD int64_t in_panels(int64_t i, int64_t unit) const {
-    return unit * p.panel_rows + (now.first - chunk_first + i) * S::W;
+    constexpr int64_t W = kPanel<E, A>;
+    return unit / W * W * p.panel_rows + (now.first - chunk_first + i) * W + unit % W;
   }
 
   // dh before the cell (before the projection, where there is one): from step `next`, from y.
@@ -37,7 +38,7 @@ struct Backward {
   // The states that entered the step, and those that left it.
   FASTRNN_HD void load_states(int64_t i, int64_t unit, int lanes, Vec<S, Cell::kStates>& s,
                               Vec<S, Cell::kStates>& s_new) const {
-    s[0] = d.w_proj ? S(0) : S::load(d.h_prev + in_panels(i, unit));
+    s[0] = d.w_proj ? S(0) : load_row(d.h_prev + in_panels(i, unit));
     s_new[0] = S(0);
     for (int j = 1; j < Cell::kStates; ++j) {
       const E* from =
@@ -52,14 +53,14 @@ struct Backward {
     for (int j = 0; j < Cell::kSaved; ++j) saved[j] = S::load(from + j * p.H, lanes);
   }
 
-  FASTRNN_HD void store_dg(int64_t i, int64_t unit, int column, const S& v) const {
-    v.store(d.dg + in_panels(i, column * round_up(p.H, S::W) + unit));
+  FASTRNN_HD void store_dg(int64_t i, int64_t unit, int lanes, int column, const S& v) const {
+    store_row(v, d.dg + in_panels(i, column * round_up(p.H, kPanel<E, A>) + unit), lanes);
   }
 
   // Gate g's recurrent gradient, for the product of the step before; kept aside where this is a row's last.
   FASTRNN_HD void store_dgh(int64_t i, int64_t unit, int lanes, int g, const S& v) const {
-    v.store(dgh_out + i * d.ld_ring + g * p.H + unit, lanes);
-    if (i >= before.active) v.store(d.last_ring + i * d.ld_ring + g * p.H + unit, lanes);
+    store_part(v, dgh_out + i * d.ld_ring + g * p.H + unit, lanes);
+    if (i >= before.active) store_part(v, d.last_ring + i * d.ld_ring + g * p.H + unit, lanes);
   }
 
   // The cell's (last stage's) backward for one vector of units, given its dh.
@@ -78,14 +79,14 @@ struct Backward {
       Vec<S, kLast> dg;
       Cell::backward(saved, s, s_new, ds_new, dg, ds);
       for (int g = 0; g < kLast; ++g) {
-        store_dg(i, unit, kFirst + g, dg[g]);
-        dg[g].store(d.mid + i * d.ld_mid + g * p.H + unit, lanes);
+        store_dg(i, unit, lanes, kFirst + g, dg[g]);
+        store_part(dg[g], d.mid + i * d.ld_mid + g * p.H + unit, lanes);
       }
       dh.store(d.dmid + i * d.ld_state + unit, lanes);
     } else {
       Vec<S, Cell::kGrads> dg;
       Cell::backward(saved, s, s_new, ds_new, dg, ds);
-      for (int g = 0; g < Cell::kGrads; ++g) store_dg(i, unit, g, dg[g]);
+      for (int g = 0; g < Cell::kGrads; ++g) store_dg(i, unit, lanes, g, dg[g]);
       for (int g = 0; g < Cell::kGates; ++g) store_dgh(i, unit, lanes, g, dg[Cell::kHiddenGrad[g]]);
     }
     // Under a projection state[0] has h's width, and such cells pass nothing on elementwise.
@@ -104,20 +105,20 @@ struct Backward {
     ds[0] = S::load(d.state[0] + i * d.ld_state + unit);
     Cell::backward_first(saved, s, dmid, S::load(d.dmid + i * d.ld_state + unit), dg, ds, mid);
     for (int g = 0; g < kFirst; ++g) {
-      store_dg(i, unit, g, dg[g]);
+      store_dg(i, unit, lanes, g, dg[g]);
       store_dgh(i, unit, lanes, g, dg[g]);
     }
     ds[0].store(d.state[0] + i * d.ld_state + unit);
-    mid.store(d.mid_out + in_panels(i, unit));
+    store_row(mid, d.mid_out + in_panels(i, unit), lanes);
   }
 
   template <class Epilogue>
-  FASTRNN_HD void phase(int64_t row1, int64_t units, const E* a, int64_t lda, const cpu::Weight<E>& w,
+  FASTRNN_HD void phase(int64_t row1, int64_t units, const A* a, int64_t lda, const cpu::Weight<A>& w,
                         int64_t K, const Reads<E>& reads, Epilogue&& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
     product<1>(
-        share.row0, row1, block0, block1, units, InRows<E>{a, lda}, w, K, static_cast<const E*>(nullptr), 0,
+        share.row0, row1, block0, block1, units, InRows<A>{a, lda}, w, K, static_cast<const E*>(nullptr), 0,
         (k & 1) != 0, reads,
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
     end_phase(share);
@@ -130,8 +131,8 @@ struct Backward {
     if (d.w_proj) {
       phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, {}, [&](int64_t i, int64_t unit, int lanes, const S& v) {
         const S dh = arriving(i, unit, lanes, v);
-        dh.store(d.mid + i * d.ld_mid + unit);
-        dh.store(d.dh_out + in_panels(i, unit));
+        store_row(dh, d.mid + i * d.ld_mid + unit, lanes);
+        store_row(dh, d.dh_out + in_panels(i, unit), lanes);
         S(0).store(d.state[0] + i * d.ld_state + unit);
       });
       phase(row1, p.H, d.mid, d.ld_mid, d.w_proj, p.P, saved,

@@ -124,8 +124,8 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
     product<1>(
-        row0, row1, block0, block1, p.P, operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H),
-        d.w_proj, p.H, static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
+        row0, row1, block0, block1, p.P, operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H), d.w_proj,
+        p.H, static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
   }

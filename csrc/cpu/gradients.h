@@ -98,8 +98,7 @@ void input_gradient(const cpu::InputGradient<E>& p, int64_t row0, int64_t row1) 
   product<1>(row0, row1, 0, (p.columns + S::W - 1) / S::W, p.columns, InPanels<E>{p.dg, p.panel, p.units},
              p.w, p.gates * p.units, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
              [&](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
-               E* to = p.out + row * p.columns + unit;
-               (p.add ? S::load(to, lanes) + v[0] : v[0]).store(to, lanes);
+               store(p.out, row, unit, lanes, p.add ? load(p.out, row, unit, lanes) + v[0] : v[0]);
              });
 }
 

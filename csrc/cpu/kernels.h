@@ -44,22 +44,17 @@ constexpr cpu::CellKernels<E, A> cell_kernels() {
   // The rows of saved values receive the input product first; the first of two stages saves its gates.
   static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
   static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");
-  cpu::CellKernels<E, A> k{Cell::kName,
-                           Cell::kGates,
-                           Cell::kStates,
-                           Cell::kSaved,
-                           Cell::kGrads,
-                           Cell::kStages,
-                           Cell::kStageGates,
-                           Cell::kHiddenGrad,
-                           &Forward<Cell, E, A>::run,
-                           nullptr,
-                           nullptr};
-  if constexpr (sizeof(A) == sizeof(E)) {
-    k.backward = &Backward<Cell, E>::run;
-    k.finish = &Backward<Cell, E>::finish;
-  }
-  return k;
+  return {Cell::kName,
+          Cell::kGates,
+          Cell::kStates,
+          Cell::kSaved,
+          Cell::kGrads,
+          Cell::kStages,
+          Cell::kStageGates,
+          Cell::kHiddenGrad,
+          &Forward<Cell, E, A>::run,
+          &Backward<Cell, E, A>::run,
+          &Backward<Cell, E, A>::finish};
 }
 
 template <class E, class A = E>
@@ -67,14 +62,16 @@ cpu::Kernels<E, A> kernels() {
 #define FASTRNN_ENTRY(Cell) cell_kernels<Cell, E, A>(),
   static constexpr cpu::CellKernels<E, A> cells[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
 #undef FASTRNN_ENTRY
-  cpu::Kernels<E, A> k{Simd<E>::W, sizeof(cells) / sizeof(cells[0]), cells, &pack, nullptr, nullptr, nullptr,
-                       nullptr};
-  if constexpr (sizeof(A) == sizeof(E)) {
-    k.to_panels = &to_panels<E>;
-    k.outer_product = &outer_product<E>;
-    k.add_rows = &add_rows<E>;
-    k.input_gradient = &input_gradient<E>;
-  }
+  cpu::Kernels<E, A> k{};
+  k.width = Simd<E>::W;
+  k.panel = kPanel<E, A>;
+  k.count = sizeof(cells) / sizeof(cells[0]);
+  k.cells = cells;
+  k.pack = &pack;
+  k.to_panels = &to_panels;
+  k.outer_product = &outer_product;
+  k.add_rows = &add_rows;
+  k.input_gradient = &input_gradient;
   return k;
 }
 

@@ -2,12 +2,16 @@
 #define FASTRNN_ISA isa_amx
 #define FASTRNN_VECTOR_BYTES 64
 #define FASTRNN_BF16_ONLY
-#include "amx.h"
+#include "amx_gradients.h"
 // After the product that its scans are to find.
 #include "kernels.h"
 
 namespace fastrnn::cpu {
 
-Kernels<float, Bf16> bf16_amx() { return isa_amx::kernels<float, Bf16>(); }
+Kernels<float, Bf16> bf16_amx() {
+  Kernels<float, Bf16> k = isa_amx::kernels<float, Bf16>();
+  k.pair_rows = &isa_amx::pair_rows;
+  return k;
+}
 
 }  // namespace fastrnn::cpu

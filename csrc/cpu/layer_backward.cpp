@@ -17,14 +17,14 @@ struct WeightGradients {
   bool begun;             // something has been written to them
 };
 
-template <class E>
+template <class E, class A = E>
 class BackwardPass {
  public:
   BackwardPass(const std::string& name, const OptionalTensor& dy, const TensorList& dlast,
                const TensorList& dseq, const Tensor& x, const TensorList& states, const TensorList& params,
                const OptionalTensor& lengths, const OptionalTensor& batch_sizes, const OptionalTensor& reset,
                const Tensor& y, const TensorList& seq, const TensorList& saved, bool need_x, bool need_params)
-      : cell_(cell_kernels<E>(name)),
+      : cell_(cell_kernels<E, A>(name)),
         a_(check_layer({cell_.gates, cell_.states, cell_.saved}, x, states, params, lengths, batch_sizes,
                        reset)),
         table_(row_table(a_)),
@@ -33,8 +33,8 @@ class BackwardPass {
         H_(a_.H),
         P_(a_.P),
         projected_(a_.params[0].w_hr.has_value()),
-        W_(kernels_.width),
-        steps_(chunk_steps(a_, cell_.grads * a_.H * sizeof(E))) {
+        W_(kernels_.panel),
+        steps_(chunk_steps(a_, cell_.grads * a_.H * sizeof(A))) {
     const int64_t D = a_.D, N = a_.N;
     const size_t others = static_cast<size_t>(cell_.states - 1);
     STD_TORCH_CHECK(seq.size() == others && saved.size() == (projected_ ? 2u : 1u),
@@ -58,7 +58,7 @@ class BackwardPass {
 
   Gradients run() {
     prepare();
-    Plan plan(a_.D, a_.B, a_.B * cell_.gates * H_ * P_, weight_bytes_, ceil_div(H_, W_));
+    Plan plan(a_.D, a_.B, a_.B * cell_.gates * H_ * P_, weight_bytes_, ceil_div(H_, kernels_.width));
     for (scan_.k0 = 0; scan_.k0 < a_.T; scan_.k0 = scan_.k1) {
       scan_.k1 = std::min(scan_.k0 + steps_, a_.T);
       for (int64_t d = 0; d < a_.D; ++d) {
@@ -96,22 +96,27 @@ class BackwardPass {
     scan_.directions = static_cast<int>(D);
     scan_.H = H_;
     scan_.P = P_;
-    const int64_t ld = padded<E>(std::max(H_, P_)), ld_ring = padded<E>(G * H_), most = (steps_ * B) | 1;
+    const int64_t ld = padded<E>(std::max(H_, P_)), ld_mid = padded<A>(std::max(H_, P_)),
+                  ld_ring = padded<A>(G * H_), most = ceil_div(steps_ * B, kDepth<A>) * kDepth<A> | 1;
     const int64_t wide = ceil_div(H_, W_) * W_, wide_p = ceil_div(P_, W_) * W_;
     scan_.panel_rows = most;  // odd: an even one would send many panels to the same sets of a cache
     for (int64_t d = 0; d < D; ++d) {
       const LayerArgs::Direction& p = a_.params[d];
-      Direction<E>& s = scan_.dir[d];
+      Direction<E, A>& s = scan_.dir[d];
       s.reverse = d == 1;
-      if (need_x_) {  // by whole columns, since panels are not read by the dot product
-        const int64_t few = a_.I > 1 ? Weights<E>::kFewRows : 0;
+      if constexpr (kDepth<A> > 1) {
+        // Each gate's part begins a panel of dg, and is padded like it.
+        w_ih_[d] =
+            need_x_ ? w_.get(p.w_ih, 0, {nullptr, false, G, H_ * a_.I, a_.I, 1, H_, a_.I}, 0) : Weight<A>{};
+      } else if (need_x_) {  // by whole columns, since panels are not read by the dot product
+        const int64_t few = a_.I > 1 ? Weights<E, A>::kFewRows : 0;
         w_ih_[d] = w_.get(p.w_ih, 0, {nullptr, false, 1, 0, a_.I, 1, G * H_, a_.I}, few);
       }
       for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
         const int64_t rows = cell_.stage_gates[stage] * H_;
         s.w[stage] = w_.get(p.w_hh, gate0 * H_ * P_, {nullptr, false, 1, 0, P_, 1, rows, P_});
       }
-      weight_bytes_ = G * H_ * P_ * sizeof(E);
+      weight_bytes_ = G * H_ * P_ * sizeof(A);
       if (projected_) s.w_proj = w_.get(*p.w_hr, 0, {nullptr, false, 1, 0, H_, 1, P_, H_});
       if (dy_.defined())
         s.dy = {static_cast<char*>(dy_.mutable_data_ptr()) + d * P_ * dy_.element_size(), D * P_, bf16};
@@ -126,15 +131,19 @@ class BackwardPass {
         s.keep = keep;
       }
       s.saved = static_cast<const E*>(saved_[0].const_data_ptr()) + d * N * cell_.saved * H_;
-      s.h_prev = h_prev_[d] = arena_.get<E>(most * wide_p);
-      s.dg = arena_.get<E>(most * cell_.grads * wide);
-      if (cell_.stages == 2) s.mid_out = arena_.get<E>(most * wide);
-      if (projected_) s.dh_out = arena_.get<E>(most * wide_p);
-      s.ld_state = s.ld_mid = ld;
+      s.h_prev = h_prev_[d] = arena_.get<A>(most * wide_p);
+      // What pads a gate's columns is multiplied by zeros.
+      const bool padded_columns = kDepth<A> > 1 && wide != H_;
+      s.dg = padded_columns ? arena_.zeros<A>(most * cell_.grads * wide)
+                            : arena_.get<A>(most * cell_.grads * wide);
+      if (cell_.stages == 2) s.mid_out = mid_out_[d] = arena_.get<A>(most * wide);
+      if (projected_) s.dh_out = arena_.get<A>(most * wide_p);
+      s.ld_state = ld;
+      s.ld_mid = ld_mid;
       s.ld_ring = ld_ring;
-      for (int j = 0; j < 2; ++j) s.ring[j] = arena_.zeros<E>(B * ld_ring);
-      s.last_ring = arena_.zeros<E>(B * ld_ring);
-      s.mid = arena_.zeros<E>(B * ld);
+      for (int j = 0; j < 2; ++j) s.ring[j] = arena_.zeros<A>(B * ld_ring);
+      s.last_ring = arena_.zeros<A>(B * ld_ring);
+      s.mid = arena_.zeros<A>(B * ld_mid);
       s.dmid = arena_.zeros<E>(B * ld);
       for (int j = 0; j < cell_.states; ++j) {
         const int64_t width = j ? H_ : P_;
@@ -153,14 +162,15 @@ class BackwardPass {
                        arena_.zeros<double>(cell_.grads * wide), false};
       }
     }
-    if (need_params_) x_panels_ = arena_.get<E>(most * ceil_div(a_.I, W_) * W_);
-    if (need_params_ && projected_) raw_panels_ = arena_.get<E>(most * wide);
-    direct_x_ = !bf16 && table_.outside.empty();
+    if (need_params_) x_panels_ = arena_.get<A>(most * ceil_div(a_.I, W_) * W_);
+    if (need_params_ && projected_) raw_panels_ = arena_.get<A>(most * wide);
+    direct_x_ = (!bf16 || D == 1) && table_.outside.empty();
     if (need_x_) {
       dx_ = a_.lengths ? torch::stable::new_zeros(a_.x, a_.row_shape(a_.I))
                        : empty(a_.row_shape(a_.I), a_.dtype);
-      dx_rows_ = direct_x_ ? static_cast<E*>(dx_.mutable_data_ptr()) : arena_.get<E>(table_.rows() * a_.I);
-      if (D > 1) std::fill_n(dx_rows_, table_.rows() * a_.I, E(0));
+      E* rows = direct_x_ ? nullptr : arena_.get<E>(table_.rows() * a_.I);
+      dx_rows_ = direct_x_ ? Border<E>{dx_.mutable_data_ptr(), a_.I, bf16} : Border<E>{rows, a_.I, false};
+      if (D > 1) std::fill_n(static_cast<E*>(dx_rows_.data), table_.rows() * a_.I, E(0));
     }
   }
 
@@ -183,7 +193,7 @@ class BackwardPass {
   // The h that entered each step of the chunk: what left the step before, the first state, or 0 after a
   // reset.
   void gather_h_prev(int64_t d) {
-    const Direction<E>& s = scan_.dir[d];
+    const Direction<E, A>& s = scan_.dir[d];
     for_rows(t1_[d] - t0_[d], std::max<int64_t>(a_.B, 1) * P_, [&](int64_t begin, int64_t end) {
       for (int64_t t = t0_[d] + begin; t < t0_[d] + end; ++t) {
         const int64_t before = s.reverse ? t + 1 : t - 1;
@@ -213,21 +223,32 @@ class BackwardPass {
 
   // The chunk's rows of a matrix, into panels.
   template <class Row>
-  void gather(int64_t d, int64_t columns, E* to, Row&& row) {
+  void gather(int64_t d, int64_t columns, A* to, Row&& row) {
     for_rows(rows_[d], columns, [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r)
         kernels_.to_panels(row(first_[d] + r), columns, to + r * W_, panel());
     });
   }
 
+  // Panels that an outer product is to read as its second factor.
+  void pair_rows(int64_t d, int64_t columns, A* panels) {
+    if (!kernels_.pair_rows) return;
+    for_rows(ceil_div(columns, W_), rows_[d] * W_, [&](int64_t begin, int64_t end) {
+      for (int64_t j = begin; j < end; ++j) kernels_.pair_rows(panels + j * panel(), rows_[d]);
+    });
+  }
+
   // Each panel of gradients by all that its gates were multiplied with, while it is in the first-level cache.
   void weight_gradients(int64_t d) {
-    const Direction<E>& s = scan_.dir[d];
+    const Direction<E, A>& s = scan_.dir[d];
     WeightGradients<E>& w = weights_[d];
     const int64_t rows = rows_[d], G = cell_.gates, I = a_.I, blocks = ceil_div(H_, W_);
     if (rows == 0) return;
     gather(d, I, x_panels_, [&](int64_t row) { return at(a_.x, scan_.rows.at(row) * I); });
-    const auto outer = [&](const E* a, int64_t block, int64_t units, const E* b, int64_t columns, E* out) {
+    pair_rows(d, I, x_panels_);
+    pair_rows(d, P_, h_prev_[d]);
+    if (cell_.stages == 2) pair_rows(d, H_, mid_out_[d]);
+    const auto outer = [&](const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out) {
       // A piece costs a pass over the weight, so that large ones take more rows.
       const int64_t longest = columns * units * G <= kSmallWeight ? kSmallPiece : kLargePiece;
       const int lanes = static_cast<int>(std::min<int64_t>(units - block * W_, W_));
@@ -237,7 +258,7 @@ class BackwardPass {
     for_rows(cell_.grads * blocks, rows * W_ * (I + P_), [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t column = j / blocks, block = j % blocks;
-        const E* a = s.dg + j * panel();
+        const A* a = s.dg + j * panel();
         if (column < G) outer(a, block, H_, x_panels_, I, w.w_ih + column * H_ * I);
         for (int64_t g = 0, first_stage = cell_.stage_gates[0]; g < G; ++g) {
           if (cell_.hidden_grad[g] != column) continue;
@@ -249,6 +270,7 @@ class BackwardPass {
     if (projected_) {
       const int64_t from = d * a_.N;
       gather(d, H_, raw_panels_, [&](int64_t row) { return at(saved_[1], (from + row) * H_); });
+      pair_rows(d, H_, raw_panels_);
       for_rows(ceil_div(P_, W_), rows * W_ * H_, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j) outer(s.dh_out + j * panel(), j, P_, raw_panels_, H_, w.w_hr);
       });
@@ -257,8 +279,10 @@ class BackwardPass {
   }
 
   void input_gradient(int64_t d) {
-    const InputGradient<E> p{
-        scan_.dir[d].dg, panel(), cell_.gates, H_, w_ih_[d], a_.I, dx_rows_ + first_[d] * a_.I, a_.D > 1};
+    Border<E> out = dx_rows_;
+    const int64_t before = first_[d] * a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
+    out.data = static_cast<char*>(out.data) + before;
+    const InputGradient<E, A> p{scan_.dir[d].dg, panel(), cell_.gates, H_, w_ih_[d], a_.I, out, a_.D > 1};
     for_rows(rows_[d], cell_.gates * H_ * a_.I,
              [&](int64_t begin, int64_t end) { kernels_.input_gradient(p, begin, end); });
   }
@@ -266,8 +290,9 @@ class BackwardPass {
   Gradients results() {
     Gradients out;
     if (need_x_ && !direct_x_) {
+      const E* rows = static_cast<const E*>(dx_rows_.data);
       for_rows(table_.rows(), a_.I, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) write(dx_rows_ + r * a_.I, a_.I, dx_, scan_.rows.at(r) * a_.I);
+        for (int64_t r = begin; r < end; ++r) write(rows + r * a_.I, a_.I, dx_, scan_.rows.at(r) * a_.I);
       });
     }
     out.dx = need_x_ ? dx_ : empty({0}, a_.dtype);
@@ -321,25 +346,26 @@ class BackwardPass {
 
   static constexpr int64_t kSmallWeight = 1 << 16, kSmallPiece = 64, kLargePiece = 128;
 
-  const Kernels<E>& kernels_ = kernels<E>();
-  const CellKernels<E>& cell_;
+  const Kernels<E, A>& kernels_ = kernels<E, A>();
+  const CellKernels<E, A>& cell_;
   const LayerArgs a_;
   const RowTable table_;
   const bool need_x_, need_params_;
   const int64_t H_, P_;
   const bool projected_;
-  const int64_t W_, steps_;  // W_: units in a vector
+  const int64_t W_, steps_;  // W_: columns in a panel
   Arena arena_;
-  Weights<E> w_{arena_, a_};
-  Scan<E> scan_{};
+  Weights<E, A> w_{arena_, a_};
+  Scan<E, A> scan_{};
   Tensor y_, dy_, dx_;
   TensorList dlast_, dseq_, seq_, saved_, dparams_[2];
-  Weight<E> w_ih_[2];
-  E* h_prev_[2];
+  Weight<A> w_ih_[2];
+  A *h_prev_[2], *mid_out_[2];
   WeightGradients<E> weights_[2]{};
   int64_t weight_bytes_ = 0, t0_[2], t1_[2], first_[2], rows_[2];
   bool direct_x_ = false;
-  E *x_panels_ = nullptr, *raw_panels_ = nullptr, *dx_rows_ = nullptr;
+  A *x_panels_ = nullptr, *raw_panels_ = nullptr;
+  Border<E> dx_rows_{};
 };
 
 std::tuple<Tensor, TensorList, TensorList> layer_backward(StringHandle cell, OptionalTensor dy,
@@ -350,12 +376,14 @@ std::tuple<Tensor, TensorList, TensorList> layer_backward(StringHandle cell, Opt
                                                           TensorList saved, bool need_x, bool need_params) {
   const std::string name = take_string(cell);
   check_dtype(x);
-  const auto run = [&]<class E>(E) {
-    return BackwardPass<E>(name, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq,
-                           saved, need_x, need_params)
+  const auto run = [&]<class E, class A>(E, A) {
+    return BackwardPass<E, A>(name, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq,
+                              saved, need_x, need_params)
         .run();
   };
-  Gradients g = x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  Gradients g = x.scalar_type() == ScalarType::Double ? run(double{}, double{})
+                : multiplies_bf16(x)                  ? run(float{}, Bf16{})
+                                                      : run(float{}, float{});
   return {std::move(g.dx), std::move(g.dstates), std::move(g.dparams)};
 }
 

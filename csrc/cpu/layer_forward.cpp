@@ -151,9 +151,8 @@ std::tuple<Tensor, TensorList, TensorList, TensorList> layer(StringHandle cell, 
                                     lengths, batch_sizes, reset);
     return forward<E, A>(kernels, a, nullptr, save, return_states);
   };
-  const bool in_bf16 = x.scalar_type() == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
   Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}, double{})
-                : in_bf16                             ? run(float{}, Bf16{})
+                : multiplies_bf16(x)                  ? run(float{}, Bf16{})
                                                       : run(float{}, float{});
   return {std::move(out.y), std::move(out.last), std::move(out.seq), std::move(out.saved)};
 }

@@ -84,11 +84,11 @@ struct Direction {
 
   // Backward.
   const E* saved;  // [N][kSaved*H]
-  // The chunk's rows in panels [columns/W][chunk rows][W].
-  const E* h_prev;                // P columns: the h that entered the step
-  E* dg;                          // of each of kGrads, H columns
-  E* mid_out;                     // H columns: two-stage cells' mid, for the weight gradient
-  E* dh_out;                      // P columns: dh of the projected state, for its weight gradient
+  // The chunk's rows in panels [columns/W][chunk rows][W], of bfloat16 in [columns/32][chunk rows][32].
+  const A* h_prev;                // P columns: the h that entered the step
+  A* dg;                          // of each of kGrads, H columns
+  A* mid_out;                     // H columns: two-stage cells' mid, for the weight gradient
+  A* dh_out;                      // P columns: dh of the projected state, for its weight gradient
   Border<E> dy;                   // null data: no gradient reached y
   const E* dseq[kMaxStates - 1];  // [N][H]; null: none
   const E* s0[kMaxStates - 1];    // [B][ld_state] first states after h
@@ -138,9 +138,9 @@ struct Pack {
 
 // One panel's share of a weight's gradient: out [lanes][columns] = (or +=) the sum over rows of a [rows][W]
 // by b, panels [columns/W][rows][W].
-template <class E>
+template <class E, class A = E>
 struct OuterProduct {
-  const E *a, *b;
+  const A *a, *b;   // of bfloat16 b's panels [columns/32][rows/2][2][16][2], as pair_rows leaves them
   int64_t b_panel;  // from one panel of b to the next
   int64_t rows, longest;
   int lanes;
@@ -151,13 +151,13 @@ struct OuterProduct {
 };
 
 // out [rows][columns] = (or +=) dg w; dg's panels [gates][units/W][rows][W], w [gates*units][columns].
-template <class E>
+template <class E, class A = E>
 struct InputGradient {
-  const E* dg;
+  const A* dg;
   int64_t panel, gates, units;
-  Weight<E> w;
+  Weight<A> w;  // of bfloat16 packed with the gates for G
   int64_t columns;
-  E* out;
+  Border<E> out;  // its first row
   bool add;
 };
 
@@ -177,13 +177,15 @@ struct CellKernels {
 template <class E, class A = E>
 struct Kernels {
   int width;  // units in a vector
+  int panel;  // columns in a panel
   int count;
   const CellKernels<E, A>* cells;
   void (*pack)(const Pack&, A* dst, int64_t block0, int64_t block1);
-  void (*to_panels)(const Border<E>& row, int64_t columns, E* to, int64_t panel);
-  void (*outer_product)(const OuterProduct<E>&);
-  void (*add_rows)(const E* panel, int64_t rows, double* to);
-  void (*input_gradient)(const InputGradient<E>&, int64_t row0, int64_t row1);
+  void (*to_panels)(const Border<E>& row, int64_t columns, A* to, int64_t panel);
+  void (*pair_rows)(A* panel, int64_t rows);  // null: an outer product reads them as they are
+  void (*outer_product)(const OuterProduct<E, A>&);
+  void (*add_rows)(const A* panel, int64_t rows, double* to);
+  void (*input_gradient)(const InputGradient<E, A>&, int64_t row0, int64_t row1);
 };
 
 struct InstructionSet {

@@ -72,6 +72,16 @@ FASTRNN_HD void store_row(const Simd<E>& x, E* p, int) {
 FASTRNN_HD void store_row(const Simd<float>& x, cpu::Bf16* p, int lanes) {
   store_bf16(round_to_bf16(x), &p->bits, lanes);
 }
+// Where another gate's part of the row follows.
+template <class E>
+FASTRNN_HD void store_part(const Simd<E>& x, E* p, int lanes) {
+  x.store(p, lanes);
+}
+FASTRNN_HD void store_part(const Simd<float>& x, cpu::Bf16* p, int lanes) { store_row(x, p, lanes); }
+
+// Columns of a panel.
+template <class E, class A>
+inline constexpr int64_t kPanel = cpu::kDepth<A> > 1 ? cpu::kDepth<A> : Simd<E>::W;
 
 template <class E>
 FASTRNN_HD void my_blocks(const Share& share, int64_t units, int64_t& block0, int64_t& block1) {

@@ -96,6 +96,11 @@ inline void check_dtype(const Tensor& x) {
                   "the cpu backend takes float32, float64 and bfloat16");
 }
 
+// Of this tensor's type, by the instruction set in force.
+inline bool multiplies_bf16(const Tensor& x) {
+  return x.scalar_type() == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
+}
+
 // keep [N] of one direction: 0 where a reset cuts the state that enters the step. `cut` [T, B]; in reverse
 // the boundary that a sequence crosses on entering step t is the one before t + 1.
 inline void fill_keep(const RowTable& table, const LayerArgs& a, bool reverse, const bool* cut,
