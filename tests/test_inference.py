@@ -91,7 +91,9 @@ def test_frozen_is_plain(case, mask):
         weights = packed.pack(cell, params, [], 2)
         frozen = flat(packed.layer(cell, x, states, weights, **{**OFF, **masks}, return_states=True))
         for a, b in zip(frozen, plain, strict=True):
-            if dtype == torch.bfloat16 or (B > 4 and T * B > 16):
+            if dtype == torch.bfloat16 and kernels.instruction_set() == "amx":
+                torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)  # frozen: float32 products
+            elif dtype == torch.bfloat16 or (B > 4 and T * B > 16):
                 assert torch.equal(a, b)
             else:
                 torch.testing.assert_close(a, b)
