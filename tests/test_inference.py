@@ -331,9 +331,13 @@ def test_moves():
     x = torch.randn(5, 8, 4)
     for dtype in (torch.float64, torch.bfloat16, torch.float32):
         plain = layer("lstm", 4, 8).to(dtype)
-        assert torch.equal(fastrnn.freeze(plain)(x.to(dtype))[0], plain(x.to(dtype))[0])
+        # Frozen layers multiply in float32 where plain ones of bfloat16 may do so by AMX.
+        by_amx = dtype == torch.bfloat16 and kernels.instruction_set() == "amx"
+        tolerance = {"rtol": 0.02, "atol": 0.02} if by_amx else {"rtol": 0, "atol": 0}
+        expected = plain(x.to(dtype))[0]
+        torch.testing.assert_close(fastrnn.freeze(plain)(x.to(dtype))[0], expected, **tolerance)
         frozen = fastrnn.freeze(layer("lstm", 4, 8)).to(dtype)
-        assert torch.equal(frozen(x.to(dtype))[0], plain(x.to(dtype))[0])
+        torch.testing.assert_close(frozen(x.to(dtype))[0], expected, **tolerance)
     y = quantized(x)[0]
     assert torch.equal(quantized.to("cpu").float()(x)[0], y)
     for move in (
