@@ -1,44 +1,37 @@
 #include "scan.h"
 
 #include <algorithm>
-#include <initializer_list>
-#include <memory>
 #include <numeric>
 
 namespace fastrnn {
 namespace {
 
-std::string text(const std::vector<int64_t>& shape) {
-  std::string s = "[";
-  for (size_t i = 0; i < shape.size(); ++i) s += (i ? ", " : "") + std::to_string(shape[i]);
-  return s + "]";
+template <class Sizes>
+std::string text(const Sizes& sizes) {
+  std::string s;
+  for (const int64_t n : sizes) s += (s.empty() ? "[" : ", ") + std::to_string(n);
+  return s.empty() ? "[]" : s + "]";
 }
 
-std::vector<int64_t> shape_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return {sizes.begin(), sizes.end()};
-}
-
-bool has_shape(const Tensor& t, std::initializer_list<int64_t> shape) {
-  const auto sizes = t.sizes();
-  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
-}
-
-Tensor expect(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, ScalarType dtype,
-              bool on_cpu) {
-  STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(shape_of(t)));
-  STD_TORCH_CHECK(t.scalar_type() == dtype, name, " must have the input's dtype");
+Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
+  STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(t.sizes()));
+  STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have the input's dtype");
   STD_TORCH_CHECK(t.is_cpu() == on_cpu, name, " must be on the input's device");
   return dense(t);
 }
 
 const int64_t* check_indices(const char* name, const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && t.scalar_type() == ScalarType::Long && t.is_cpu(),
-                  name, " must be a LongTensor [", count, "] on the CPU");
+  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && dtype_of(t) == ScalarType::Long && t.is_cpu(), name,
+                  " must be a LongTensor [", count, "] on the CPU");
   return static_cast<const int64_t*>(t.const_data_ptr());
 }
 
 }  // namespace
+
+bool has_shape(const Tensor& t, const Shape& shape) {
+  const auto sizes = t.sizes();
+  return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
+}
 
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
@@ -54,7 +47,7 @@ std::string take_string(StringHandle handle) {
 
 int64_t directions(const TensorList& states) {
   STD_TORCH_CHECK(!states.empty() && states[0].dim() == 3, "h must have 3 dimensions [D, B, P], got ",
-                  states.empty() ? "none" : text(shape_of(states[0])));
+                  states.empty() ? "none" : text(states[0].sizes()));
   const int64_t D = states[0].size(0);
   STD_TORCH_CHECK(D == 1 || D == 2, "h must be of 1 or 2 directions, got ", D);
   return D;
@@ -103,7 +96,7 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
                   states.size());
   STD_TORCH_CHECK(directions(states) == sizes.D, "h must be of ", sizes.D, " directions, got ",
                   states[0].size(0));
-  a.dtype = x.scalar_type();
+  a.dtype = dtype_of(x);
   a.D = sizes.D;
   a.B = states[0].size(1);
   a.I = sizes.I;
@@ -112,7 +105,7 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
   a.projected = sizes.projected;
 
   if (batch_sizes) {
-    STD_TORCH_CHECK(x.dim() == 2, "a packed input must be [N, I], got ", text(shape_of(x)));
+    STD_TORCH_CHECK(x.dim() == 2, "a packed input must be [N, I], got ", text(x.sizes()));
     STD_TORCH_CHECK(!lengths && !reset, "a packed input takes neither lengths nor reset");
     a.batch_sizes = dense(*batch_sizes);
     a.T = a.batch_sizes->size(0);
@@ -127,7 +120,7 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
     }
     STD_TORCH_CHECK(sum == a.N, "the sum of batch_sizes must be the input's ", a.N, " rows, got ", sum);
   } else {
-    STD_TORCH_CHECK(x.dim() == 3, "the input must be [T, B, I], got ", text(shape_of(x)));
+    STD_TORCH_CHECK(x.dim() == 3, "the input must be [T, B, I], got ", text(x.sizes()));
     a.T = x.size(0);
     a.N = a.T * a.B;
   }
@@ -140,7 +133,7 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
     check_indices("lengths", *a.lengths, a.B);
   }
   if (reset) {
-    STD_TORCH_CHECK(has_shape(*reset, {a.T, a.B}) && reset->scalar_type() == ScalarType::Bool,
+    STD_TORCH_CHECK(has_shape(*reset, {a.T, a.B}) && dtype_of(*reset) == ScalarType::Bool,
                     "reset must be a BoolTensor [", a.T, ", ", a.B, "]");
     STD_TORCH_CHECK(reset->is_cpu() == x.is_cpu(), "reset must be on the input's device");
     a.reset = dense(*reset);
@@ -160,37 +153,38 @@ LayerArgs check_layer(const CellShape& cell, const Tensor& x, const TensorList& 
   return a;
 }
 
-RowTable row_table(const LayerArgs& a) {
-  RowTable table;
-  table.active.assign(a.T, a.B);
-  table.offset.assign(a.T + 1, 0);
+RowTable::RowTable(const LayerArgs& a) : T_(a.T), all_(new int64_t[2 * a.T + 1 + a.B]) {
+  active = all_.get();
+  offset = active + a.T;
+  lengths_ = offset + a.T + 1;
+  std::fill_n(active, a.T, a.B);
   if (a.packed()) {
     const int64_t* sizes = static_cast<const int64_t*>(a.batch_sizes->const_data_ptr());
-    std::copy(sizes, sizes + a.T, table.active.begin());
+    std::copy(sizes, sizes + a.T, active);
   } else if (a.lengths) {
     const int64_t* given = static_cast<const int64_t*>(a.lengths->const_data_ptr());
     std::vector<int64_t> length(a.B);
     // Clamped: what a caller without the Python checks (a compiled program) passes must not lead out of
     // bounds.
     for (int64_t b = 0; b < a.B; ++b) length[b] = std::clamp<int64_t>(given[b], 0, a.T);
-    table.order.resize(a.B);
-    std::iota(table.order.begin(), table.order.end(), 0);
-    std::stable_sort(table.order.begin(), table.order.end(),
+    order_.resize(a.B);
+    std::iota(order_.begin(), order_.end(), 0);
+    std::stable_sort(order_.begin(), order_.end(),
                      [&](int64_t p, int64_t q) { return length[p] > length[q]; });
-    int64_t active = a.B;
+    int64_t count = a.B;
     for (int64_t t = 0; t < a.T; ++t) {
-      while (active > 0 && length[table.order[active - 1]] <= t) --active;
-      table.active[t] = active;
-      for (int64_t i = 0; i < active; ++i) table.outside.push_back(t * a.B + table.order[i]);
+      while (count > 0 && length[order_[count - 1]] <= t) --count;
+      active[t] = count;
+      for (int64_t i = 0; i < count; ++i) outside.push_back(t * a.B + order_[i]);
     }
   }
-  table.lengths.assign(a.B, 0);
   int64_t known = 0;
   for (int64_t t = a.T; t > 0; --t) {  // from the end: the sequences that are new in step t end there
-    while (known < table.active[t - 1]) table.lengths[known++] = t;
+    while (known < active[t - 1]) lengths_[known++] = t;
   }
-  for (int64_t t = 0; t < a.T; ++t) table.offset[t + 1] = table.offset[t] + table.active[t];
-  return table;
+  std::fill(lengths_ + known, lengths_ + a.B, 0);
+  offset[0] = 0;
+  std::partial_sum(active, active + a.T, offset + 1);
 }
 
 }  // namespace fastrnn

@@ -7,6 +7,10 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
+#include <array>
+#include <initializer_list>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -25,6 +29,30 @@ std::string take_string(StringHandle handle);
 
 // t itself where it can be: torch's own operator would go through the dispatcher to say so.
 Tensor dense(const Tensor& t);
+
+// The sizes of a tensor of at most four dimensions; on the stack, where a short call would notice the heap.
+class Shape {
+ public:
+  Shape(std::initializer_list<int64_t> sizes) : dims_(sizes.size()) {
+    std::copy(sizes.begin(), sizes.end(), sizes_.begin());
+  }
+  const int64_t* begin() const { return sizes_.data(); }
+  const int64_t* end() const { return begin() + dims_; }
+  size_t size() const { return dims_; }
+
+ private:
+  size_t dims_;
+  std::array<int64_t, 4> sizes_;
+};
+
+bool has_shape(const Tensor& t, const Shape& shape);
+
+// t's type. Tensor::scalar_type() asks torch about one type after another, which a short call would notice.
+inline ScalarType dtype_of(const Tensor& t) {
+  int32_t dtype = 0;
+  STD_TORCH_CHECK(aoti_torch_get_dtype(t.get(), &dtype) == AOTI_TORCH_SUCCESS, "not a tensor");
+  return static_cast<ScalarType>(dtype);
+}
 
 // What the checks need to know of a cell.
 struct CellShape {
@@ -55,9 +83,9 @@ struct LayerArgs {
   ScalarType dtype;
 
   bool packed() const { return batch_sizes.has_value(); }
-  std::vector<int64_t> row_shape(int64_t width) const {
-    return packed() ? std::vector<int64_t>{N, width} : std::vector<int64_t>{T, B, width};
-  }
+  Shape row_shape(int64_t width) const { return packed() ? Shape{N, width} : Shape{T, B, width}; }
+  // Of the sequences of a state after h.
+  Shape seq_shape() const { return packed() ? Shape{D, N, H} : Shape{D, T, B, H}; }
 };
 
 // Raises a RuntimeError that says what was expected and what came.
@@ -76,16 +104,20 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
 
 // Which rows a step has. Sequences are sorted by length, longest first; `order` maps that back to the
 // caller's batch.
-struct RowTable {
-  std::vector<int64_t> active;   // [T]
-  std::vector<int64_t> offset;   // [T + 1]
+class RowTable {
+ public:
+  explicit RowTable(const LayerArgs& args);
+
+  int64_t *active, *offset;      // [T], [T + 1]
   std::vector<int64_t> outside;  // [N'] the caller's row of a packed row; empty: the same
-  std::vector<int64_t> order;    // [B] the caller's sequence of a sorted one; empty: the same
-  int64_t rows() const { return offset.back(); }
-  std::vector<int64_t> lengths;  // [B] of the sorted sequences
-  int64_t length(int64_t sequence) const { return lengths[sequence]; }
-  int64_t caller(int64_t sequence) const { return order.empty() ? sequence : order[sequence]; }
+  int64_t rows() const { return offset[T_]; }
+  int64_t length(int64_t sequence) const { return lengths_[sequence]; }
+  int64_t caller(int64_t sequence) const { return order_.empty() ? sequence : order_[sequence]; }
+
+ private:
+  int64_t T_, *lengths_;            // [B] of the sorted sequences
+  std::vector<int64_t> order_;      // [B] the caller's sequence of a sorted one; empty: the same
+  std::unique_ptr<int64_t[]> all_;  // active, offset and lengths
 };
-RowTable row_table(const LayerArgs& args);
 
 }  // namespace fastrnn

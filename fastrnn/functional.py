@@ -39,6 +39,7 @@ def plain(x: Tensor) -> bool:
         and x.dtype in KERNEL_DTYPES
         and not transforms.active()
         and not torch._C._is_any_autocast_enabled()
+        and torch._C._len_torch_dispatch_stack() == 0
         and torch._C._get_tracing_state() is None
         and RECORDER.take is None
         and choose(x) == "cpu"

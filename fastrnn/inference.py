@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -113,10 +113,8 @@ class Packed(_Layer):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         return packed.layer(self.cell, x, states, weights[0], **options)
 
-    def _call_kernel(self, x: Tensor, states: list[Tensor]) -> Any:
-        weights = self._buffers["packed_l0"]
-        assert weights is not None
-        return packed.call(self.cell, x, states, weights)
+    def _stream_weights(self) -> Sequence[Tensor | None]:
+        return [self._buffers["packed_l0"]]
 
 
 class Frozen(Packed):

@@ -196,19 +196,20 @@ class _Layer(torch_rnn.RNNBase):
         if two and type(hx) is not tuple:
             return None
         try:
-            y, last, *_ = self._call_kernel(input, list(hx) if two else [hx])
-        except (AttributeError, RuntimeError, TypeError, IndexError):
+            h, c = hx if two else (hx, None)
+            y, h, c = kernels.stream(self._cell, input, h, c, *self._stream_weights())
+        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
             return None
-        return y, tuple(last) if two else last[0]
+        return y, (h, c) if two else h
 
-    def _call_kernel(self, x: Tensor, states: list[Tensor]) -> Any:
-        """The operator's outputs for the only layer, past all of Python's checks; the kernel's errors."""
-        cell, own = self._cell, self._parameters
+    def _stream_weights(self) -> Sequence[Tensor | None]:
+        """The only layer's, as `kernels.stream` takes them."""
+        own = self._parameters
         params = [own.get(name) for name in self._all_weights[0]]
         w_ih = params[0]
-        if w_ih is None or w_ih.shape != (CELLS[cell].gates * self.hidden_size, self.input_size):
+        if w_ih is None or w_ih.shape != (CELLS[self._cell].gates * self.hidden_size, self.input_size):
             raise IndexError  # reparametrized, or of other sizes: `_run` has the words
-        return kernels.call_plain(cell, x, states, params)
+        return params
 
     def _call_layer(
         self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any

@@ -351,3 +351,5 @@ if LOADED:
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
     _LIBRARY.impl("layer", _autograd_layer, "Autograd", with_keyset=True)
     _LIBRARY.impl("layer_backward", _autograd_backward, "Autograd", with_keyset=True)
+    # Torch's own fallback for operators without a rule takes time to find that there is no gradient.
+    _LIBRARY.impl("stream", torch.library.fallthrough_kernel, "Autograd")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from helpers import LAYERS, assert_same, assert_same_error, hidden, pair, randn, tensors
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
 from fastrnn import kernels
@@ -15,14 +16,14 @@ cells = pytest.mark.parametrize("cell", LAYERS)
 @pytest.fixture
 def direct(monkeypatch):
     """The calls that went straight to the kernel."""
-    calls, kernel = [], kernels.call_plain
+    calls, kernel = [], kernels.stream
 
     def counted(*args):
         result = kernel(*args)
         calls.append(args[0])
         return result
 
-    monkeypatch.setattr(kernels, "call_plain", counted)
+    monkeypatch.setattr(kernels, "stream", counted)
     return calls
 
 
@@ -51,6 +52,18 @@ def test_values(cell, bias, T, B, direct):
 def test_projection(direct):
     ours, theirs = pair("lstm", 5, 19, proj_size=7)
     compare(ours, theirs, randn(3, 2, 5), hidden(ours, 2), direct)
+
+
+@pytest.mark.parametrize("B", [1, 4, 5])
+@cells
+def test_the_same_bits_at_every_call(cell, B):
+    """Every other call sweeps the weights backwards; 150 units are an odd number of vectors, not all full."""
+    layer = pair(cell, 5, 150)[0]
+    x, hx = randn(1, B, 5), hidden(layer, B)
+    with torch.no_grad():
+        first, *others = [tensors(layer(x, hx)) for _ in range(4)]
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=0, atol=0)
 
 
 @cells
@@ -138,6 +151,9 @@ def test_when_more_is_asked_for(direct):
         layer(x, h, lengths=torch.tensor([3, 1]))
         layer(x)
         torch.vmap(lambda s: layer(x, s)[0])(h.expand(4, *h.shape))
+        with FlopCounterMode(display=False) as counter:
+            layer(x, h)
+        assert counter.get_total_flops() == 2 * 6 * 18 * (5 + 6)
     assert layer(x, h)[0].requires_grad
     assert len(direct) == 1
 

@@ -75,10 +75,8 @@ struct Forward {
     end_phase(share);
   }
 
-  FASTRNN_HD void last_stage(int64_t row0, int64_t row1) const {
+  FASTRNN_HD void last_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
     constexpr bool kTwo = Cell::kStages == 2;
-    int64_t block0, block1;
-    my_blocks<E>(share, p.H, block0, block1);
     const int64_t K = kTwo ? p.H : p.P;
     const cpu::Weight<A>& w = d.w[Cell::kStages - 1];
     const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K);
@@ -117,7 +115,6 @@ struct Forward {
                        write_h(i, unit, lanes, s_new[0]);
                      }
                    });
-    end_phase(share);
   }
 
   FASTRNN_HD void projection(int64_t row0, int64_t row1) const {
@@ -151,12 +148,11 @@ struct Forward {
     end_phase(share);
   }
 
-  // gx of rows [first, first + count) and this member's units, for one stage's gates.
+  // gx of rows [first, first + count) and some blocks of units, for one stage's gates.
   template <int N>
   static void input_product(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
-                            int stage, int gate0, int64_t first, int64_t count) {
-    int64_t block0, block1;
-    my_blocks<E>(share, p.H, block0, block1);
+                            int stage, int gate0, int64_t first, int64_t count, int64_t block0,
+                            int64_t block1) {
     const A* x =
         d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const A*>(p.x.data) + first * p.I;
     E* to = d.gates + (first - (d.save ? 0 : c.first)) * d.ld_gates + gate0 * p.H;
@@ -168,10 +164,10 @@ struct Forward {
   }
 
   static void input_products(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share,
-                             const Chunk& c) {
+                             const Chunk& c, int64_t block0, int64_t block1) {
     const auto rows = [&](int64_t first, int64_t count) {
-      if constexpr (kFirst > 0) input_product<kFirst>(p, d, share, c, 0, 0, first, count);
-      input_product<kLast>(p, d, share, c, Cell::kStages - 1, kFirst, first, count);
+      if constexpr (kFirst > 0) input_product<kFirst>(p, d, share, c, 0, 0, first, count, block0, block1);
+      input_product<kLast>(p, d, share, c, Cell::kStages - 1, kFirst, first, count, block0, block1);
     };
     if (share.row0 == 0 && share.row1 == p.rows.B) {
       rows(c.first, p.rows.offset[c.t1] - c.first);
@@ -184,6 +180,11 @@ struct Forward {
 
   static void run(const Scan<E, A>& p, const Share& share) {
     const int64_t T = p.rows.T;
+    int64_t block0, block1;
+    my_blocks<E>(share, p.H, block0, block1);
+    // A step alone, of few sequences, does nothing but read the weights. It takes both products of some units
+    // at a time: one sweep over all weights, which the next call begins where this one ends.
+    const bool alone = T == 1 && p.rows.B <= 4 && Cell::kStages == 1;
     for (int which = share.dir0; which < share.dir1; ++which) {
       const Direction<E, A>& d = p.dir[which];
       const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };
@@ -193,7 +194,7 @@ struct Forward {
         c.first = p.rows.offset[c.t0];
         // Whoever is still at the chunk before reads neither its rows of x nor another member's gx.
         if (d.x_rows) gather_x(p, d, share, c);
-        input_products(p, d, share, c);
+        if (!alone) input_products(p, d, share, c, block0, block1);
         for (int64_t k = k0; k < k1; ++k) {
           const Step now = step_at(p, d, time(k)), next = step_at(p, d, time(k + 1));
           const Forward f{p,
@@ -204,10 +205,22 @@ struct Forward {
                           d.ring[k & 1],
                           d.ring[(k + 1) & 1],
                           d.gates + (now.first - (d.save ? 0 : c.first)) * d.ld_gates,
-                          (k & 1) != 0};
+                          ((p.sweeps + k) & 1) != 0};
           const int64_t row1 = at_most(share.row1, now.active);
           if constexpr (Cell::kStages == 2) f.first_stage(share.row0, row1);
-          f.last_stage(share.row0, row1);
+          if (alone) {
+            constexpr int64_t kEach = TileShape<kLast>::kUnitsOneRow;
+            const int64_t pieces = (block1 - block0 + kEach - 1) / kEach;
+            for (int64_t j = 0; j < pieces; ++j) {
+              const int64_t b0 = block0 + (f.backwards ? pieces - 1 - j : j) * kEach;
+              const int64_t b1 = at_most(b0 + kEach, block1);
+              input_products(p, d, share, c, b0, b1);
+              f.last_stage(share.row0, row1, b0, b1);
+            }
+          } else {
+            f.last_stage(share.row0, row1, block0, block1);
+          }
+          end_phase(share);
           if (d.w_proj) f.projection(share.row0, row1);
         }
       }

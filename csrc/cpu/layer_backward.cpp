@@ -27,7 +27,7 @@ class BackwardPass {
       : cell_(cell_kernels<E, A>(name)),
         a_(check_layer({cell_.gates, cell_.states, cell_.saved}, x, states, params, lengths, batch_sizes,
                        reset)),
-        table_(row_table(a_)),
+        table_(a_),
         need_x_(need_x),
         need_params_(need_params),
         H_(a_.H),
@@ -43,9 +43,7 @@ class BackwardPass {
     STD_TORCH_CHECK(dlast.empty() || dlast.size() == others + 1, "dlast must be empty or one for each state");
     STD_TORCH_CHECK(dseq.empty() || dseq.size() == others,
                     "dseq must be empty or one for each state after h");
-    const auto y_shape = a_.row_shape(D * P_);
-    auto seq_shape = a_.row_shape(H_);
-    seq_shape.insert(seq_shape.begin(), D);
+    const Shape y_shape = a_.row_shape(D * P_), seq_shape = a_.seq_shape();
     y_ = expect("y", y, y_shape, a_.dtype);
     if (dy) dy_ = expect("dy", *dy, y_shape, a_.dtype);
     saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>));
@@ -79,19 +77,16 @@ class BackwardPass {
   }
 
  private:
-  static Tensor expect(const char* name, const Tensor& t, const std::vector<int64_t>& shape,
-                       ScalarType dtype) {
-    const auto sizes = t.sizes();
-    STD_TORCH_CHECK(std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end()) && t.is_cpu() &&
-                        t.scalar_type() == dtype,
-                    name, " must be as the forward pass gave it, in shape, dtype and device");
+  static Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+    STD_TORCH_CHECK(has_shape(t, shape) && t.is_cpu() && dtype_of(t) == dtype, name,
+                    " must be as the forward pass gave it, in shape, dtype and device");
     return dense(t);
   }
 
   void prepare() {
     const int64_t D = a_.D, N = a_.N, B = a_.B, G = cell_.gates;
     const bool bf16 = a_.dtype == ScalarType::BFloat16;
-    scan_.rows = {a_.T, B, table_.active.data(), table_.offset.data(),
+    scan_.rows = {a_.T, B, table_.active, table_.offset,
                   table_.outside.empty() ? nullptr : table_.outside.data()};
     scan_.directions = static_cast<int>(D);
     scan_.H = H_;
@@ -166,8 +161,8 @@ class BackwardPass {
     if (need_params_ && projected_) raw_panels_ = arena_.get<A>(most * wide);
     direct_x_ = (!bf16 || D == 1) && table_.outside.empty();
     if (need_x_) {
-      dx_ = a_.lengths ? torch::stable::new_zeros(a_.x, a_.row_shape(a_.I))
-                       : empty(a_.row_shape(a_.I), a_.dtype);
+      const Shape shape = a_.row_shape(a_.I);
+      dx_ = a_.lengths ? zeros(a_.x, shape, a_.dtype) : empty(shape, a_.dtype);
       E* rows = direct_x_ ? nullptr : arena_.get<E>(table_.rows() * a_.I);
       dx_rows_ = direct_x_ ? Border<E>{dx_.mutable_data_ptr(), a_.I, bf16} : Border<E>{rows, a_.I, false};
       if (D > 1) std::fill_n(static_cast<E*>(dx_rows_.data), table_.rows() * a_.I, E(0));
@@ -177,7 +172,7 @@ class BackwardPass {
   // Where a weight's gradient is summed: in the result, where that is of E.
   E* gradient(const Tensor& w, int64_t d) {
     Tensor& out = dparams_[d].emplace_back(torch::stable::empty_like(w));
-    return w.scalar_type() == kScalar<E> ? static_cast<E*>(out.mutable_data_ptr()) : arena_.get<E>(w.numel());
+    return dtype_of(w) == kScalar<E> ? static_cast<E*>(out.mutable_data_ptr()) : arena_.get<E>(w.numel());
   }
 
   // The rows of the chunk of steps k0 .. k1, which are counted from the end of the forward scan.
@@ -218,7 +213,7 @@ class BackwardPass {
 
   static Border<E> at(const Tensor& t, int64_t element) {
     return {static_cast<char*>(t.mutable_data_ptr()) + element * t.element_size(), 0,
-            t.scalar_type() == ScalarType::BFloat16};
+            dtype_of(t) == ScalarType::BFloat16};
   }
 
   // The chunk's rows of a matrix, into panels.
@@ -381,9 +376,9 @@ std::tuple<Tensor, TensorList, TensorList> layer_backward(StringHandle cell, Opt
                               saved, need_x, need_params)
         .run();
   };
-  Gradients g = x.scalar_type() == ScalarType::Double ? run(double{}, double{})
-                : multiplies_bf16(x)                  ? run(float{}, Bf16{})
-                                                      : run(float{}, float{});
+  Gradients g = dtype_of(x) == ScalarType::Double ? run(double{}, double{})
+                : multiplies_bf16(x)              ? run(float{}, Bf16{})
+                                                  : run(float{}, float{});
   return {std::move(g.dx), std::move(g.dstates), std::move(g.dparams)};
 }
 

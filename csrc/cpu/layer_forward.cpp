@@ -1,4 +1,6 @@
 // fastrnn::layer on the CPU.
+#include <atomic>
+
 #include "packed.h"
 
 namespace fastrnn::cpu {
@@ -13,24 +15,21 @@ struct Outputs {
 template <class E, class A = E>
 Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
                 bool return_states) {
-  const RowTable table = row_table(a);
+  const RowTable table(a);
   const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
   const bool projected = a.projected, bf16 = a.dtype == ScalarType::BFloat16;
   const bool int8 = packed && packed->int8();
   Arena arena;
 
   Outputs out;
-  const auto fresh = [&](std::vector<int64_t> shape, ScalarType dtype) {
-    return a.lengths ? torch::stable::new_zeros(a.x, shape, dtype) : empty(shape, dtype);
+  const auto fresh = [&](const Shape& shape, ScalarType dtype) {
+    return a.lengths ? zeros(a.x, shape, dtype) : empty(shape, dtype);
   };
   out.y = fresh(a.row_shape(D * P), a.dtype);
+  out.last.reserve(cell.states);
   for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
   if (save || return_states) {
-    for (int j = 1; j < cell.states; ++j) {
-      auto shape = a.row_shape(H);
-      shape.insert(shape.begin(), D);
-      out.seq.push_back(fresh(shape, kScalar<E>));
-    }
+    for (int j = 1; j < cell.states; ++j) out.seq.push_back(fresh(a.seq_shape(), kScalar<E>));
   }
   if (save) {
     out.saved.push_back(empty({D, N, cell.saved * H}, kScalar<E>));
@@ -38,8 +37,7 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   }
 
   Scan<E, A> scan{};
-  scan.rows = {a.T, a.B, table.active.data(), table.offset.data(),
-               table.outside.empty() ? nullptr : table.outside.data()};
+  scan.rows = {a.T, a.B, table.active, table.offset, table.outside.empty() ? nullptr : table.outside.data()};
   scan.directions = static_cast<int>(D);
   scan.H = H;
   scan.P = P;
@@ -50,6 +48,9 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   using Packing = Weights<E, A>;
   const int64_t few = a.B <= Packing::kFewSequences ? Packing::kFewRowsOfFew : Packing::kFewRows;
   const bool direct = bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty();
+  // The cache may still hold where the call before left off.
+  static std::atomic<unsigned> sweeps{0};
+  scan.sweeps = sweeps.fetch_add(static_cast<unsigned>(a.T), std::memory_order_relaxed);
   scan.I = a.I;
   scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
   scan.steps = input_steps(a, columns, sizeof(E));
@@ -139,21 +140,47 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   return out;
 }
 
-std::tuple<Tensor, TensorList, TensorList, TensorList> layer(StringHandle cell, Tensor x, TensorList states,
-                                                             TensorList params, OptionalTensor lengths,
-                                                             OptionalTensor batch_sizes, OptionalTensor reset,
-                                                             bool save, bool return_states) {
-  const std::string name = take_string(cell);
+// The masks of a call; none: all absent.
+struct Masks {
+  OptionalTensor lengths, batch_sizes, reset;
+};
+
+Outputs run_layer(const std::string& name, const Tensor& x, const TensorList& states,
+                  const TensorList& params, const Masks& masks, bool save, bool return_states) {
   check_dtype(x);
   const auto run = [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
     const LayerArgs a = check_layer({kernels.gates, kernels.states, kernels.saved}, x, states, params,
-                                    lengths, batch_sizes, reset);
+                                    masks.lengths, masks.batch_sizes, masks.reset);
     return forward<E, A>(kernels, a, nullptr, save, return_states);
   };
-  Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}, double{})
-                : multiplies_bf16(x)                  ? run(float{}, Bf16{})
-                                                      : run(float{}, float{});
+  return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
+         : multiplies_bf16(x)              ? run(float{}, Bf16{})
+                                           : run(float{}, float{});
+}
+
+Outputs run_packed(const std::string& name, const Tensor& x, const TensorList& states, const Tensor& weights,
+                   const Masks& masks, bool return_states) {
+  check_dtype(x);
+  STD_TORCH_CHECK(dtype_of(weights) == dtype_of(x), "the weights were packed for another dtype of input");
+  const auto run = [&]<class E>(E) {
+    const CellKernels<E>& kernels = cell_kernels<E>(name);
+    const PackedLayer<E> packed(kernels, weights);
+    const LayerArgs a = check_input({kernels.gates, kernels.states, kernels.saved}, packed.sizes(), x, states,
+                                    masks.lengths, masks.batch_sizes, masks.reset);
+    return forward<E>(kernels, a, &packed, false, return_states);
+  };
+  return dtype_of(x) == ScalarType::Double ? run(double{}) : run(float{});
+}
+
+// The operators, as ops.cpp has them.
+
+std::tuple<Tensor, TensorList, TensorList, TensorList> layer(StringHandle cell, Tensor x, TensorList states,
+                                                             TensorList params, OptionalTensor lengths,
+                                                             OptionalTensor batch_sizes, OptionalTensor reset,
+                                                             bool save, bool return_states) {
+  Outputs out =
+      run_layer(take_string(cell), x, states, params, {lengths, batch_sizes, reset}, save, return_states);
   return {std::move(out.y), std::move(out.last), std::move(out.seq), std::move(out.saved)};
 }
 
@@ -161,19 +188,29 @@ std::tuple<Tensor, TensorList, TensorList> layer_packed(StringHandle cell, Tenso
                                                         Tensor weights, OptionalTensor lengths,
                                                         OptionalTensor batch_sizes, OptionalTensor reset,
                                                         bool return_states) {
-  const std::string name = take_string(cell);
-  check_dtype(x);
-  STD_TORCH_CHECK(weights.scalar_type() == x.scalar_type(),
-                  "the weights were packed for another dtype of input");
-  const auto run = [&]<class E>(E) {
-    const CellKernels<E>& kernels = cell_kernels<E>(name);
-    const PackedLayer<E> packed(kernels, weights);
-    const LayerArgs a = check_input({kernels.gates, kernels.states, kernels.saved}, packed.sizes(), x, states,
-                                    lengths, batch_sizes, reset);
-    return forward<E>(kernels, a, &packed, false, return_states);
-  };
-  Outputs out = x.scalar_type() == ScalarType::Double ? run(double{}) : run(float{});
+  Outputs out =
+      run_packed(take_string(cell), x, states, weights, {lengths, batch_sizes, reset}, return_states);
   return {std::move(out.y), std::move(out.last), std::move(out.seq)};
+}
+
+std::tuple<Tensor, Tensor, OptionalTensor> stream(StringHandle cell, Tensor x, Tensor h, OptionalTensor c,
+                                                  Tensor p0, OptionalTensor p1, OptionalTensor p2,
+                                                  OptionalTensor p3, OptionalTensor p4) {
+  const std::string name = take_string(cell);
+  TensorList states, params;
+  states.reserve(2);
+  params.reserve(5);
+  states.push_back(std::move(h));
+  params.push_back(std::move(p0));
+  if (c) states.push_back(std::move(*c));
+  for (OptionalTensor* p : {&p1, &p2, &p3, &p4}) {
+    if (*p) params.push_back(std::move(**p));
+  }
+  Outputs out = params.size() > 1 ? run_layer(name, x, states, params, {}, false, false)
+                                  : run_packed(name, x, states, params[0], {}, false);
+  OptionalTensor c_n;
+  if (out.last.size() > 1) c_n = std::move(out.last[1]);
+  return {std::move(out.y), std::move(out.last[0]), std::move(c_n)};
 }
 
 std::vector<std::string> instruction_set_names() {
@@ -189,6 +226,7 @@ std::string instruction_set_name() { return instruction_set().name; }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("layer", TORCH_BOX(&fastrnn::cpu::layer));
   m.impl("layer_packed", TORCH_BOX(&fastrnn::cpu::layer_packed));
+  m.impl("stream", TORCH_BOX(&fastrnn::cpu::stream));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&fastrnn::cpu::instruction_set_names));

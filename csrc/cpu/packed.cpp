@@ -13,7 +13,7 @@ template <class E>
 void pack_weight(const Tensor& w, const Part& p, Weight<E> to) {
   const char* src = static_cast<const char*>(w.const_data_ptr()) + p.gate0 * p.units * p.K * w.element_size();
   const Kernels<E>& k = kernels<E>();
-  k.pack({src, w.scalar_type() == ScalarType::BFloat16, p.gates, p.units * p.K, p.units, p.K, p.K, 1},
+  k.pack({src, dtype_of(w) == ScalarType::BFloat16, p.gates, p.units * p.K, p.units, p.K, p.K, 1},
          const_cast<E*>(to.data), 0, ceil_div(p.units, k.width));
 }
 
@@ -63,7 +63,7 @@ Tensor pack_layer(const std::string& name, const TensorList& params, const Tenso
         if (int8) {
           const Tensor& scale = scales[d * each + which];
           STD_TORCH_CHECK(scale.is_cpu() && scale.is_contiguous() && scale.numel() == w.size(0) &&
-                              scale.scalar_type() == ScalarType::Float,
+                              dtype_of(scale) == ScalarType::Float,
                           "the scales of a weight must be float32 [", w.size(0), "]");
           return pack_int8(w, scale, part, to);
         }
@@ -87,7 +87,7 @@ Tensor pack(StringHandle cell, TensorList params, TensorList scales, int64_t dir
                   "expected the parameters of 1 or 2 directions");
   if (!scales.empty()) return pack_layer<float>(name, params, scales, directions, ScalarType::Float);
   check_dtype(params[0]);
-  const ScalarType dtype = params[0].scalar_type();
+  const ScalarType dtype = dtype_of(params[0]);
   const auto run = dtype == ScalarType::Double ? &pack_layer<double> : &pack_layer<float>;
   return run(name, params, scales, directions, dtype);
 }

@@ -118,7 +118,8 @@ struct Scan {
   // Forward.
   Border<E> x;
   int64_t I;
-  int64_t steps;  // of a chunk
+  int64_t steps;    // of a chunk
+  unsigned sweeps;  // over the weights, before this call: every other one is backwards
 };
 
 // Splits (direction, rows, units) over a team; see workspace.h.

@@ -56,7 +56,7 @@ inline void read(const Tensor& t, int64_t at, int64_t n, Bf16* to) {
 }
 template <class E>
 void read(const Tensor& t, int64_t at, int64_t n, E* to) {
-  if (t.scalar_type() == ScalarType::BFloat16) {
+  if (dtype_of(t) == ScalarType::BFloat16) {
     const uint16_t* p = static_cast<const uint16_t*>(t.const_data_ptr()) + at;
     for (int64_t i = 0; i < n; ++i) to[i] = static_cast<E>(from_bf16(p[i]));
   } else if (n > 0) {
@@ -65,7 +65,7 @@ void read(const Tensor& t, int64_t at, int64_t n, E* to) {
 }
 template <class E>
 void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
-  if (t.scalar_type() == ScalarType::BFloat16) {
+  if (dtype_of(t) == ScalarType::BFloat16) {
     uint16_t* p = static_cast<uint16_t*>(t.mutable_data_ptr()) + at;
     for (int64_t i = 0; i < n; ++i) p[i] = to_bf16(static_cast<float>(from[i]));
   } else if (n > 0) {
@@ -91,14 +91,14 @@ void read_biases(const LayerArgs::Direction& p, int64_t gates, int64_t H, E* bx,
 }
 
 inline void check_dtype(const Tensor& x) {
-  const ScalarType t = x.scalar_type();
+  const ScalarType t = dtype_of(x);
   STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16,
                   "the cpu backend takes float32, float64 and bfloat16");
 }
 
 // Of this tensor's type, by the instruction set in force.
 inline bool multiplies_bf16(const Tensor& x) {
-  return x.scalar_type() == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
+  return dtype_of(x) == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
 }
 
 // keep [N] of one direction: 0 where a reset cuts the state that enters the step. `cut` [T, B]; in reverse
@@ -130,7 +130,7 @@ class Weights {
   // p: the gates, units and strides, in elements, of w from `offset` on.
   Weight<A> get(const Tensor& w, int64_t offset, Pack p, int64_t few = kFewRows) {
     p.src = static_cast<const char*>(w.const_data_ptr()) + offset * w.element_size();
-    p.bf16 = w.scalar_type() == ScalarType::BFloat16;
+    p.bf16 = dtype_of(w) == ScalarType::BFloat16;
     if (direct_ && rows_ <= few) {
       const A* src = static_cast<const A*>(p.src);
       if (p.k_stride == 1) return {src, Weight<A>::kRows, p.unit_stride};
@@ -167,15 +167,19 @@ class Weights {
 };
 
 // A new tensor on the CPU, past the dispatcher: for a short call that is a tenth of its time.
-inline Tensor empty(const std::vector<int64_t>& shape, ScalarType dtype) {
-  std::vector<int64_t> strides(shape.size(), 1);
-  for (size_t i = shape.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+inline Tensor empty(const Shape& shape, ScalarType dtype) {
+  const int64_t dims = static_cast<int64_t>(shape.size()), *sizes = shape.begin();
+  int64_t strides[4] = {1, 1, 1, 1};
+  for (int64_t i = dims; i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   AtenTensorHandle handle = nullptr;
-  const auto error =
-      aoti_torch_empty_strided(static_cast<int64_t>(shape.size()), shape.data(), strides.data(),
-                               static_cast<int32_t>(dtype), aoti_torch_device_type_cpu(), 0, &handle);
-  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", shape.size(), " dimensions");
+  const auto error = aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
+                                              aoti_torch_device_type_cpu(), 0, &handle);
+  STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", dims, " dimensions");
   return Tensor(handle);
+}
+
+inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  return torch::stable::new_zeros(like, {shape.begin(), shape.size()}, dtype);
 }
 
 // The backward scan's chunk: its gradients of the gates stay in cache for the products after it, and these
