@@ -56,7 +56,8 @@ class BackwardPass {
 
   Gradients run() {
     prepare();
-    Plan plan(a_.D, a_.B, a_.B * cell_.gates * H_ * P_, weight_bytes_, ceil_div(H_, kernels_.width));
+    const int64_t step = a_.B * cell_.gates * H_ * P_;
+    Plan plan(a_, step, a_.D * a_.T * step, weight_bytes_, ceil_div(H_, kernels_.width));
     for (scan_.k0 = 0; scan_.k0 < a_.T; scan_.k0 = scan_.k1) {
       scan_.k1 = std::min(scan_.k0 + steps_, a_.T);
       for (int64_t d = 0; d < a_.D; ++d) {

@@ -112,7 +112,9 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   }
 
   // A product of int8 weights takes a quarter of the time.
-  Plan plan(D, a.B, a.B * columns * P / (int8 ? 4 : 1), weight_bytes, ceil_div(H, kernels<E, A>().width));
+  const int64_t row_work = columns / (int8 ? 4 : 1);
+  Plan plan(a, a.B * row_work * P, D * a.N * row_work * (a.I + P), weight_bytes,
+            ceil_div(H, kernels<E, A>().width));
   const int64_t quantized = int8 ? most_rows * int8_row(std::max({a.I, P, H})) : 0;
   float* scratch = int8 ? arena.get<float>(plan.threads() * quantized) : nullptr;
   run_team(plan.threads(), [&](int member, int size) {

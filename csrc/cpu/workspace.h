@@ -198,14 +198,15 @@ inline int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) 
 
 // How a team shares out (directions, rows, units). Rows need no barrier, units one for every phase of a step;
 // but a thread that has all units streams the whole of R, which should then fit in its own second-level
-// cache.
+// cache, and in a short call is half of the time in that of the thread that packed it.
 class Plan {
  public:
-  Plan(int64_t D, int64_t B, int64_t step_work, int64_t weight_bytes, int64_t blocks)
-      : D_(static_cast<int>(D)), B_(B), weight_bytes_(weight_bytes), blocks_(blocks) {
-    // A step shorter than its barrier is better run alone.
-    constexpr int64_t kLeastWork = 16384;
-    const int64_t most = std::max<int64_t>(1, D * step_work / kLeastWork);
+  // step, call: multiplications of one step's recurrent product in one direction, and of all.
+  Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks)
+      : D_(static_cast<int>(a.D)), T_(a.T), B_(a.B), weight_bytes_(weight_bytes), blocks_(blocks) {
+    // A step shorter than its barrier, or a call shorter than waking a team, is better run alone.
+    constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;
+    const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / kLeastCall));
     threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
     if (threads_ > 1) barriers_.reset(new Barrier[threads_]);  // one for each group that splits units
   }
@@ -228,9 +229,10 @@ class Plan {
   }
 
  private:
-  static constexpr int64_t kRowsEach = 6, kCacheBytes = 1200 << 10;
+  static constexpr int64_t kRowsEach = 6, kCacheBytes = 1200 << 10, kShort = 8;
 
   int unit_parts(int threads) const {
+    if (T_ <= kShort) return threads;
     for (int parts = 1; parts < threads; ++parts) {
       if (threads % parts == 0 && B_ >= kRowsEach * (threads / parts) &&
           weight_bytes_ / parts <= kCacheBytes && blocks_ >= parts) {
@@ -241,7 +243,7 @@ class Plan {
   }
 
   int D_, threads_;
-  int64_t B_, weight_bytes_, blocks_;
+  int64_t T_, B_, weight_bytes_, blocks_;
   std::unique_ptr<Barrier[]> barriers_;
 };
 
