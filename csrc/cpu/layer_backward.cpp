@@ -64,16 +64,16 @@ class BackwardPass {
         chunk(d);
         gather_h_prev(d);
       }
-      run_team(plan.threads(), [&](int member, int size) {
-        if (scan_.k0 == 0) w_.pack(member, size);
-        cell_.backward(scan_, plan.share(member, size));
+      run_team(plan.threads(), [&](const Team& team) {
+        if (scan_.k0 == 0) w_.pack(team);
+        cell_.backward(scan_, plan.share(team));
       });
       for (int64_t d = 0; d < a_.D; ++d) {
         if (need_params_) weight_gradients(d);
         if (need_x_) input_gradient(d);
       }
     }
-    run_team(plan.threads(), [&](int member, int size) { cell_.finish(scan_, plan.share(member, size)); });
+    run_team(plan.threads(), [&](const Team& team) { cell_.finish(scan_, plan.share(team)); });
     return results();
   }
 

@@ -117,10 +117,10 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
             ceil_div(H, kernels<E, A>().width));
   const int64_t quantized = int8 ? most_rows * int8_row(std::max({a.I, P, H})) : 0;
   float* scratch = int8 ? arena.get<float>(plan.threads() * quantized) : nullptr;
-  run_team(plan.threads(), [&](int member, int size) {
-    weights.pack(member, size);
-    Share share = plan.share(member, size);
-    share.quantized = scratch + member * quantized;
+  run_team(plan.threads(), [&](const Team& team) {
+    weights.pack(team);
+    Share share = plan.share(team);
+    share.quantized = scratch + team.member * quantized;
     cell.forward(scan, share);
   });
 

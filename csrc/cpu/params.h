@@ -126,9 +126,9 @@ struct Scan {
 struct Share {
   int dir0, dir1;      // directions of this member
   int64_t row0, row1;  // rows of the batch
-  int part, parts;     // part of the units; parts > 1: a barrier ends each phase
-  Barrier* barrier;
-  float* quantized;  // scratch of this member: what its int8 weights meet, by int8_row
+  int part, parts;     // part of the units; parts > 1: all of them meet at the end of each phase
+  Place* places;       // where
+  float* quantized;    // scratch of this member: what its int8 weights meet, by int8_row
 };
 
 struct Pack {

@@ -94,7 +94,7 @@ FASTRNN_HD int64_t at_most(int64_t x, int64_t limit) { return x < limit ? x : li
 FASTRNN_HD int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
 
 FASTRNN_HD void end_phase(const Share& share) {
-  if (share.parts > 1) share.barrier->wait(share.parts);
+  if (share.parts > 1) cpu::meet(share.places, share.part, share.parts);
 }
 
 template <class Cell>

@@ -35,39 +35,38 @@ void spin_until(Done done) {
 
 }  // namespace
 
-void Barrier::wait(int members) {
-  const unsigned generation = generation_.load(std::memory_order_relaxed);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) == members - 1) {
-    arrived_.store(0, std::memory_order_relaxed);
-    generation_.store(generation + 1, std::memory_order_release);
-    return;
+void meet(Place* places, int member, int members) {
+  Place& own = places[member];
+  const unsigned now = ++own.met;
+  for (int round = 0, way = 1; way < members; ++round, way *= 2) {
+    places[(member + way) % members].told[round].store(now, std::memory_order_release);
+    // The one before may already be at the next meeting.
+    spin_until([&] { return static_cast<int>(own.told[round].load(std::memory_order_acquire) - now) >= 0; });
   }
-  spin_until([&] { return generation_.load(std::memory_order_acquire) != generation; });
 }
 
-void run_team(int want, void (*body)(void*, int, int), void* context) {
+void run_team(int want, void (*body)(void*, const Team&), void* context) {
   if (want <= 1) {
     const FlushDenormals flush;
-    body(context, 0, 1);
+    body(context, {0, 1, nullptr});
     return;
   }
   // Each thread gets one range of [0, want). How many there are is known once the ranges cover it all; a
   // member's number is the rank of its range, so that from call to call a thread, and the caches of the core
   // that it runs on, keep the same share of the weights.
-  std::unique_ptr<std::atomic<bool>[]> begins(new std::atomic<bool>[want]());
+  const std::unique_ptr<Place[]> places(new Place[2 * want]());
   std::atomic<int64_t> covered{0};
   torch::stable::parallel_for(0, want, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
-    begins[begin].store(true, std::memory_order_relaxed);
+    places[begin].first = true;
     covered.fetch_add(end - begin, std::memory_order_acq_rel);
     spin_until([&] { return covered.load(std::memory_order_acquire) == want; });
-    int member = 0, size = 0;
+    Team team{0, 0, places.get()};
     for (int i = 0; i < want; ++i) {
-      const bool is_begin = begins[i].load(std::memory_order_relaxed);
-      member += is_begin && i < begin;
-      size += is_begin;
+      team.member += places[i].first && i < begin;
+      team.size += places[i].first;
     }
-    body(context, member, size);
+    body(context, team);
   });
 }
 

@@ -6,25 +6,39 @@
 
 namespace fastrnn::cpu {
 
-// Spins briefly, then yields to the kernel: a neighbour on one of the cores must not cost a time slice per
-// step.
-class Barrier {
- public:
-  void wait(int members);
-
- private:
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<unsigned> generation_{0};
+// Where one member of a barrier hears from the others, in each round from another one; a line of its own, or
+// its neighbours' news would keep it from its own.
+struct Place {
+  alignas(64) std::atomic<unsigned> told[16];
+  alignas(64) unsigned met;
+  bool first;  // of its thread's range, see run_team
 };
 
-// Runs body(context, member, size) on up to `want` threads; every member runs at once, so they may meet at
-// barriers. The size is derived from the threads that really arrive: one inside another parallel region or a
-// forked child.
-void run_team(int want, void (*body)(void*, int member, int size), void* context);
+// A barrier of `members`, all of which call it with the same places [members] and none other: in round r each
+// tells the one 2^r after it (Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization",
+// 1988). Two members need one round, of one cache line each way. Waiting, it spins briefly, then yields to
+// the kernel: a neighbour on one of the cores must not cost a time slice per step.
+void meet(Place* places, int member, int members);
+
+// One thread's part in a team.
+struct Team {
+  int member, size;
+  Place* places;  // [2 * size]: the team's, then those of groups within it
+
+  void meet() const {
+    if (size > 1) cpu::meet(places, member, size);
+  }
+  // The places of a group of consecutive members, from `begin` on.
+  Place* group(int begin) const { return places + size + begin; }
+};
+
+// Runs body(context, team) on up to `want` threads; every member runs at once, so they may meet. The size is
+// derived from the threads that really arrive: one inside another parallel region or a forked child.
+void run_team(int want, void (*body)(void*, const Team&), void* context);
 
 template <class F>
 void run_team(int want, F&& f) {
-  run_team(want, [](void* context, int member, int size) { (*static_cast<F*>(context))(member, size); }, &f);
+  run_team(want, [](void* context, const Team& team) { (*static_cast<F*>(context))(team); }, &f);
 }
 
 // While it lives, denormal numbers count as zero in this thread: vanishing gradients become denormals, which

@@ -145,11 +145,12 @@ class Weights {
   }
 
   // This member's share of the packing; called by all of a team.
-  void pack(int member, int size) {
+  void pack(const Team& team) {
     for (const Job& job : jobs_) {
-      kernels_.pack(job.pack, job.dst, job.blocks * member / size, job.blocks * (member + 1) / size);
+      kernels_.pack(job.pack, job.dst, job.blocks * team.member / team.size,
+                    job.blocks * (team.member + 1) / team.size);
     }
-    if (!jobs_.empty() && size > 1) packed_.wait(size);
+    if (!jobs_.empty()) team.meet();
   }
 
  private:
@@ -163,7 +164,6 @@ class Weights {
   const int64_t rows_;
   const bool direct_;  // of the kernels' own type, and read by them where it lies
   std::vector<Job> jobs_;
-  Barrier packed_;
 };
 
 // A new tensor on the CPU, past the dispatcher: for a short call that is a tenth of its time.
@@ -208,15 +208,14 @@ class Plan {
     constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;
     const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / kLeastCall));
     threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
-    if (threads_ > 1) barriers_.reset(new Barrier[threads_]);  // one for each group that splits units
   }
   int threads() const { return threads_; }
 
-  Share share(int member, int size) {
+  Share share(const Team& team) const {
     Share s{};
-    const bool split = D_ > 1 && size % D_ == 0;
-    const int each = split ? size / D_ : size, index = member % each;
-    s.dir0 = split ? member / each : 0;
+    const bool split = D_ > 1 && team.size % D_ == 0;
+    const int each = split ? team.size / D_ : team.size, index = team.member % each;
+    s.dir0 = split ? team.member / each : 0;
     s.dir1 = split ? s.dir0 + 1 : D_;
     const int parts = unit_parts(each);
     const int row_parts = each / parts, row_part = index / parts;
@@ -224,7 +223,7 @@ class Plan {
     s.row1 = B_ * (row_part + 1) / row_parts;
     s.part = index % parts;
     s.parts = parts;
-    s.barrier = barriers_.get() + s.dir0 * row_parts + row_part;
+    s.places = team.group(team.member - s.part);
     return s;
   }
 
@@ -244,7 +243,6 @@ class Plan {
 
   int D_, threads_;
   int64_t T_, B_, weight_bytes_, blocks_;
-  std::unique_ptr<Barrier[]> barriers_;
 };
 
 }  // namespace fastrnn::cpu
