@@ -51,6 +51,9 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "stream(str cell, Tensor x, Tensor h, Tensor? c, Tensor p0, Tensor? p1=None, Tensor? p2=None, Tensor? "
       "p3=None, Tensor? p4=None) -> (Tensor y, Tensor h, Tensor? c)");
+  // What the forward pass of such a layer would do on the CPU: threads, the parts into which directions, rows
+  // and units fall, and the bytes of second-level cache that the choice rests on. x: its type and last size.
+  m.def("plan(str cell, Tensor x, int T, int B, int N, int H, int P, int D, bool int8) -> int[]");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");

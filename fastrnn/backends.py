@@ -152,16 +152,40 @@ def choose(x: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `backend` and `kernel` would run, because of `reason`."""
+    """What `explain` found: `backend` and `kernel` would run, split so over threads, because of `reason`."""
 
     backend: str | None
     kernel: str | None
     reason: str
+    split: str | None = None
 
     def __repr__(self) -> str:
         if self.backend is None:
             return f"cannot run: {self.reason}"
-        return f"backend {self.backend}, kernel {self.kernel}: {self.reason}"
+        split = f", {self.split}" if self.split else ""
+        return f"backend {self.backend}, kernel {self.kernel}{split}: {self.reason}"
+
+
+def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, int8: bool) -> str:
+    """How the first layer's forward pass falls into threads; docs/cpu.md says why."""
+    H = layer.hidden_size
+    D = 2 if getattr(layer, "bidirectional", False) else 1
+    if isinstance(input, PackedSequence):
+        T, B = len(input.batch_sizes), int(input.batch_sizes[0])
+    elif isinstance(layer, torch.nn.RNNCellBase):
+        T, B = 1, input.shape[0] if input.dim() == 2 else 1
+    else:
+        T, B = (*input.shape[:2],) if input.dim() == 3 else (input.shape[0], 1)
+        if input.dim() == 3 and layer.batch_first:
+            T, B = B, T
+    rows = len(input.data) if isinstance(input, PackedSequence) else T * B
+    P = getattr(layer, "proj_size", 0) or H
+    threads, *parts, cache = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8)
+    if threads == 1:
+        return "1 thread"
+    names = ("directions", "rows of the batch", "units")
+    shares = [f"{name} in {n} parts" for name, n in zip(names, parts, strict=True) if n > 1]
+    return f"{threads} threads ({', '.join(shares)}; {cache >> 10} KB of second-level cache each)"
 
 
 def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanation:
@@ -189,4 +213,4 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanati
         return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
     kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"
-    return Explanation("cpu", kernel, decision.reason)
+    return Explanation("cpu", kernel, decision.reason, _split(layer, input, x, "int8" in packed))

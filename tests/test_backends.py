@@ -123,6 +123,45 @@ def test_explain():
             fastrnn.explain(stranger, x)
 
 
+def test_explain_tells_the_split():
+    """By the model of docs/cpu.md."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for layer, shape, expected in (
+            (fastrnn.GRU(8, 8), (4, 1, 8), "1 thread"),
+            (fastrnn.LSTM(64, 128), (100, 32, 64), "4 threads (rows of the batch in 4 parts; "),
+            (
+                fastrnn.LSTM(64, 128, batch_first=True),
+                (32, 100, 64),
+                "4 threads (rows of the batch in 4 parts; ",
+            ),
+            (fastrnn.LSTM(64, 128), (4, 32, 64), "4 threads (units in 4 parts; "),
+            (fastrnn.LSTM(64, 256), (100, 1, 64), "4 threads (units in 4 parts; "),
+            (fastrnn.LSTM(64, 256), (100, 64), "4 threads (units in 4 parts; "),
+            (
+                fastrnn.GRU(64, 256, bidirectional=True),
+                (100, 1, 64),
+                "4 threads (directions in 2 parts, units in 2 parts; ",
+            ),
+            (
+                fastrnn.LSTM(64, 256, proj_size=32),
+                (100, 12, 64),
+                "4 threads (rows of the batch in 2 parts, units in 2 ",
+            ),
+            (fastrnn.LSTMCell(64, 256), (32, 64), "4 threads (units in 4 parts; "),
+        ):
+            said = fastrnn.explain(layer, torch.zeros(shape))
+            assert said.split.startswith(expected), (layer, said)
+            assert f", {said.split}: " in str(said)
+        packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(100, 64)] * 32)
+        assert "rows of the batch in 4" in fastrnn.explain(fastrnn.LSTM(64, 128), packed).split
+    finally:
+        torch.set_num_threads(before)
+    with fastrnn.backend("reference"):
+        assert fastrnn.explain(fastrnn.GRU(8, 8), torch.zeros(4, 1, 8)).split is None
+
+
 def test_functional_says_what_is_wrong():
     """The same words on both backends."""
     x, states, params = random_case("lstm", 3, 2, 2, 3)

@@ -11,6 +11,15 @@ struct Outputs {
   TensorList last, seq, saved;
 };
 
+template <class E, class A>
+Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
+  // A product of int8 weights takes a quarter of the time.
+  const int64_t row_work = G * a.H / (int8 ? 4 : 1);
+  const int64_t weight_bytes = (G + a.projected) * a.H * a.P * (int8 ? 1 : sizeof(A));
+  return Plan(a, a.B * row_work * a.P, a.D * a.N * row_work * (a.I + a.P), weight_bytes,
+              ceil_div(a.H, kernels<E, A>().width));
+}
+
 // packed: null where the weights are `a.params`.
 template <class E, class A = E>
 Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
@@ -43,7 +52,6 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   scan.P = P;
   const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
   const int64_t ld_gx = padded<E>(columns);
-  int64_t weight_bytes = 0;
   Weights<E, A> weights(arena, a);
   using Packing = Weights<E, A>;
   const int64_t few = a.B <= Packing::kFewSequences ? Packing::kFewRowsOfFew : Packing::kFewRows;
@@ -69,7 +77,6 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
     }
     s.ld_x = padded<A>(a.I);
     s.x_rows = direct ? nullptr : arena.get<A>(most_rows * s.ld_x);
-    weight_bytes = (G + projected) * H * P * (int8 ? 1 : sizeof(A));
     if (!packed) {
       if (projected) s.w_proj = weights.get(*a.params[d].w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
       E* bx = arena.zeros<E>(G * ld);
@@ -111,10 +118,7 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
     }
   }
 
-  // A product of int8 weights takes a quarter of the time.
-  const int64_t row_work = columns / (int8 ? 4 : 1);
-  Plan plan(a, a.B * row_work * P, D * a.N * row_work * (a.I + P), weight_bytes,
-            ceil_div(H, kernels<E, A>().width));
+  const Plan plan = forward_plan<E, A>(a, G, int8);
   const int64_t quantized = int8 ? most_rows * int8_row(std::max({a.I, P, H})) : 0;
   float* scratch = int8 ? arena.get<float>(plan.threads() * quantized) : nullptr;
   run_team(plan.threads(), [&](const Team& team) {
@@ -215,6 +219,28 @@ std::tuple<Tensor, Tensor, OptionalTensor> stream(StringHandle cell, Tensor x, T
   return {std::move(out.y), std::move(out.last[0]), std::move(c_n)};
 }
 
+std::vector<int64_t> plan(StringHandle cell, Tensor x, int64_t T, int64_t B, int64_t N, int64_t H, int64_t P,
+                          int64_t D, bool int8) {
+  const std::string name = take_string(cell);
+  LayerArgs a{};
+  a.T = T;
+  a.B = B;
+  a.N = N;
+  a.I = x.size(-1);
+  a.H = H;
+  a.P = P;
+  a.D = D;
+  a.projected = P != H;
+  const auto of = [&]<class E, class A>(E, A) {
+    return forward_plan<E, A>(a, cell_kernels<E, A>(name).gates, int8);
+  };
+  const Plan plan = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
+                    : multiplies_bf16(x)              ? of(float{}, Bf16{})
+                                                      : of(float{}, float{});
+  const Plan::Split split = plan.split(plan.threads());
+  return {plan.threads(), split.directions, split.rows, split.units, second_level_cache()};
+}
+
 std::vector<std::string> instruction_set_names() {
   std::vector<std::string> names;
   for (const auto& s : instruction_sets()) names.emplace_back(s.name);
@@ -231,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CPU, m) {
   m.impl("stream", TORCH_BOX(&fastrnn::cpu::stream));
 }
 STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
+  m.impl("plan", TORCH_BOX(&fastrnn::cpu::plan));
   m.impl("instruction_sets", TORCH_BOX(&fastrnn::cpu::instruction_set_names));
   m.impl("instruction_set", TORCH_BOX(&fastrnn::cpu::instruction_set_name));
 }

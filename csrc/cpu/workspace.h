@@ -1,5 +1,4 @@
-// What the two directions of a layer on the CPU share: scratch memory, weights, products, and the split over
-// threads.
+// What the two directions of a layer on the CPU share: scratch memory, weights and products.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,8 +7,8 @@
 #include <cstring>
 #include <memory>
 
-#include "../scan.h"
 #include "dispatch.h"
+#include "plan.h"
 #include "scratch.h"
 
 namespace fastrnn::cpu {
@@ -19,8 +18,6 @@ constexpr ScalarType kScalar = sizeof(E) == sizeof(float) ? ScalarType::Float : 
 
 template <>
 inline constexpr ScalarType kScalar<Bf16> = ScalarType::BFloat16;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // rows [begin, end) on each thread of torch's pool, with denormals as in run_team.
 template <class F>
@@ -181,68 +178,5 @@ inline Tensor empty(const Shape& shape, ScalarType dtype) {
 inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return torch::stable::new_zeros(like, {shape.begin(), shape.size()}, dtype);
 }
-
-// The backward scan's chunk: its gradients of the gates stay in cache for the products after it, and these
-// are still large.
-inline int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes) {
-  const int64_t rows = std::clamp<int64_t>((1 << 21) / std::max<int64_t>(row_bytes, 1), 128, 512);
-  return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
-}
-
-// The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
-inline int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
-  const int64_t bytes = 768 << 10;
-  const int64_t rows = bytes / std::max<int64_t>((a.I + columns) * element, 1);
-  return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
-}
-
-// How a team shares out (directions, rows, units). Rows need no barrier, units one for every phase of a step;
-// but a thread that has all units streams the whole of R, which should then fit in its own second-level
-// cache, and in a short call is half of the time in that of the thread that packed it.
-class Plan {
- public:
-  // step, call: multiplications of one step's recurrent product in one direction, and of all.
-  Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks)
-      : D_(static_cast<int>(a.D)), T_(a.T), B_(a.B), weight_bytes_(weight_bytes), blocks_(blocks) {
-    // A step shorter than its barrier, or a call shorter than waking a team, is better run alone.
-    constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;
-    const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / kLeastCall));
-    threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
-  }
-  int threads() const { return threads_; }
-
-  Share share(const Team& team) const {
-    Share s{};
-    const bool split = D_ > 1 && team.size % D_ == 0;
-    const int each = split ? team.size / D_ : team.size, index = team.member % each;
-    s.dir0 = split ? team.member / each : 0;
-    s.dir1 = split ? s.dir0 + 1 : D_;
-    const int parts = unit_parts(each);
-    const int row_parts = each / parts, row_part = index / parts;
-    s.row0 = B_ * row_part / row_parts;
-    s.row1 = B_ * (row_part + 1) / row_parts;
-    s.part = index % parts;
-    s.parts = parts;
-    s.places = team.group(team.member - s.part);
-    return s;
-  }
-
- private:
-  static constexpr int64_t kRowsEach = 6, kCacheBytes = 1200 << 10, kShort = 8;
-
-  int unit_parts(int threads) const {
-    if (T_ <= kShort) return threads;
-    for (int parts = 1; parts < threads; ++parts) {
-      if (threads % parts == 0 && B_ >= kRowsEach * (threads / parts) &&
-          weight_bytes_ / parts <= kCacheBytes && blocks_ >= parts) {
-        return parts;
-      }
-    }
-    return threads;
-  }
-
-  int D_, threads_;
-  int64_t T_, B_, weight_bytes_, blocks_;
-};
 
 }  // namespace fastrnn::cpu

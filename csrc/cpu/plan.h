@@ -1,0 +1,47 @@
+// The model of the machine: how the work of a call falls into threads and chunks. docs/cpu.md has its
+// reasons.
+#pragma once
+
+#include <cstdint>
+
+#include "../scan.h"
+#include "params.h"
+
+namespace fastrnn::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of a core's second-level cache, as the system says when first asked; 1 MB where it does not.
+int64_t second_level_cache();
+
+// The backward scan's chunk: its gradients of the gates stay in cache for the products after it, and these
+// are still large.
+int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes);
+
+// The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
+int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element);
+
+// How many threads, and how they share out (directions, rows, units). Directions need nothing of each other;
+// rows no barrier, but each thread streams the whole of R, which should then fit in its own second-level
+// cache, and in a short call is half of the time in that of the thread that packed it. Units need a barrier
+// for every phase of a step.
+class Plan {
+ public:
+  struct Split {
+    int directions, rows, units;  // parts of each
+  };
+
+  // step, call: multiplications of one step's recurrent product in one direction, and of all. weight_bytes,
+  // of one direction's recurrent weights; blocks, vectors of units.
+  Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks);
+
+  int threads() const { return threads_; }
+  Split split(int threads) const;
+  Share share(const Team& team) const;
+
+ private:
+  int64_t D_, T_, B_, weight_bytes_, blocks_;
+  int threads_;
+};
+
+}  // namespace fastrnn::cpu
