@@ -158,17 +158,28 @@ def test_gate_functions_near_their_limits(dtype):
     assert ((y.flatten().double() - true).abs() <= 3 * ulp).all()
 
 
-@pytest.mark.parametrize("shape", [(40, 7, 16, 64), (40, 40, 16, 64), (5, 1, 8, 300)], ids=str)
+@pytest.mark.parametrize("save", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("shape", "mask"),
+    [
+        *(((T, B, I, H), "none") for T, B, I, H in [(40, 7, 16, 64), (40, 40, 16, 64), (5, 1, 8, 300)]),
+        *(((300, 24, 24, 64), mask) for mask in MASKS[1:]),  # several chunks of steps, whose rows become fewer
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("cell", CELLS)
-def test_bits_do_not_depend_on_threads(cell, shape):
+def test_bits_do_not_depend_on_threads(cell, shape, mask, save):
     x, states, params = random_case(cell, *shape, D=2, dtype=torch.float32)
+    x, masks = random_masks(mask, x)
+    x.requires_grad_(save)
     before = torch.get_num_threads()
     results = []
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            with torch.no_grad(), fastrnn.backend("cpu"):
-                results.append(functional.layer(cell, x, states, params)[0])
+            with torch.set_grad_enabled(save), fastrnn.backend("cpu"):
+                y = functional.layer(cell, x, states, params, **masks)[0]
+                results.append(torch.autograd.grad(y.sum(), x)[0] if save else y)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(results[0], r) for r in results[1:])

@@ -127,18 +127,29 @@ struct Forward {
     end_phase(share);
   }
 
-  // The steps [t0, t1) of a chunk, and its packed rows from `first` on.
+  // The steps [t0, t1) of a chunk.
   struct Chunk {
-    int64_t t0, t1, first;
+    int64_t t0, t1;
   };
+
+  static bool whole_batch(const Scan<E, A>& p, const Share& share) {
+    return share.row0 == 0 && share.row1 == p.rows.B;
+  }
+
+  // Where a step's rows begin in the chunk's x_rows and gx: in a row with those before, or, where members
+  // share out the batch and do not wait for each other, at a place that no other step's rows of any chunk
+  // take.
+  static int64_t slot(const Scan<E, A>& p, const Share& share, const Chunk& c, int64_t t) {
+    return whole_batch(p, share) ? p.rows.offset[t] - p.rows.offset[c.t0] : (t - c.t0) * p.rows.B;
+  }
 
   // The chunk's rows of x, each by one of those that will read it.
   static void gather_x(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c) {
     for (int64_t t = c.t0 + share.part; t < c.t1; t += share.parts) {
       const int64_t row1 = at_most(share.row1, p.rows.active[t]);
-      for (int64_t row = p.rows.offset[t] + share.row0; row < p.rows.offset[t] + row1; ++row) {
-        const int64_t from = p.rows.at(row);
-        A* to = d.x_rows + (row - c.first) * d.ld_x;
+      for (int64_t i = share.row0; i < row1; ++i) {
+        const int64_t from = p.rows.at(p.rows.offset[t] + i);
+        A* to = d.x_rows + (slot(p, share, c, t) + i) * d.ld_x;
         for (int64_t k = 0; k < p.I || k % cpu::kDepth<A> != 0; k += S::W) {
           const int lanes = static_cast<int>(at_most(p.I - k, S::W));
           store_row(lanes > 0 ? load(p.x, from, k, lanes) : S(0), to + k, S::W);
@@ -148,14 +159,14 @@ struct Forward {
     end_phase(share);
   }
 
-  // gx of rows [first, first + count) and some blocks of units, for one stage's gates.
+  // gx of `count` rows from step t's row0 on and some blocks of units, for one stage's gates.
   template <int N>
   static void input_product(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
-                            int stage, int gate0, int64_t first, int64_t count, int64_t block0,
+                            int stage, int gate0, int64_t t, int64_t row0, int64_t count, int64_t block0,
                             int64_t block1) {
-    const A* x =
-        d.x_rows ? d.x_rows + (first - c.first) * d.ld_x : static_cast<const A*>(p.x.data) + first * p.I;
-    E* to = d.gates + (first - (d.save ? 0 : c.first)) * d.ld_gates + gate0 * p.H;
+    const int64_t first = p.rows.offset[t] + row0, place = slot(p, share, c, t) + row0;
+    const A* x = d.x_rows ? d.x_rows + place * d.ld_x : static_cast<const A*>(p.x.data) + first * p.I;
+    E* to = d.gates + (d.save ? first : place) * d.ld_gates + gate0 * p.H;
     const auto rows = operand(share, d.w_x[stage], 0, count, x, d.x_rows ? d.ld_x : p.I, p.I);
     product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_state, d.ld_state,
                false, Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
@@ -165,15 +176,15 @@ struct Forward {
 
   static void input_products(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share,
                              const Chunk& c, int64_t block0, int64_t block1) {
-    const auto rows = [&](int64_t first, int64_t count) {
-      if constexpr (kFirst > 0) input_product<kFirst>(p, d, share, c, 0, 0, first, count, block0, block1);
-      input_product<kLast>(p, d, share, c, Cell::kStages - 1, kFirst, first, count, block0, block1);
+    const auto rows = [&](int64_t t, int64_t row0, int64_t count) {
+      if constexpr (kFirst > 0) input_product<kFirst>(p, d, share, c, 0, 0, t, row0, count, block0, block1);
+      input_product<kLast>(p, d, share, c, Cell::kStages - 1, kFirst, t, row0, count, block0, block1);
     };
-    if (share.row0 == 0 && share.row1 == p.rows.B) {
-      rows(c.first, p.rows.offset[c.t1] - c.first);
+    if (whole_batch(p, share)) {
+      rows(c.t0, 0, p.rows.offset[c.t1] - p.rows.offset[c.t0]);
     } else {
       for (int64_t t = c.t0; t < c.t1; ++t) {
-        rows(p.rows.offset[t] + share.row0, at_most(share.row1, p.rows.active[t]) - share.row0);
+        rows(t, share.row0, at_most(share.row1, p.rows.active[t]) - share.row0);
       }
     }
   }
@@ -190,8 +201,7 @@ struct Forward {
       const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };
       for (int64_t k0 = 0; k0 < T; k0 += p.steps) {
         const int64_t k1 = at_most(k0 + p.steps, T);
-        Chunk c{d.reverse ? T - k1 : k0, d.reverse ? T - k0 : k1, 0};
-        c.first = p.rows.offset[c.t0];
+        const Chunk c{d.reverse ? T - k1 : k0, d.reverse ? T - k0 : k1};
         // Whoever is still at the chunk before reads neither its rows of x nor another member's gx.
         if (d.x_rows) gather_x(p, d, share, c);
         if (!alone) input_products(p, d, share, c, block0, block1);
@@ -204,7 +214,7 @@ struct Forward {
                           next,
                           d.ring[k & 1],
                           d.ring[(k + 1) & 1],
-                          d.gates + (now.first - (d.save ? 0 : c.first)) * d.ld_gates,
+                          d.gates + (d.save ? now.first : slot(p, share, c, now.t)) * d.ld_gates,
                           ((p.sweeps + k) & 1) != 0};
           const int64_t row1 = at_most(share.row1, now.active);
           if constexpr (Cell::kStages == 2) f.first_stage(share.row0, row1);
