@@ -163,7 +163,7 @@ def test_gate_functions_near_their_limits(dtype):
     ("shape", "mask"),
     [
         *(((T, B, I, H), "none") for T, B, I, H in [(40, 7, 16, 64), (40, 40, 16, 64), (5, 1, 8, 300)]),
-        *(((300, 24, 24, 64), mask) for mask in MASKS[1:]),  # several chunks of steps, whose rows become fewer
+        *(((300, 24, 24, 64), mask) for mask in MASKS[1:]),  # chunks of steps, whose rows become fewer
     ],
     ids=str,
 )

@@ -2,7 +2,16 @@
 
 #include <sched.h>
 
+#include <chrono>
+#include <limits>
 #include <memory>
+
+#if defined(__linux__)
+#include <linux/futex.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+#endif
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -21,16 +30,52 @@ inline void pause() {
 #endif
 }
 
+// Spins, then sleeps until `word` changes. Longer than a step's imbalance, and than a sleeper takes to wake:
+// else all would sleep in turn. A yield would give the core away for a time slice of some 3 ms to a neighbour
+// that computes on, and so at every step.
 template <class Done>
-void spin_until(Done done) {
-  constexpr int kSpins = 400;  // some 10 us; a step's imbalance is less
-  for (int i = 0; !done(); ++i) {
-    if (i < kSpins) {
+__attribute__((noinline)) void sleep_until(std::atomic<unsigned>& word, std::atomic<unsigned>& asleep,
+                                           Done done) {
+  using Clock = std::chrono::steady_clock;
+  const Clock::time_point end = Clock::now() + std::chrono::microseconds(200);
+  while (Clock::now() < end) {
+    for (int i = 0; i < 64; ++i) {
+      if (done(word.load(std::memory_order_acquire))) return;
       pause();
-    } else {
-      sched_yield();
     }
   }
+  for (;;) {
+    asleep.fetch_add(1, std::memory_order_seq_cst);
+    const unsigned seen = word.load(std::memory_order_seq_cst);
+    const bool over = done(seen);
+#if defined(__linux__)
+    // Whoever changes the word may still have seen nobody asleep, as it has no fence: hence the time limit.
+    constexpr timespec kMost{0, 1000000};
+    if (!over) syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, &kMost, nullptr, 0);
+#else
+    if (!over) sched_yield();
+#endif
+    asleep.fetch_sub(1, std::memory_order_relaxed);
+    if (over) return;
+  }
+}
+
+template <class Done>
+inline void wait_until(std::atomic<unsigned>& word, std::atomic<unsigned>& asleep, Done done) {
+  for (int i = 0; i < 100; ++i) {
+    if (done(word.load(std::memory_order_acquire))) return;
+    pause();
+  }
+  sleep_until(word, asleep, done);
+}
+
+// After a change of `word`.
+void wake(std::atomic<unsigned>& word, const std::atomic<unsigned>& asleep) {
+#if defined(__linux__)
+  if (asleep.load(std::memory_order_relaxed) > 0) {
+    syscall(SYS_futex, &word, FUTEX_WAKE_PRIVATE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
+  }
+#endif
 }
 
 }  // namespace
@@ -39,9 +84,11 @@ void meet(Place* places, int member, int members) {
   Place& own = places[member];
   const unsigned now = ++own.met;
   for (int round = 0, way = 1; way < members; ++round, way *= 2) {
-    places[(member + way) % members].told[round].store(now, std::memory_order_release);
+    Place& other = places[(member + way) % members];
+    other.told[round].store(now, std::memory_order_release);
+    wake(other.told[round], other.asleep);
     // The one before may already be at the next meeting.
-    spin_until([&] { return static_cast<int>(own.told[round].load(std::memory_order_acquire) - now) >= 0; });
+    wait_until(own.told[round], own.asleep, [&](unsigned told) { return static_cast<int>(told - now) >= 0; });
   }
 }
 
@@ -55,12 +102,13 @@ void run_team(int want, void (*body)(void*, const Team&), void* context) {
   // member's number is the rank of its range, so that from call to call a thread, and the caches of the core
   // that it runs on, keep the same share of the weights.
   const std::unique_ptr<Place[]> places(new Place[2 * want]());
-  std::atomic<int64_t> covered{0};
+  std::atomic<unsigned> covered{0}, asleep{0};
   torch::stable::parallel_for(0, want, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
     places[begin].first = true;
-    covered.fetch_add(end - begin, std::memory_order_acq_rel);
-    spin_until([&] { return covered.load(std::memory_order_acquire) == want; });
+    covered.fetch_add(static_cast<unsigned>(end - begin), std::memory_order_acq_rel);
+    wake(covered, asleep);
+    wait_until(covered, asleep, [&](unsigned n) { return n == static_cast<unsigned>(want); });
     Team team{0, 0, places.get()};
     for (int i = 0; i < want; ++i) {
       team.member += places[i].first && i < begin;

@@ -9,15 +9,15 @@ namespace fastrnn::cpu {
 // Where one member of a barrier hears from the others, in each round from another one; a line of its own, or
 // its neighbours' news would keep it from its own.
 struct Place {
-  alignas(64) std::atomic<unsigned> told[16];
+  alignas(64) std::atomic<unsigned> told[15];
+  alignas(64) std::atomic<unsigned> asleep;  // 1 while it sleeps
   alignas(64) unsigned met;
   bool first;  // of its thread's range, see run_team
 };
 
 // A barrier of `members`, all of which call it with the same places [members] and none other: in round r each
 // tells the one 2^r after it (Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization",
-// 1988). Two members need one round, of one cache line each way. Waiting, it spins briefly, then yields to
-// the kernel: a neighbour on one of the cores must not cost a time slice per step.
+// 1988). Two members need one round, of one cache line each way. Waiting, it spins for a while, then sleeps.
 void meet(Place* places, int member, int members);
 
 // One thread's part in a team.
