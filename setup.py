@@ -253,7 +253,7 @@ class BuildPy(build_py):
 setup(
     packages=sorted({*find_packages(include=["fastrnn", "fastrnn.*"]), *MAPPED}),
     package_dir=MAPPED,
-    package_data={"fastrnn": ["py.typed"], "fastrnn.bench": ["results/README.md"]},
+    package_data={"fastrnn": ["py.typed"], "fastrnn.bench": ["peaks.cpp", "results/README.md"]},
     ext_modules=[
         Extension(
             "fastrnn._C",

@@ -15,12 +15,13 @@ from fastrnn.lm.checkpoint import check_writable
 from fastrnn.lm.errors import Parser, UserError
 
 if TYPE_CHECKING:
-    from fastrnn.bench.records import Settings
-
-SECTIONS = ("memory", "crowded", "scaling")  # of sections.py, which needs pytest
+    from fastrnn.bench.grid import Case
+    from fastrnn.bench.records import Run
 
 
 def parser() -> argparse.ArgumentParser:
+    from fastrnn.bench.sections import SECTIONS  # not above: it runs `python -m fastrnn.bench.memory`
+
     p = Parser(prog="python -m fastrnn bench", description=__doc__, allow_abbrev=False)
     p.add_argument("--quick", action="store_true", help="three shapes and a streaming step, few rounds")
     p.add_argument(
@@ -50,52 +51,61 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     for path in (args.json, args.plot):
         check_writable(str(path))
-    from fastrnn.bench import compare, goals, grid, machine, records, report, rivals, sections
+    from fastrnn.bench import compare, goals, grid, limits, machine, records, report, rivals, sections
 
     # Read before --json, which may be the same file, is written.
     earlier = records.read_json(args.compare) if args.compare else None
     if args.threads:
         torch.set_num_threads(args.threads)
-    settings = records.Settings(args.quick, tuple(args.cell or grid.GATES))
+    cells = tuple(args.cell or grid.GATES)
+    cases = [case for case in (grid.quick_rows() if args.quick else grid.rows()) if case.cell in cells]
+    run = records.Run(0.5, 7) if args.quick else records.Run(1.5, 11)
 
-    product, fma = machine.product_peak(), machine.fma_peak()
+    product, peaks = machine.product_peak(), limits.measure(torch.get_num_threads())
     clock = machine.CpuClock()
-    code = measure_rows(settings)
-    if not settings.records:
+    code = measure_rows(cases, run)
+    if not run.records:
         return code
-    about = machine.about(clock.read(), product, fma)
-    wanted = [name for name in SECTIONS if name not in args.skip and not args.quick]
-    probes, failed = sections.measure(wanted, settings.cells)
-    outcomes = goals.evaluate(settings.records, probes, fma)
+    about = machine.about(clock.read(), product, peaks)
+    wanted = [name for name in sections.SECTIONS if name not in args.skip and not args.quick]
+    probes, failed = sections.measure(wanted, cells)
+    outcomes = goals.evaluate(run.records, probes, peaks)
 
-    parts = [report.describe(about), report.table(settings.records, about["peak_gflops"])]
+    parts = [report.describe(about, peaks), report.table(run.records, peaks)]
     parts += [sections.table(probes), *failed, rivals.why_no_onnxruntime()]
     if earlier:
-        parts.append(compare.compare(*earlier, settings.records, about))
+        parts.append(compare.compare(*earlier, run.records, about))
     parts.append(goals.report(outcomes))
     print("", *filter(None, parts), sep="\n")
-    records.write_json(args.json, settings.records, about, probes, goals.as_json(outcomes))
+    records.write_json(args.json, run.records, about, probes, goals.as_json(outcomes))
     print(f"wrote {args.json}")
     if find_spec("matplotlib"):
-        report.write_plot(args.plot, settings.records, about)
+        report.write_plot(args.plot, run.records, about)
         print(f"wrote {args.plot}")
     else:
         print("no plot: matplotlib is not installed")
     return code or int(bool(failed))
 
 
-def measure_rows(settings: Settings) -> int:
-    """Fills settings.records; returns pytest's exit code."""
+def measure_rows(cases: list[Case], run: Run) -> int:
+    """Fills run.records; returns pytest's exit code."""
     import pytest
-
-    from fastrnn.bench.records import SETTINGS
 
     class Plugin:
         @staticmethod
-        def pytest_configure(config: pytest.Config) -> None:
-            config.stash[SETTINGS] = settings
+        def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+            metafunc.parametrize("case", cases, ids=lambda case: case.id)
+
+        @staticmethod
+        @pytest.hookimpl(tryfirst=True)
+        def pytest_benchmark_group_stats() -> list[None]:
+            """No table of pytest-benchmark's: the report has one."""
+            return []
+
+        @pytest.fixture(name="run")
+        def the_run(self) -> Run:
+            return run
 
     here = Path(__file__).resolve().parent
     options = ["-c", os.devnull, "--rootdir", str(here), "-p", "no:cacheprovider"]
-    options += ["-q", "--benchmark-columns=median,iqr,rounds"]
-    return int(pytest.main([str(here / "test_speed.py"), *options], [Plugin()]))
+    return int(pytest.main([str(here / "test_speed.py"), "-q", *options], [Plugin()]))

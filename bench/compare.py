@@ -6,10 +6,8 @@ import math
 from typing import Any
 
 from fastrnn.bench.records import Record
+from fastrnn.bench.rivals import TORCH
 
-RIVAL = "torch.nn"
-# Of a row in a file written before spreads were stored: a guess, and a wide one.
-UNKNOWN_SPREAD = 0.1
 LEAST_NOISE = 0.03
 
 
@@ -17,11 +15,11 @@ def noise(*records: Record) -> float:
     """How far two runs' ratios may lie apart by chance, as a share: the rule.
 
     The root of the sum of the squares of both rows' spreads (interquartile range over median of the rounds'
-    ratios to torch.nn, `UNKNOWN_SPREAD` where the file has none), and at least `LEAST_NOISE`. With 11 rounds
-    that is some three standard errors of the two medians' difference; two runs differ by more than one run's
-    rounds do, so it is not divided by their number.
+    ratios to torch.nn), and at least `LEAST_NOISE`. With 11 rounds that is some three standard errors of the
+    two medians' difference; two runs differ by more than one run's rounds do, so it is not divided by their
+    number.
     """
-    return max(LEAST_NOISE, math.hypot(*(r.spread.get(RIVAL, UNKNOWN_SPREAD) for r in records)))
+    return max(LEAST_NOISE, math.hypot(*(r.spread[TORCH] for r in records)))
 
 
 def change(earlier: Record, now: Record) -> float:
@@ -29,7 +27,7 @@ def change(earlier: Record, now: Record) -> float:
 
     Of ratios, not of times: the machine may be another one, and even the same one is faster on some days.
     """
-    return now.ratio(RIVAL) / earlier.ratio(RIVAL) - 1
+    return now.ratio(TORCH) / earlier.ratio(TORCH) - 1
 
 
 def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -50,7 +48,7 @@ def compare(
         if abs(math.log1p(by)) <= math.log1p(beyond):
             continue
         line = f"  {'slower' if by < 0 else 'faster'} {by:+7.1%} (noise {beyond:.1%})  {r.case.id}: "
-        line += f"{then.ratio(RIVAL):.2f} -> {r.ratio(RIVAL):.2f}"
+        line += f"{then.ratio(TORCH):.2f} -> {r.ratio(TORCH):.2f}"
         if same:
             line += f", ours {then.ours * 1e3:.4f} -> {r.ours * 1e3:.4f} ms"
         line += " *" * (then.conditions.unquiet or r.conditions.unquiet)
@@ -66,4 +64,4 @@ def compare(
             for m in (machine_then, machine_now)
         )
         summary += f"\n  not the same machine: {then}; now {here}"
-    return "\n".join([f"compared by {RIVAL}'s time over ours in the same run: {summary}", *lines])
+    return "\n".join([f"compared by {TORCH}'s time over ours in the same run: {summary}", *lines])

@@ -22,9 +22,10 @@ class Shape:
 class Case:
     """What one row measures.
 
-    mode  forward; training (forward and backward to the parameters); last (training whose loss sees the last
-          step alone, so that gradients vanish); step (one step of a stream, the state carried, no gradients)
-    kind  plain, bidirectional, two layers, projection (P = H/2) or packed (a PackedSequence)
+    mode   forward; training (forward, and backward to the parameters and the input); last (training whose
+           loss sees the last step alone: gradients vanish); step (one step of a stream, the state carried)
+    kind   plain, bidirectional, two layers, projection (P = H/2) or packed (a PackedSequence)
+    dtype  of weights and input; int8: `fastrnn.quantize` of a float32 layer, whose input is float32
     """
 
     cell: str
@@ -67,18 +68,15 @@ class Case:
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 STREAM = 100  # steps of a stream in one sample: one alone is too short for the clock
 MODES = ("forward", "training")
+TRAINING = ("training", "last")
 
-SHAPES = (
-    Shape(100, 1, 128, 128),
-    Shape(100, 1, 512, 512),
-    Shape(1000, 4, 64, 64),
-    Shape(100, 32, 128, 128),
-    Shape(100, 32, 256, 256),
-    Shape(100, 32, 512, 512),
-    Shape(100, 64, 512, 512),
-    Shape(50, 64, 1024, 1024),
-)
-SMALL, MEDIUM = SHAPES[0], SHAPES[4]
+SMALL = Shape(100, 1, 128, 128)
+WIDE = Shape(100, 1, 512, 512)  # weights beyond a core's cache, and a wait for the other cores every step
+LONG = Shape(1000, 4, 64, 64)
+MEDIUM = Shape(100, 32, 256, 256)
+LARGE = Shape(100, 32, 512, 512)
+LARGER = (LARGE, Shape(100, 64, 512, 512), Shape(50, 64, 1024, 1024))
+SHAPES = (SMALL, WIDE, LONG, Shape(100, 32, 128, 128), MEDIUM, *LARGER)
 STEPS = tuple(Shape(1, 1, H, H) for H in (128, 256, 512))
 VANISHING = Shape(1000, 16, 256, 256)
 KINDS = {
@@ -87,7 +85,8 @@ KINDS = {
     "projection": (SMALL, MEDIUM),
     "packed": (MEDIUM,),
 }
-LOW_PRECISION = (SHAPES[1], *SHAPES[4:])
+BFLOAT16 = (WIDE, MEDIUM, *LARGER)
+INT8 = (WIDE, Shape(100, 1, 1024, 1024))
 
 
 def rows() -> list[Case]:
@@ -100,22 +99,26 @@ def rows() -> list[Case]:
         for cell, mode, shape in product(GATES if kind != "projection" else ["lstm"], MODES, shapes)
     ]
     cases += [Case(cell, "last", VANISHING) for cell in GATES]
-    cases += [Case(*row, dtype="bfloat16") for row in product(GATES, MODES, LOW_PRECISION)]
+    cases += [Case(*row, dtype="bfloat16") for row in product(GATES, MODES, BFLOAT16)]
+    cases += [Case(cell, "forward", shape, dtype="int8") for cell, shape in product(GATES, INT8)]
     return cases
 
 
 def quick_rows() -> list[Case]:
     """Three shapes, and one streaming step."""
-    cases = [Case(*row) for row in product(GATES, MODES, (SMALL, SHAPES[2], MEDIUM))]
+    cases = [Case(*row) for row in product(GATES, MODES, (SMALL, LONG, MEDIUM))]
     return cases + [Case(cell, "step", STEPS[1]) for cell in GATES]
 
 
 def flop(case: Case) -> int:
-    """Operations of one call's matrix products, a multiply-add being two; training is three times forward."""
+    """Operations of one call's matrix products, a multiply-add being two.
+
+    Training has three of each: y's, and the gradients of its weights and of its inputs, x and h.
+    """
     H, D, P = case.shape.H, case.directions, case.proj_size
     steps, out = sum(case.lengths), P or H
     forward = 0
     for layer in range(case.num_layers):
         inputs = D * out if layer else case.shape.I
         forward += 2 * steps * D * (GATES[case.cell] * H * (inputs + out) + P * H)
-    return forward * (3 if case.mode in ("training", "last") else 1)
+    return forward * (3 if case.mode in TRAINING else 1)

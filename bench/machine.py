@@ -1,12 +1,10 @@
-"""The machine beside every figure: its name, its peak, and who else had its time."""
+"""The machine beside every figure: its name, its best matrix product, and who else had its time."""
 
 from __future__ import annotations
 
 import math
 import os
 import platform
-import subprocess
-import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,8 @@ from typing import Any
 import torch
 
 import fastrnn
+from fastrnn.bench.limits import Peaks
+from fastrnn.kernels import instruction_set
 
 # A row is unquiet where others had more than this share of the CPU time: a neighbour on one core of two for a
 # tenth of it. With one there all the time torch's spinning threads have been seen to take 1000 times as long.
@@ -101,73 +101,16 @@ def product_peak() -> float:
     return 2 * n**3 / best / 1e9
 
 
-# Twelve independent accumulators hide the latency of a fused multiply-add; each starts from another number,
-# or the compiler would keep one of them.
-FMA = r"""
-#include <chrono>
-#include <cstdio>
-#if defined(__AVX512F__)
-constexpr int W = 16;
-#elif defined(__AVX__)
-constexpr int W = 8;
-#else
-constexpr int W = 4;
-#endif
-typedef float V __attribute__((vector_size(W * sizeof(float))));
-volatile float sink;
-double gflops() {
-  constexpr int N = 12;
-  constexpr long reps = 500000;
-  V a[N], x = V{} + 0.999f, y = V{} + 0.001f;
-  for (int k = 0; k < N; ++k) a[k] = V{} + float(k);
-  auto start = std::chrono::steady_clock::now();
-  for (long i = 0; i < reps; ++i)
-#pragma GCC unroll 12
-    for (int k = 0; k < N; ++k) a[k] = a[k] * x + y;
-  std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
-  for (int k = 0; k < N; ++k)
-    for (int w = 0; w < W; ++w) sink = a[k][w];
-  return 2.0 * W * N * reps / seconds.count() / 1e9;
-}
-int main() {
-  double best = 0;
-  for (int i = 0; i < 40; ++i) {
-    double g = gflops();
-    if (g > best) best = g;
-  }
-  std::printf("%f\n", best);
-}
-"""
-
-
-def fma_peak() -> float | None:
-    """GFLOP/s of float32 multiply-adds that stay in registers, one core's times the threads in force.
-
-    It compiles a small program; None where there is no compiler (CXX, or g++).
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder, "fma.cpp"), Path(folder, "fma")
-        source.write_text(FMA)
-        compiler = os.environ.get("CXX") or "g++"
-        command = [compiler, "-O2", "-march=native", "-ffp-contract=fast", str(source), "-o", str(program)]
-        try:
-            subprocess.run(command, check=True, capture_output=True)
-            found = subprocess.run([program], check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError):
-            return None
-    return float(found.stdout) * torch.get_num_threads()
-
-
-def about(conditions: Conditions, product: float, fma: float | None) -> dict[str, Any]:
-    """The machine, as the JSON file has it; peaks in GFLOP/s. peak_gflops is what shares are shares of."""
+def about(conditions: Conditions, product: float, peaks: Peaks | None) -> dict[str, Any]:
+    """The machine, as the JSON file has it; peaks in GFLOP/s and GB/s of all the threads together."""
     return {
         "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "instruction_set": instruction_set(),
         "torch": torch.__version__,
         "fastrnn": fastrnn.__version__,
-        "peak": "product" if fma is None else "fma",
-        "peak_gflops": round(product if fma is None else fma, 1),
+        "peaks": peaks and asdict(peaks),
         "product_gflops": round(product, 1),
         **asdict(conditions),
         "unquiet": conditions.unquiet,

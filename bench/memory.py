@@ -20,7 +20,7 @@ from fastrnn.bench.records import Probe
 
 SHAPE = Shape(1000, 32, 512, 512)
 TINY = Shape(2, 1, 4, 4)
-PACKAGES = {"fastrnn": fastrnn, "torch.nn": nn}
+PACKAGES = {rivals.OURS: fastrnn, rivals.TORCH: nn}
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -46,7 +46,8 @@ def peak_bytes(package: str, case: Case) -> int:
     """
 
     def prepared(case: Case) -> rivals.Pass:
-        return rivals.Pass(case, rivals.layer(PACKAGES[package], case), rivals.inputs(case))
+        dtype = rivals.dtype(case)
+        return rivals.Pass(case, rivals.layer(PACKAGES[package], case, dtype), dtype)
 
     prepared(Case(case.cell, case.mode, TINY))()
     call = prepared(case)

@@ -9,10 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from fastrnn.bench.grid import GATES, Case, Shape, flop
+from fastrnn.bench.grid import Case, Shape, flop
 from fastrnn.bench.machine import UNKNOWN, Conditions
+from fastrnn.bench.rivals import OURS, TORCH
 from fastrnn.lm.errors import UserError, os_reason
 
 
@@ -32,9 +31,9 @@ class Record:
 
     @classmethod
     def of(cls, case: Case, samples: dict[str, list[float]], conditions: Conditions) -> Record:
-        """Of the seconds of every round, ours under "fastrnn"; one sample is case.calls calls."""
-        ours = samples["fastrnn"]
-        rivals = {name: values for name, values in samples.items() if name != "fastrnn"}
+        """Of the seconds of every round; one sample is case.calls calls."""
+        ours = samples[OURS]
+        rivals = {name: values for name, values in samples.items() if name != OURS}
         ratios = {
             name: [theirs / mine for theirs, mine in zip(values, ours, strict=True)]
             for name, values in rivals.items()
@@ -74,24 +73,15 @@ class Probe:
 
 
 @dataclass
-class Settings:
-    """What was asked for, and what was found."""
+class Run:
+    """Of the rows: what to spend on each, and what was found.
 
-    quick: bool = False
-    cells: tuple[str, ...] = tuple(GATES)
+    seconds  all rounds of a row take so long, where `least` rounds do not take longer
+    """
+
+    seconds: float
+    least: int
     records: list[Record] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        """The time to spend on one row."""
-        return 0.5 if self.quick else 2.0
-
-    @property
-    def min_rounds(self) -> int:
-        return 7 if self.quick else 11
-
-
-SETTINGS = pytest.StashKey[Settings]()
 
 
 def relative_spread(values: list[float]) -> float:
@@ -109,7 +99,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def rival_names(records: list[Record]) -> list[str]:
-    return sorted({name for r in records for name in r.rivals}, key=lambda name: name != "torch.nn")
+    return sorted({name for r in records for name in r.rivals}, key=lambda name: name != TORCH)
 
 
 def means(records: list[Record]) -> dict[str, dict[str, float]]:
@@ -133,33 +123,31 @@ def as_row(case: Case) -> dict[str, Any]:
 
 
 def as_case(row: dict[str, Any]) -> Case:
-    """Files written before there were kinds and dtypes have neither."""
-    shape = Shape(*(int(row[name]) for name in "TBIH"))
-    return Case(row["cell"], row["mode"], shape, row.get("kind", "plain"), row.get("dtype", "float32"))
+    return Case(row["cell"], row["mode"], Shape(*(row[n] for n in "TBIH")), row["kind"], row["dtype"])
 
 
 def write_json(
     path: Path,
     records: list[Record],
     about: dict[str, Any],
-    probes: list[Probe] | None = None,
-    goals: list[dict[str, Any]] | None = None,
+    probes: list[Probe],
+    goals: list[dict[str, Any]],
 ) -> None:
     rows = [
         {
             **as_row(r.case),
             **{"rounds": r.rounds, "gflops": r.gflops, **asdict(r.conditions)},
-            **{"seconds": {"fastrnn": r.ours, **r.rivals}, "spread": r.spread},
+            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread},
         }
         for r in records
     ]
     sections = [
-        {"section": p.section, **as_row(p.case), "ours": p.ours, "torch.nn": p.theirs, **asdict(p.conditions)}
-        for p in probes or []
+        {"section": p.section, **as_row(p.case), "ours": p.ours, TORCH: p.theirs, **asdict(p.conditions)}
+        for p in probes
     ]
     content = {
         "machine": about,
-        "goals": goals or [],
+        "goals": goals,
         "geometric_means": means(records),
         "results": rows,
         "sections": sections,
@@ -169,19 +157,17 @@ def write_json(
 
 
 def read_json(path: Path) -> tuple[list[Record], dict[str, Any]]:
-    """The rows of a run and its machine. Raises UserError where the file is not one that a run wrote."""
+    """The rows of a run and its machine. Raises UserError where this version wrote no such file."""
     try:
         content = json.loads(path.read_text())
         records = []
         for row in content["results"]:
             rivals = dict(row["seconds"])
-            ours = rivals.pop("fastrnn")
-            conditions = Conditions(row.get("load"), row.get("steal"), row.get("others"))
-            records.append(
-                Record(as_case(row), row["rounds"], ours, rivals, row.get("spread", {}), conditions)
-            )
+            ours = rivals.pop(OURS)
+            conditions = Conditions(row["load"], row["steal"], row["others"])
+            records.append(Record(as_case(row), row["rounds"], ours, rivals, row["spread"], conditions))
         return records, dict(content["machine"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {os_reason(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a file that bench --json wrote") from error
+        raise UserError(f"{path} is not a file that this version's bench --json wrote") from error

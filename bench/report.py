@@ -5,20 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fastrnn.bench import limits
 from fastrnn.bench.grid import GATES
+from fastrnn.bench.limits import Peaks
 from fastrnn.bench.records import Record, means, rival_names
+from fastrnn.bench.rivals import TORCH
 
 
-def table(records: list[Record], peak: float) -> str:
-    """One line a row, times in ms a call; peak, in GFLOP/s, is what float32 rows are set beside."""
+def table(records: list[Record], peaks: Peaks | None) -> str:
+    """One line a row, times in ms a call; "of limit" is the least time by limits.py over ours."""
     rivals = rival_names(records)
     width = max(len(r.case.id) for r in records) + 1
-    head = f"{'row':{width}}{'rounds':>6}{'ours ms':>10}{'GFLOP/s':>9}{'of peak':>8}"
+    head = f"{'row':{width}}{'rounds':>6}{'ours ms':>10}{'GFLOP/s':>9}{'of limit':>9}"
     head += "".join(f"{name + ' ms':>19}{'ratio':>7}" for name in rivals)
     lines = [f"{head}{'load':>7}{'steal':>7}{'others':>7}"]
     for r in sorted(records, key=lambda r: list(GATES).index(r.case.cell)):
-        share = f"{r.gflops / peak:.1%}" if r.case.dtype == "float32" else ""
-        line = f"{r.case.id:{width}}{r.rounds:6}{r.ours * 1e3:10.4f}{r.gflops:9.1f}{share:>8}"
+        share = f"{limits.of(r.case, peaks).ours / r.ours:.1%}" if peaks else ""
+        line = f"{r.case.id:{width}}{r.rounds:6}{r.ours * 1e3:10.4f}{r.gflops:9.1f}{share:>9}"
         for name in rivals:
             line += f"{r.rivals[name] * 1e3:19.4f}{r.ratio(name):7.2f}" if name in r.rivals else " " * 26
         lines.append(line + r.conditions.text())
@@ -31,17 +34,20 @@ def table(records: list[Record], peak: float) -> str:
     return "\n".join(lines)
 
 
-def describe(about: dict[str, Any]) -> str:
-    peak = {
-        "fma": "one core's multiply-adds in registers times the threads",
-        "product": "the best torch.mm of 2048 x 2048 in this process, for want of a compiler",
-    }
+def describe(about: dict[str, Any], peaks: Peaks | None) -> str:
+    threads = about["threads"]
     text = (
-        f"{about['cpu']}, {about['cpus']} CPUs, {about['threads']} threads, torch {about['torch']}\n"
-        "float32 unless said, medians of alternating rounds\n"
-        f"peak {about['peak_gflops']} GFLOP/s: {peak[about['peak']]}; "
-        f"best torch.mm {about['product_gflops']} GFLOP/s"
+        f"{about['cpu']}, {about['cpus']} CPUs, {about['instruction_set']}, torch {about['torch']}\n"
+        f"float32 unless said, medians of alternating rounds, {threads} threads for everybody\n"
     )
+    if peaks:
+        rates = ", ".join(f"{name} {gflops:.0f}" for name, gflops in peaks.gflops.items())
+        reads = ", ".join(f"{size >> 10} KiB {gbps:.0f}" for size, gbps in peaks.read[::2])
+        text += f"peaks of {threads} cores: multiply-adds in GFLOP/s, {rates};\n"
+        text += f"reads in GB/s by what each core sweeps, {reads}\n"
+    else:
+        text += "the machine's peaks are not known, for want of a compiler\n"
+    text += f"best torch.mm of 2048 x 2048: {about['product_gflops']} GFLOP/s"
     if about["steal"] is not None:
         text += f"\nload average {about['load']}, CPU steal {about['steal']:.1%}, "
         text += f"other processes had {about['others']:.1%} of the CPU time"
@@ -68,7 +74,7 @@ def write_plot(path: Path, records: list[Record], about: dict[str, Any]) -> None
         for k, cell in enumerate(cells):
             chosen = [r for r in records if (r.case.cell, r.case.mode) == (cell, mode)]
             places = [shapes.index(r.case.shape) + (k - (len(cells) - 1) / 2) * 0.25 for r in chosen]
-            axis.bar(places, [r.ratio("torch.nn") for r in chosen], width=0.25, label=cell)
+            axis.bar(places, [r.ratio(TORCH) for r in chosen], width=0.25, label=cell)
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set_xticks(range(len(shapes)), [f"T{s.T} B{s.B}\nH{s.H}" for s in shapes])
         axis.set_ylabel(f"{mode}: torch.nn's time / ours")

@@ -1,11 +1,10 @@
 """What fastrnn is measured beside: torch.nn, for inference onnxruntime where it is installed, and in bfloat16
-its own float32."""
+and int8 its own float32."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.bench.grid import GATES, STREAM, Case
+from fastrnn.bench.grid import GATES, STREAM, TRAINING, Case
 
+OURS = "fastrnn"
 TORCH, ONNX, FLOAT32 = "torch.nn", "onnxruntime", "fastrnn float32"
 # torch.nn's gates are i f g o and r z n; ONNX orders them i o f c and z r h.
 ONNX_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
@@ -24,73 +24,82 @@ SETTLE, WAKE = 0.05, 0.02  # seconds
 Call = Callable[[], Any]
 
 
-def layer(package: Any, case: Case, dtype: torch.dtype | None = None) -> nn.Module:
+def dtype(case: Case) -> torch.dtype:
+    """Of the input, and of a layer until it is quantized."""
+    return torch.float32 if case.dtype == "int8" else getattr(torch, case.dtype)
+
+
+def layer(package: Any, case: Case, dtype: torch.dtype) -> nn.Module:
     """The case's layer of a package, torch.nn or fastrnn, with the weights of seed 0."""
     options = {"proj_size": case.proj_size} if case.proj_size else {}
     torch.manual_seed(0)
     module: nn.Module = getattr(package, case.cell.upper())(
         *(case.shape.I, case.shape.H, case.num_layers), bidirectional=case.directions == 2, **options
     )
-    return module.to(dtype or getattr(torch, case.dtype))
+    return module.to(dtype).train(case.mode in TRAINING)
 
 
-def inputs(case: Case) -> Tensor:
-    """[T, B, I], float32."""
+def numbers(case: Case) -> Tensor:
+    """Everybody's input: [T, B, I], float32."""
     torch.manual_seed(1)
     return torch.randn(case.shape.T, case.shape.B, case.shape.I)
 
 
-def values(y: Tensor | PackedSequence) -> Tensor:
-    return y.data if isinstance(y, PackedSequence) else y
+def inputs(case: Case, dtype: torch.dtype) -> Tensor | PackedSequence:
+    """The numbers as a layer takes them, packed where the case is; in training they take a gradient."""
+    x: Any = numbers(case).to(dtype)
+    if case.kind == "packed":
+        x = pack_padded_sequence(x, torch.tensor(case.lengths))
+    data(x).requires_grad_(case.mode in TRAINING)
+    return x
 
 
-def forward(module: nn.Module, x: Any) -> Any:
-    with torch.no_grad():
-        return module(x)[0]
+def data(x: Tensor | PackedSequence) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
 
 
-def training(module: nn.Module, x: Any) -> Any:
-    """Forward and backward to the parameters; the input takes no gradient."""
-    y = module(x)[0]
-    values(y).sum().backward()
-    return y
-
-
-def last(module: nn.Module, x: Any) -> Any:
-    """Training with a loss on the last step alone."""
-    y = module(x)[0]
-    y[-1].sum().backward()
-    return y
-
-
-def step(module: nn.Module, x: Any) -> Any:
-    """STREAM calls one after the other, each with the state that the one before it gave."""
-    state = None
-    with torch.no_grad():
-        for _ in range(STREAM):
-            y, state = module(x, state)
-    return y
-
-
-PASSES = {"forward": forward, "training": training, "last": last, "step": step}
-
-
-@dataclass
 class Pass:
-    """A call of a layer as the case wants it."""
+    """A call of a layer of its own with an input of its own, as the case wants it and as a user writes it."""
 
-    case: Case
-    module: nn.Module
-    x: Any
+    def __init__(self, case: Case, module: nn.Module, dtype: torch.dtype) -> None:
+        self.module, self.x = module, inputs(case, dtype)
+        self.leaves = [*module.parameters(), data(self.x)]
+        self.run = getattr(self, case.mode)
 
     def __call__(self) -> Any:
-        return PASSES[self.case.mode](self.module, self.x)
+        return self.run()
+
+    @torch.inference_mode()
+    def forward(self) -> Any:
+        return self.module(self.x)[0]
+
+    def training(self) -> Any:
+        y = self.module(self.x)[0]
+        data(y).sum().backward()
+        return y
+
+    def last(self) -> Any:
+        y = self.module(self.x)[0]
+        y[-1].sum().backward()
+        return y
+
+    @torch.inference_mode()
+    def step(self) -> Any:
+        """STREAM calls one after the other, each with the state that the one before it gave."""
+        state = None
+        for _ in range(STREAM):
+            y, state = self.module(self.x, state)
+        return y
+
+    def forget(self) -> None:
+        """Drops the gradients of an earlier call."""
+        for leaf in self.leaves:
+            leaf.grad = None
 
 
 def forget(call: Call) -> None:
-    """Drops the gradients of an earlier call."""
     if isinstance(call, Pass):
-        call.module.zero_grad(set_to_none=True)
+        call.forget()
 
 
 def timed(call: Call) -> float:
@@ -99,6 +108,27 @@ def timed(call: Call) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def rounds(one: float, seconds: float, least: int) -> int:
+    """Of `one` second each: what fits into `seconds`, or `least` within 4 times that; from 3 to 200."""
+    fit = seconds / one
+    return int(min(200, max(3, fit, min(least, 4 * fit))))
+
+
+def alternate(
+    calls: dict[Any, Call], seconds: float, prepare: Callable[[Any], Any] = lambda name: None
+) -> dict[Any, list[float]]:
+    """Seconds of each call, in at least three rounds; `prepare` gets a call's name before it is timed."""
+    samples: dict[Any, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    for done in range(200):
+        if done >= 3 and time.perf_counter() > end:
+            break
+        for name, call in calls.items():
+            prepare(name)
+            samples[name].append(timed(call))
+    return samples
 
 
 def why_no_onnxruntime() -> str | None:
@@ -162,7 +192,12 @@ def onnx_model(case: Case, module: nn.Module) -> bytes:
 
 
 def onnxruntime_call(case: Case, module: nn.Module) -> Call:
-    """The same pass in onnxruntime; it gives [T, B, D, H], also where our input is packed."""
+    """The same pass in onnxruntime; it gives [T, B, D, H], also where our input is packed.
+
+    With the threads in force, as everybody; at B = 1, H = 128 one alone was up to a quarter faster. By `run`,
+    which gives new arrays as our calls give new tensors; bound to buffers of the caller's, a step was some
+    5 us faster.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -170,51 +205,56 @@ def onnxruntime_call(case: Case, module: nn.Module) -> Call:
     session = onnxruntime.InferenceSession(
         onnx_model(case, module), options, providers=["CPUExecutionProvider"]
     )
-    x = inputs(case).numpy()
-    if case.mode != "step":
-        return lambda: torch.from_numpy(session.run(None, {"X0": x})[0]).transpose(1, 2)
-
+    given, got = ([end.name for end in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    feed = {"X0": numbers(case).numpy()}
     zero = torch.zeros(case.directions, case.shape.B, case.shape.H).numpy()
-    names = [given.name for given in session.get_inputs()][1:]
 
-    def stream() -> Tensor:
-        states = [zero] * len(names)
-        for _ in range(STREAM):
-            y, *states = session.run(None, {"X0": x, **dict(zip(names, states, strict=True))})
+    def run() -> Tensor:
+        states = [zero] * (len(given) - 1)
+        for _ in range(case.calls):
+            feed.update(zip(given[1:], states, strict=True))
+            y, *states = session.run(got, feed)
         return torch.from_numpy(y).transpose(1, 2)
 
-    return stream
+    return run
 
 
-def calls(case: Case) -> dict[str, Call]:
-    """One sample of everybody's, ours under "fastrnn" and last; all have the same parameters and input."""
-    x: Any = inputs(case)
-    theirs, ours = layer(nn, case), layer(fastrnn, case)
+def calls(case: Case, onnx: bool = True) -> dict[str, Call]:
+    """One sample of everybody's, ours last; all have the same parameters and input."""
+    theirs, ours = layer(nn, case, dtype(case)), layer(fastrnn, case, dtype(case))
     ours.load_state_dict(theirs.state_dict())
-    found = {}
-    if onnx_can(case) and why_no_onnxruntime() is None:
+    found: dict[str, Call] = {}
+    if onnx and onnx_can(case) and why_no_onnxruntime() is None:
         found[ONNX] = onnxruntime_call(case, theirs)
-    if case.kind == "packed":
-        x = pack_padded_sequence(x, torch.tensor(case.lengths))
     if case.dtype != "float32":
-        found[FLOAT32] = Pass(case, layer(fastrnn, case, torch.float32), x)
-        x = x.to(getattr(torch, case.dtype))
-    return {**found, TORCH: Pass(case, theirs, x), "fastrnn": Pass(case, ours, x)}
+        found[FLOAT32] = Pass(case, layer(fastrnn, case, torch.float32), torch.float32)
+    if case.dtype == "int8":
+        ours = fastrnn.quantize(ours)
+    return {**found, TORCH: Pass(case, theirs, dtype(case)), OURS: Pass(case, ours, dtype(case))}
+
+
+# Of an output or a gradient: the norm of the difference over the norm.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.05}
 
 
 def check(case: Case, calls: dict[str, Call]) -> None:
     """Raises AssertionError where two disagree: a wrong answer must not be timed. Also the warm-up."""
 
-    def padded(y: Any) -> Tensor:
+    def results(call: Call) -> list[Tensor]:
+        """y, and the gradients that the call left."""
+        forget(call)
+        y = call()
         y = pad_packed_sequence(y)[0] if isinstance(y, PackedSequence) else y
-        return y.detach().float().flatten(2)
+        leaves = call.leaves if isinstance(call, Pass) else []
+        return [t.detach().float() for t in (y.flatten(2), *(leaf.grad for leaf in leaves)) if t is not None]
 
-    tolerance = 1e-3 if case.dtype == "float32" else 0.1
-    ours = padded(calls["fastrnn"]())
+    ours = results(calls[OURS])
     for name, call in calls.items():
-        torch.testing.assert_close(
-            padded(call()), ours, rtol=tolerance, atol=tolerance, msg=f"{name} disagrees"
-        )
+        theirs = results(call)
+        assert len(theirs) == len(ours), f"{name} has other gradients"
+        for a, b in zip(ours, theirs, strict=True):
+            error = float((a - b).norm() / b.norm())
+            assert error <= TOLERANCE[case.dtype], f"{name} disagrees by {error:.2g}"
 
 
 def settle(wake: Call) -> None:

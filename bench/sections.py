@@ -1,4 +1,4 @@
-"""What the report measures beside the rows: a crowded machine, and one thread beside two."""
+"""What the report measures beside the rows: peak memory, a crowded machine, and one thread beside two."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import product
+from typing import Any
 
 import torch
 
 from fastrnn.bench import memory, rivals
-from fastrnn.bench.grid import MODES, SHAPES, Case
+from fastrnn.bench.grid import LARGE, MODES, WIDE, Case
 from fastrnn.bench.machine import CpuClock
 from fastrnn.bench.records import Probe
 
-SECONDS = 1.5  # for one figure
+SECONDS = 3.0  # for one figure of ours and one of torch.nn's
 # A barrier a step, and a shape whose batch can be split.
-CROWDED = (SHAPES[1], SHAPES[5])
-SCALING = SHAPES[5]
+CROWDED, SCALING = (WIDE, LARGE), LARGE
 # It ends by itself where the benchmark was killed.
 BUSY = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    for _ in range(10**5): pass"
 
@@ -39,63 +39,54 @@ def neighbours(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
             process.wait()
 
 
-def median_seconds(call: rivals.Call, seconds: float, most: int = 200) -> float:
-    """The median over as many calls as fit, at least three unless one takes longer than all that time."""
-    samples = [rivals.timed(call)]
-    while len(samples) < most and sum(samples) < seconds * (1 if len(samples) >= 3 else 3):
-        samples.append(rivals.timed(call))
-    return statistics.median(samples)
-
-
-def both(case: Case) -> tuple[rivals.Call, rivals.Call]:
-    """Our call and torch.nn's, warmed up and compared."""
-    calls = rivals.calls(case)
+def both(case: Case) -> dict[str, rivals.Call]:
+    """Our call and torch.nn's, warmed up and compared. Nobody else's threads are there to spin."""
+    calls = rivals.calls(case, onnx=False)
     rivals.check(case, calls)
-    return calls["fastrnn"], calls[rivals.TORCH]
+    return calls
+
+
+def medians(samples: dict[Any, list[float]]) -> dict[Any, float]:
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}
 
 
 def crowded(cells: tuple[str, ...], seconds: float = SECONDS) -> list[Probe]:
     """How many times as long a forward call takes with one busy neighbour process per core."""
     probes = []
     for case in (Case(cell, "forward", shape) for cell, shape in product(cells, CROWDED)):
-        pair = both(case)
+        calls = both(case)
         clock = CpuClock()
-        quiet = [median_seconds(call, seconds / 3) for call in pair]
-        conditions = clock.read()  # of the quiet half: the other is crowded on purpose
+        quiet = medians(rivals.alternate(calls, seconds / 3))
+        conditions = clock.read()  # of the quiet part: the other is crowded on purpose
         with neighbours(os.cpu_count() or 1):
-            loaded = [median_seconds(call, seconds) for call in pair]
-        ours, theirs = (slow / fast for slow, fast in zip(loaded, quiet, strict=True))
-        probes.append(Probe("crowded", case, ours, theirs, conditions))
+            loaded = medians(rivals.alternate(calls, seconds))
+        times = {name: loaded[name] / quiet[name] for name in calls}
+        probes.append(Probe("crowded", case, times[rivals.OURS], times[rivals.TORCH], conditions))
     return probes
 
 
-@contextlib.contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def scaling(cells: tuple[str, ...], rounds: int = 5) -> list[Probe]:
+def scaling(cells: tuple[str, ...], seconds: float = SECONDS) -> list[Probe]:
     """How many times as fast two threads are as one; nothing where there is one alone."""
-    if min(torch.get_num_threads(), os.cpu_count() or 1) < 2:
+    threads = torch.get_num_threads()
+    if min(threads, os.cpu_count() or 1) < 2:
         return []
     probes = []
     for case in (Case(cell, mode, SCALING) for cell, mode in product(cells, MODES)):
-        pair = both(case)
+        calls = both(case)
+
+        def prepare(run: tuple[str, int], calls: dict[str, rivals.Call] = calls) -> None:
+            name, count = run
+            torch.set_num_threads(count)
+            calls[name]()  # the team is made anew
+
         clock = CpuClock()
-        gains = []
-        for call in pair:
-            seconds: dict[int, list[float]] = {1: [], 2: []}
-            for count in [1, 2] * rounds:
-                with threads(count):
-                    call()  # the team is made anew
-                    seconds[count].append(rivals.timed(call))
-            gains.append(statistics.median(seconds[1]) / statistics.median(seconds[2]))
-        probes.append(Probe("scaling", case, gains[0], gains[1], clock.read()))
+        try:
+            runs = {(name, count): call for name, call in calls.items() for count in (1, 2)}
+            took = medians(rivals.alternate(runs, seconds, prepare))
+        finally:
+            torch.set_num_threads(threads)
+        gains = (took[name, 1] / took[name, 2] for name in (rivals.OURS, rivals.TORCH))
+        probes.append(Probe("scaling", case, *gains, clock.read()))
     return probes
 
 

@@ -12,7 +12,7 @@ import torch
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from fastrnn.bench import compare, goals, grid, machine, memory, records, report, rivals, sections
+from fastrnn.bench import compare, goals, grid, limits, machine, memory, records, report, rivals, sections
 from fastrnn.bench.goals import Goal
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions
@@ -22,6 +22,7 @@ from fastrnn.lm.errors import UserError
 CASE = Case("lstm", "forward", grid.SMALL)
 MACHINE = {"cpu": "a CPU", "cpus": 2, "threads": 2, "torch": "2.13.0", "unquiet": False}
 NOISY = Conditions(3.0, 0.0, 0.5)
+PEAKS = limits.Peaks(2, {"float32": 100.0, "bfloat16": 1000.0}, [(1 << 10, 400.0), (1 << 20, 200.0)])
 
 
 def record(ratio=2.0, case=CASE, spread=0.02, **more):
@@ -49,9 +50,57 @@ def test_every_kind_of_row_runs_and_all_rivals_agree(case):
     calls = rivals.calls(case)
     rivals.check(case, calls)
     expected = {"fastrnn", "torch.nn"}
-    expected |= {"fastrnn float32"} if case.dtype == "bfloat16" else set()
+    expected |= {"fastrnn float32"} if case.dtype != "float32" else set()
     expected |= {"onnxruntime"} if rivals.onnx_can(case) and rivals.why_no_onnxruntime() is None else set()
     assert set(calls) == expected
+
+
+@pytest.mark.parametrize("mode", grid.MODES)
+def test_a_wrong_answer_is_not_timed(mode):
+    case = Case("gru", mode, Shape(3, 2, 8, 8))
+    calls = rivals.calls(case, onnx=False)
+    with torch.no_grad():
+        calls["fastrnn"].module.weight_hh_l0[0] += 0.5
+    with pytest.raises(AssertionError, match=r"torch\.nn disagrees"):
+        rivals.check(case, calls)
+
+
+def test_wrong_gradients_are_not_timed():
+    case = Case("lstm", "training", Shape(3, 2, 8, 8))
+    calls = rivals.calls(case, onnx=False)
+    calls["fastrnn"].module.weight_hh_l0.register_hook(lambda grad: grad * 1.1)
+    with pytest.raises(AssertionError, match=r"torch\.nn disagrees"):
+        rivals.check(case, calls)
+
+
+def test_a_layer_is_called_as_users_do():
+    forward, training = (
+        rivals.calls(Case("gru", mode, Shape(3, 2, 8, 8)), onnx=False)["fastrnn"] for mode in grid.MODES
+    )
+    assert training.module.training
+    assert not forward.module.training
+    assert forward().is_inference()
+    training()
+    leaves = [*training.module.parameters(), training.x]
+    assert all(leaf.grad is not None for leaf in leaves)
+    training.forget()
+    assert all(leaf.grad is None for leaf in leaves)
+
+
+def test_rounds():
+    assert rivals.rounds(0.1, 2.0, 11) == 20
+    assert rivals.rounds(1e-6, 2.0, 11) == 200
+    assert rivals.rounds(0.5, 2.0, 11) == 11
+    assert rivals.rounds(1.0, 2.0, 11) == 8  # four times the seconds are enough
+    assert rivals.rounds(9.0, 2.0, 11) == 3
+
+
+def test_calls_alternate():
+    order = []
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    samples = rivals.alternate(calls, 0.0, lambda name: order.append(name.upper()))
+    assert "".join(order) == "AaBb" * 3
+    assert [len(seconds) for seconds in samples.values()] == [3, 3]
 
 
 def test_operations():
@@ -76,22 +125,35 @@ def test_a_record_of_samples():
 # Goals
 
 
-def outcome(goal, *rows, peak=None):
-    return goals.outcome(goal, rows, peak)
+def outcome(goal, *rows, peaks=None):
+    return goals.outcome(goal, rows, peaks)
 
 
 def test_a_goal_names_the_worst_row():
     goal = Goal("any", "torch.nn", 1.5, ("forward",))
     good, bad = record(2.0), record(1.2, Case("gru", "forward", grid.MEDIUM), conditions=NOISY)
-    o = outcome(goal, good, bad, record(0.1, Case("gru", "training", grid.MEDIUM)))
-    assert (o.measured, o.worst, o.rows, o.met_rows) == (1.2, bad.case.id, 2, 1)
-    assert o.met is False
-    assert o.unquiet
-    text = goals.report([o])
-    assert text.startswith("goals: 0 met, 1 not met, 0 not measured")
-    assert "NOT MET" in text
-    assert "at least 1.50x torch.nn, measured 1.20x (1 of 2 rows; worst gru-forward-T100-B32" in text
-    assert text.endswith("*")
+    worse = record(1.1, Case("rnn", "forward", grid.LARGE))
+    rows = [good, bad, worse, record(0.1, Case("gru", "training", grid.MEDIUM))]
+    o = outcome(goal, *rows, peaks=PEAKS)
+    assert (o.worst.measured, o.worst.row, o.rows, o.met) == (1.1, worse.case.id, 3, False)
+    assert [f.row for f in o.unmet] == [worse.case.id, bad.case.id]
+    text = goals.report([o]).splitlines()
+    assert text[0] == "goals: 0 met, 1 not met, 0 not measured"
+    assert "NOT MET" in text[1]
+    assert "at least 1.5x torch.nn, measured 1.1x (3 rows; worst rnn-forward-T100-B32" in text[1]
+    # 2 * 3200 * 768 * 512 = 2.52 GFLOP, and 1.2 ms of torch.nn's
+    best = 1.2e-3 / (grid.flop(bad.case) / 100e9)
+    assert text[3].startswith(
+        f"    {bad.case.id}: 1.2x *; {best:.4g}x at its limit: 2.52 GFLOP at 100 GFLOP/s"
+    )
+    assert len(text) == 4
+    assert "no count" in goals.report([outcome(goal, bad)])
+
+
+def test_what_was_not_measured_is_told():
+    assert "not measured  forward, any: at least 1.5x torch.nn" in goals.report(
+        [outcome(Goal("any", "torch.nn", 1.5, ("forward",)))]
+    )
 
 
 def test_at_most_a_mean_and_a_share_of_the_peak():
@@ -100,15 +162,20 @@ def test_at_most_a_mean_and_a_share_of_the_peak():
     assert outcome(goal, step).met
     assert not outcome(dataclasses.replace(goal, bound=999.0), step).met
 
-    mean = outcome(Goal("mean", "torch.nn", 2.0, ("forward",), mean=True), record(1.0), record(4.0))
+    goal = Goal("mean", "torch.nn", 2.0, ("forward",), mean=True)
+    mean = outcome(goal, record(1.0), record(4.0), peaks=PEAKS)
     assert mean.met
-    assert mean.measured == pytest.approx(2)
+    assert mean.worst.measured == pytest.approx(2)
+    least = limits.of(CASE, PEAKS).ours
+    assert mean.worst.at_limit == pytest.approx(2e-3 / least)
+    assert not outcome(dataclasses.replace(goal, bound=2.1), record(1.0), record(4.0)).met
 
     share = Goal("share", goals.PEAK, 0.5, ("forward",))
     r = record()
-    assert outcome(share, r, peak=2 * r.gflops).met
-    assert not outcome(share, r, peak=2.1 * r.gflops).met
-    assert outcome(share, r, peak=None).met is None  # no compiler: the peak is not known
+    peaks = [dataclasses.replace(PEAKS, gflops={"float32": k * r.gflops}) for k in (2, 2.1)]
+    assert outcome(share, r, peaks=peaks[0]).met
+    assert not outcome(share, r, peaks=peaks[1]).met
+    assert outcome(share, r, peaks=None).met is None  # no compiler: the peak is not known
 
 
 def test_a_goal_only_where_the_rival_is_slow():
@@ -121,8 +188,9 @@ def test_sections_have_goals_of_their_own():
     probes = [Probe("memory", CASE, 59, 100), Probe("crowded", CASE, 3.5, 30.0)]
     found = {o.goal.section: o for o in goals.evaluate([], probes, None) if o.met is not None}
     assert found["memory"].met
-    assert found["memory"].measured == 0.59
+    assert found["memory"].worst.measured == 0.59
     assert found["crowded"].met is False
+    assert "3.5x; 2x at its limit: with a busy neighbour" in goals.report([found["crowded"]])
     assert set(found) == {"memory", "crowded"}  # the goals of the rows leave them alone
     assert "ratio 0.59" in sections.table(probes)
 
@@ -133,13 +201,14 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
         for case in grid.rows()
     ]
     shapes = {"memory": (memory.SHAPE,), "crowded": sections.CROWDED, "scaling": (sections.SCALING,)}
+    assert shapes.keys() == sections.SECTIONS.keys() == sections.UNITS.keys()
     rows += [
         Probe(section, Case("gru", mode, shape), 1.0, 1.0)
         for section in shapes
         for mode in (grid.MODES if section != "crowded" else ["forward"])
         for shape in shapes[section]
     ]
-    assert not [o.goal.text for o in goals.evaluate(rows, [], 1.0) if o.met is None]
+    assert not [o.goal.text for o in goals.evaluate(rows, [], PEAKS) if o.met is None]
     assert not [r.case.id for r in rows if not any(goal.concerns(r) for goal in goals.GOALS)]
     texts = [goal.text for goal in goals.GOALS]
     assert len(texts) == len(set(texts))
@@ -179,8 +248,6 @@ def test_on_another_machine_only_ratios_count():
 def test_the_noise_of_two_rows():
     assert compare.noise(record(spread=0.03), record(spread=0.04)) == pytest.approx(0.05)
     assert compare.noise(record(spread=0.0), record(spread=0.0)) == compare.LEAST_NOISE
-    unknown = Record(CASE, 11, 1e-3, {"torch.nn": 2e-3})
-    assert compare.noise(unknown, record(spread=0.0)) == compare.UNKNOWN_SPREAD
 
 
 # Files
@@ -189,7 +256,7 @@ def test_the_noise_of_two_rows():
 def test_a_file_comes_back(tmp_path):
     path = tmp_path / "deep" / "run.json"
     rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
-    rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="bfloat16")))
+    rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="int8")))
     outcomes = goals.evaluate(rows, [], None)
     records.write_json(path, rows, MACHINE, [Probe("memory", CASE, 1, 2)], goals.as_json(outcomes))
     assert records.read_json(path) == (rows, MACHINE)
@@ -202,35 +269,11 @@ def test_a_file_comes_back(tmp_path):
     assert content["sections"][0]["torch.nn"] == 2
 
 
-def old_file(path):
-    """As the first version wrote it: no kind, dtype, spread or conditions."""
-    row = {
-        "cell": "lstm",
-        "mode": "forward",
-        "rounds": 11,
-        "gflops": 85.0,
-        "T": 100,
-        "B": 1,
-        "I": 128,
-        "H": 128,
-    }
-    row["seconds"] = {"fastrnn": 1e-3, "onnxruntime": 3e-3, "torch.nn": 2e-3}
-    path.write_text(json.dumps({"machine": MACHINE, "geometric_means": {}, "results": [row]}))
-    return path
-
-
-def test_a_file_of_the_first_version(tmp_path):
-    earlier = records.read_json(old_file(tmp_path / "old.json"))
-    assert earlier[0] == [Record(CASE, 11, 1e-3, {"onnxruntime": 3e-3, "torch.nn": 2e-3})]
-    assert "1 within the noise" in compare.compare(*earlier, [record(1.85)], MACHINE)
-    assert "noise 10.2%" in compare.compare(*earlier, [record(1.6)], MACHINE)
-
-
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"results": [{}], "machine": {}}', '{"results": [1]}'])
 def test_a_file_that_no_run_wrote(tmp_path, content):
     path = tmp_path / "x.json"
     path.write_text(content)
-    with pytest.raises(UserError, match=r"x\.json is not a file that bench --json wrote"):
+    with pytest.raises(UserError, match=r"x\.json is not a file that this version's"):
         records.read_json(path)
 
 
@@ -285,7 +328,7 @@ def test_a_system_that_does_not_tell(tmp_path):
 
 def test_the_report_of_a_run():
     rows = [record(2.0), record(3.0, Case("gru", "step", grid.STEPS[0]), conditions=NOISY)]
-    text = report.table(rows, 100.0)
+    text = report.table(rows, PEAKS)
     assert "gru-step-T1-B1-I128-H128" in text
     assert "* 1 of 2 rows were taken while others had the CPUs" in text
     assert records.means(rows) == {
@@ -293,14 +336,81 @@ def test_the_report_of_a_run():
         "gru step": {"torch.nn": pytest.approx(3)},
     }
     about = machine.about(Conditions(), 100.0, None)
-    assert "for want of a compiler" in report.describe(about)
+    assert "for want of a compiler" in report.describe(about, None)
     assert about["threads"] == torch.get_num_threads()
-    assert "WARNING" in report.describe(machine.about(NOISY, 100.0, 120.0))
+    text = report.describe(machine.about(NOISY, 100.0, PEAKS), PEAKS)
+    assert "WARNING" in text
+    assert "float32 100, bfloat16 1000" in text
+    assert f"{torch.get_num_threads()} threads for everybody" in text
 
 
-def test_without_a_compiler_the_peak_is_unknown(monkeypatch):
+# Limits
+
+
+def test_without_a_compiler_the_peaks_are_unknown(monkeypatch):
     monkeypatch.setenv("CXX", "/nonexistent/c++")
-    assert machine.fma_peak() is None
+    assert limits.measure(1) is None
+
+
+def test_peaks_of_this_machine():
+    peaks = limits.measure(1)
+    if peaks is None:
+        pytest.skip("no compiler")
+    assert peaks.gflops["bfloat16"] >= peaks.gflops["float32"] > 0.1
+    assert [size for size, _ in peaks.read] == [2**k for k in range(14, 25)]
+    assert peaks.bandwidth(2**14) > 0.1
+
+
+def test_bandwidth_is_that_of_somewhat_fewer_bytes():
+    assert [PEAKS.bandwidth(n) for n in (1, 1 << 10, (1 << 20) - 1, 1 << 20, 1 << 30)] == [
+        400,
+        400,
+        400,
+        200,
+        200,
+    ]
+
+
+def test_the_least_seconds():
+    def bytes_of(case):
+        return limits.swept_bytes(case), limits.row_bytes(case)
+
+    # One sequence of 100: H [512, 128] at every step; x and y, 256 numbers a step.
+    assert bytes_of(CASE) == (4 * 512 * 128, 4 * 100 * 256)
+    # 256 KiB, half of it for each core, at 400 GB/s, and the rows; the products take less.
+    seconds = (100 * 2**18 / 400 + 100 * 1024 / 400) / 1e9
+    fast = dataclasses.replace(PEAKS, gflops={"float32": 1e6})
+    assert limits.of(CASE, fast).ours == pytest.approx(seconds)
+    assert limits.of(CASE, PEAKS).ours == pytest.approx(grid.flop(CASE) / 100e9)
+    assert limits.of(CASE, PEAKS).count.startswith(
+        "26.2 MFLOP at 100 GFLOP/s, 262 us; 100 x 0.25 MiB of weights"
+    )
+
+
+def test_bytes_of_every_kind():
+    shape = Shape(10, 2, 3, 4)
+    step = Case("gru", "step", Shape(1, 1, 3, 4))
+    assert limits.swept_bytes(step) == 4 * 12 * (3 + 4)
+    assert limits.swept_bytes(Case("lstm", "forward", shape, "projection")) == 4 * (16 * 2 + 2 * 4)
+    assert limits.swept_bytes(Case("rnn", "forward", shape, dtype="int8")) == 16
+    assert limits.row_bytes(Case("rnn", "forward", shape, "bidirectional")) == 4 * 20 * (3 + 8)
+    # x y; gates and c, and their gradients, out and in; x y; dx
+    assert limits.row_bytes(Case("lstm", "training", shape)) == 4 * 20 * (7 + 2 * 4 * (5 + 4) + 7 + 3)
+    # int8's products have no measured peak: bytes alone
+    assert "FLOP" not in limits.of(Case("rnn", "forward", shape, dtype="int8"), PEAKS).count
+
+
+def test_the_least_memory():
+    shape = Shape(1000, 32, 512, 512)
+    unit = 4 * 1000 * 32 * 512
+    assert limits.of_memory(Case("lstm", "forward", shape)).ours == unit
+    found = limits.of_memory(Case("gru", "training", shape))
+    assert found.ours == unit * 6 + 4 * 3 * 512 * (1024 + 2)
+    assert found.count == "y 62.5 MiB + saved 250 MiB + dx 62.5 MiB + gradients of weights 6.01 MiB"
+
+
+def test_prefixes():
+    assert [limits.si(x) for x in (1.25e-3, 2.5e-8, 3, 8.05e10)] == ["1.25 m", "25 n", "3 ", "80.5 G"]
 
 
 def test_busy_neighbours_end_with_the_block():
