@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastrnn
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
@@ -53,6 +54,7 @@ def test_every_kind_of_row_runs_and_all_rivals_agree(case):
     expected |= {"fastrnn float32"} if case.dtype != "float32" else set()
     expected |= {"onnxruntime"} if rivals.onnx_can(case) and rivals.why_no_onnxruntime() is None else set()
     assert set(calls) == expected
+    assert isinstance(calls["fastrnn"].module, fastrnn.inference.Quantized) == (case.dtype == "int8")
 
 
 @pytest.mark.parametrize("mode", grid.MODES)
@@ -160,7 +162,11 @@ def test_at_most_a_mean_and_a_share_of_the_peak():
     step = record(case=Case("lstm", "step", grid.STEPS[1]))
     goal = Goal("step", goals.MICROSECONDS, 1000.0, ("step",), at_most=True)
     assert outcome(goal, step).met
-    assert not outcome(dataclasses.replace(goal, bound=999.0), step).met
+    slow = dataclasses.replace(step, ours=2e-3)
+    o = outcome(dataclasses.replace(goal, bound=999.0), step, slow)
+    assert not o.met
+    assert [f.measured for f in o.unmet] == [2000.0, 1000.0]
+    assert o.worst == o.unmet[0]
 
     goal = Goal("mean", "torch.nn", 2.0, ("forward",), mean=True)
     mean = outcome(goal, record(1.0), record(4.0), peaks=PEAKS)
@@ -396,6 +402,8 @@ def test_bytes_of_every_kind():
     assert limits.row_bytes(Case("rnn", "forward", shape, "bidirectional")) == 4 * 20 * (3 + 8)
     # x y; gates and c, and their gradients, out and in; x y; dx
     assert limits.row_bytes(Case("lstm", "training", shape)) == 4 * 20 * (7 + 2 * 4 * (5 + 4) + 7 + 3)
+    count = limits.of(Case("rnn", "training", shape, "bidirectional"), PEAKS).count
+    assert "; 40 x " in count  # steps, directions, there and back
     # int8's products have no measured peak: bytes alone
     assert "FLOP" not in limits.of(Case("rnn", "forward", shape, dtype="int8"), PEAKS).count
 
