@@ -24,8 +24,7 @@ void outer_tile(const E* a, const E* b, int64_t b_panel, int64_t rows, int lanes
   using S = Simd<E>;
   constexpr int W = S::W, kLanes = OuterTile<E>::kLanes;
   alignas(64) E sums[kLanes * U * W];
-  tile<E, 1, U, kLanes>(InLanes<E, U>{a, lanes, out, ld_out}, b, W, b_panel, rows,
-                        static_cast<const E*>(nullptr), 0, a, sums);
+  tile<E, 1, U, kLanes>(InLanes<E, U>{a, lanes, out, ld_out}, b, W, b_panel, rows, From<E>{}, a, sums);
   const auto sum = [&](int m, int u) { return S::load(sums + (m * U + u) * W); };
   if (add && lanes == kLanes && left == W) {
     for (int m = 0; m < kLanes; ++m) {

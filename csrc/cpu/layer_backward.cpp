@@ -234,44 +234,68 @@ class BackwardPass {
     });
   }
 
-  // Each panel of gradients by all that its gates were multiplied with, while it is in the first-level cache.
-  void weight_gradients(int64_t d) {
+  // Panels [j0, j1) of gradients by all that their gates were multiplied with: so many of its columns at a
+  // time as stay in the second-level cache while the panels pass.
+  void weight_gradients(int64_t d, int64_t j0, int64_t j1) {
     const Direction<E, A>& s = scan_.dir[d];
     WeightGradients<E>& w = weights_[d];
-    const int64_t rows = rows_[d], G = cell_.gates, I = a_.I, blocks = ceil_div(H_, W_);
+    const int64_t G = cell_.gates, blocks = ceil_div(H_, W_), first_stage = cell_.stage_gates[0];
+    const auto sweep = [&](const A* b, int64_t columns, E* out, int64_t g0, int64_t g1, bool recurrent) {
+      const int64_t share = columns_at_once(d, columns);
+      for (int64_t c = 0; c < columns; c += share) {
+        for (int64_t j = j0; j < j1; ++j) {
+          const int64_t column = j / blocks, block = j % blocks;
+          for (int64_t g = g0; g < g1; ++g) {
+            if ((recurrent ? cell_.hidden_grad[g] : g) != column) continue;
+            outer(d, s.dg + j * panel(), block, H_, b + c * scan_.panel_rows, std::min(share, columns - c),
+                  out + g * H_ * columns + c, columns);
+          }
+        }
+      }
+    };
+    sweep(x_panels_, a_.I, w.w_ih, 0, G, false);
+    sweep(h_prev_[d], P_, w.w_hh, 0, first_stage, true);
+    if (cell_.stages == 2) sweep(mid_out_[d], P_, w.w_hh, first_stage, G, true);
+    for (int64_t j = j0; j < j1; ++j) kernels_.add_rows(s.dg + j * panel(), rows_[d], w.bias + j * W_);
+  }
+
+  // By AMX all at once: a panel is transposed for each sweep.
+  int64_t columns_at_once(int64_t d, int64_t columns) const {
+    if (kDepth<A> > 1) return columns;
+    const int64_t tiles = 6 * W_;  // whole ones, of any instruction set
+    const int64_t sweeps = ceil_div(columns * rows_[d] * sizeof(A), second_level_cache() / 8 * 3);
+    return ceil_div(ceil_div(columns, sweeps), tiles) * tiles;
+  }
+
+  // The block-th panel of gradients of `units`, a, by `columns` of b: to those rows of out.
+  void outer(int64_t d, const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out,
+             int64_t ld_out) {
+    // A piece costs a pass over the weight, so that large ones take more rows.
+    const int64_t longest = ld_out * units * cell_.gates <= kSmallWeight ? kSmallPiece : kLargePiece;
+    const int lanes = static_cast<int>(std::min<int64_t>(units - block * W_, W_));
+    kernels_.outer_product({a, b, panel(), rows_[d], longest, lanes, columns, out + block * W_ * ld_out,
+                            ld_out, weights_[d].begun});
+  }
+
+  void weight_gradients(int64_t d) {
+    const int64_t rows = rows_[d], I = a_.I;
     if (rows == 0) return;
     gather(d, I, x_panels_, [&](int64_t row) { return at(a_.x, scan_.rows.at(row) * I); });
     pair_rows(d, I, x_panels_);
     pair_rows(d, P_, h_prev_[d]);
     if (cell_.stages == 2) pair_rows(d, H_, mid_out_[d]);
-    const auto outer = [&](const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out) {
-      // A piece costs a pass over the weight, so that large ones take more rows.
-      const int64_t longest = columns * units * G <= kSmallWeight ? kSmallPiece : kLargePiece;
-      const int lanes = static_cast<int>(std::min<int64_t>(units - block * W_, W_));
-      kernels_.outer_product(
-          {a, b, panel(), rows, longest, lanes, columns, out + block * W_ * columns, columns, w.begun});
-    };
-    for_rows(cell_.grads * blocks, rows * W_ * (I + P_), [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) {
-        const int64_t column = j / blocks, block = j % blocks;
-        const A* a = s.dg + j * panel();
-        if (column < G) outer(a, block, H_, x_panels_, I, w.w_ih + column * H_ * I);
-        for (int64_t g = 0, first_stage = cell_.stage_gates[0]; g < G; ++g) {
-          if (cell_.hidden_grad[g] != column) continue;
-          outer(a, block, H_, g < first_stage ? h_prev_[d] : s.mid_out, P_, w.w_hh + g * H_ * P_);
-        }
-        kernels_.add_rows(a, rows, w.bias + j * W_);
-      }
-    });
+    for_rows(cell_.grads * ceil_div(H_, W_), rows * W_ * (I + P_),
+             [&](int64_t begin, int64_t end) { weight_gradients(d, begin, end); });
     if (projected_) {
       const int64_t from = d * a_.N;
       gather(d, H_, raw_panels_, [&](int64_t row) { return at(saved_[1], (from + row) * H_); });
       pair_rows(d, H_, raw_panels_);
       for_rows(ceil_div(P_, W_), rows * W_ * H_, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) outer(s.dh_out + j * panel(), j, P_, raw_panels_, H_, w.w_hr);
+        for (int64_t j = begin; j < end; ++j)
+          outer(d, scan_.dir[d].dh_out + j * panel(), j, P_, raw_panels_, H_, weights_[d].w_hr, H_);
       });
     }
-    w.begun = true;
+    weights_[d].begun = true;
   }
 
   void input_gradient(int64_t d) {

@@ -22,15 +22,24 @@ struct TileShape {
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
 
+// Of a longer K a tile's weights and the next one's would not lie in the second-level cache together, nor its
+// rows in the first: it is walked in pieces, the sums waiting in memory.
+template <class E>
+inline constexpr int64_t kLongest = 4096 / sizeof(E);
+
 // The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
-// row lies), and `row` is the way from there to the next row's.
+// row lies), `row` is the way from there to the next row's, and `piece` how many k are walked at a time.
 
 // [rows][K], rows of ld. `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
 template <class E>
 struct InRows {
   const E* data;
   int64_t ld;
-  FASTRNN_HD InRows from(int64_t row) const { return {data + row * ld, ld}; }
+  FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld}; }
+  FASTRNN_HD int64_t piece(int64_t K) const {
+    const int64_t pieces = (K + kLongest<E> - 1) / kLongest<E>;
+    return pieces > 1 ? (K + pieces - 1) / pieces : K;
+  }
   FASTRNN_HD int64_t row() const { return ld; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const E* ahead, Add&& add) const {
@@ -47,10 +56,16 @@ template <class E>
 struct InPanels {
   const E* data;
   int64_t panel, units;
-  FASTRNN_HD InPanels from(int64_t row) const { return {data + row * Simd<E>::W, panel, units}; }
+  FASTRNN_HD InPanels from(int64_t row, int64_t k) const {
+    const int64_t panels = (units + Simd<E>::W - 1) / Simd<E>::W;
+    return {data + k / units * panels * panel + row * Simd<E>::W, panel, units};
+  }
+  FASTRNN_HD int64_t piece(int64_t K) const {  // whole gates
+    return K <= kLongest<E> ? K : units >= kLongest<E> ? units : kLongest<E> / units * units;
+  }
   FASTRNN_HD static constexpr int64_t row() { return Simd<E>::W; }
   template <class Add>
-  FASTRNN_HD void each(int64_t K, const E*, Add&& add) const {
+  FASTRNN_HD void each(int64_t K, const E* ahead, Add&& add) const {
     const E* at = data;
     for (int64_t k = 0, unit = 0; k < K; at += panel) {
       const int64_t left = units - unit;
@@ -59,6 +74,7 @@ struct InPanels {
         for (int lane = 0; lane < Simd<E>::W; ++lane) {
           // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
           __builtin_prefetch(at + 2 * panel + lane * Simd<E>::W);
+          __builtin_prefetch(ahead + (k + lane) * Simd<E>::W, 0, 2);
           add(k + lane, at + lane);
         }
         k += Simd<E>::W;
@@ -102,22 +118,29 @@ struct InLanes {
   }
 };
 
-// out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + bias [G][ld_bias], the blocks `block` apart and
-// the k `step`. K is never split, so the bits do not depend on how rows and units were shared out. `ahead`: K
+// What a tile's sums begin with: a bias, or the sums so far, a row apart. Null: zeros.
+template <class E>
+struct From {
+  const E* data;
+  int64_t row, unit, gate;
+};
+
+// out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + from, the blocks `block` apart and the k `step`.
+// One sum adds up its K in order, so the bits do not depend on how rows and units were shared out. `ahead`: K
 // vectors of weights to bring into the second-level cache meanwhile.
 template <class E, int G, int U, int M, class A>
-__attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block, int64_t K, const E* bias,
-                                    int64_t ld_bias, const E* ahead, E* out) {
+__attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block, int64_t K,
+                                    const From<E>& from, const E* ahead, E* out) {
   using S = Simd<E>;
   S acc[M][U][G];
 #pragma GCC unroll 8
-  for (int u = 0; u < U; ++u)
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-      const S b = bias ? S::load(bias + g * ld_bias + u * S::W) : S(0);
+  for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-      for (int m = 0; m < M; ++m) acc[m][u][g] = b;
-    }
+    for (int u = 0; u < U; ++u)
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+        acc[m][u][g] = from.data ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
+      }
   const int64_t row = a.row();
   a.each(K, ahead, [&](int64_t k, const E* a_k) __attribute__((always_inline)) {
     S wk[U][G];
@@ -142,8 +165,9 @@ __attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block
       for (int g = 0; g < G; ++g) acc[m][u][g].store(out + ((m * U + u) * G + g) * S::W);
 }
 
+// By reference: a struct that is copied right after it was written waits for all stores before it.
 template <class E, int G, int U, int M, class... Rest>
-FASTRNN_HD void tile_of(int m, Rest... rest) {
+FASTRNN_HD void tile_of(int m, const Rest&... rest) {
   if constexpr (M > 0) {
     if (m == M) return tile<E, G, U, M>(rest...);
     tile_of<E, G, U, M - 1>(m, rest...);
@@ -239,7 +263,8 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   constexpr int kMostUnits = Tile::kUnitsOneRow > Tile::kUnits ? Tile::kUnitsOneRow : Tile::kUnits;
   constexpr int kTile = Tile::kRows * Tile::kUnits > kMostUnits ? Tile::kRows * Tile::kUnits : kMostUnits;
   constexpr int kMost = (kTile > 4 ? kTile : 4) * G;
-  alignas(64) E out[kMost * S::W] = {};
+  constexpr int64_t kGroup = 16;  // tiles whose sums wait in the first-level cache
+  alignas(64) E sums[kGroup * kMost * S::W];
   const int64_t rows = row1 - row0;
   if (rows <= 0) return;
   const bool dots = weight.layout == cpu::Weight<E>::kRows;
@@ -254,6 +279,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                         : int8 ? cpu::int8_block(K, G, S::W)
                         : dots ? S::W * weight.ld
                                : S::W;
+  const int64_t piece = packed && tiles > 1 ? a.piece(K) : K, group = piece < K ? kGroup : 1;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
     const int U = at < wides ? wide : 1;
@@ -262,42 +288,56 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
     const int64_t after = backwards ? b - wide : b + U;
     const E* next = packed && after >= block0 && after < block1 ? weight.data + after * block : nullptr;
     const E* bias_b = bias ? bias + b * S::W : nullptr;
-    for (int64_t i = 0; i < tiles; ++i) {
-      const int64_t r = row0 + rows * i / tiles;
-      const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
-      // While this sweep's tiles are worked on, the next sweep's weights come nearer, K vectors a tile.
-      const E* ahead = next && i < U * G ? next + i * K * S::W : w;
-      const A a_r = a.from(r);
-      reads.fetch(r, M, b * S::W, U);
-      if (dots) {
-        if constexpr (std::is_same_v<A, InRows<E>>) {
-          const int64_t left = units - b * S::W;
-          const int lanes = static_cast<int>(left < S::W ? left : S::W);
-          const auto run = M == 1   ? &dot_tile<E, G, 1, E>
-                           : M == 2 ? &dot_tile<E, G, 2, E>
-                           : M == 3 ? &dot_tile<E, G, 3, E>
-                                    : &dot_tile<E, G, 4, E>;
-          run(a_r.data, a_r.ld, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
-        }
-      } else if (int8) {
-        if constexpr (std::is_same_v<A, InRows<float>>) {
-          weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
-        }
-      } else if (U == 1) {
-        tile_of<E, G, 1, Tile::kRows>(M, a_r, w, step, block, K, bias_b, ld_bias, ahead, out);
-      } else if (rows == 1) {
-        tile<E, G, Tile::kUnitsOneRow, 1>(a_r, w, step, block, K, bias_b, ld_bias, ahead, out);
-      } else {
-        tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a_r, w, step, block, K, bias_b, ld_bias, ahead, out);
-      }
+    for (int64_t tile0 = 0; tile0 < tiles; tile0 += group) {
+      const int64_t tile1 = tile0 + group < tiles ? tile0 + group : tiles;
+      int64_t k = 0, k1;
+      do {
+        k1 = k + piece < K ? k + piece : K;
+        const E* w_k = w + k * step;
+        // While these tiles are worked on, the weights that follow come nearer, a gate's piece a tile.
+        const E* follow = k1 < K ? w + k1 * step : next;
+        for (int64_t i = tile0; i < tile1; ++i) {
+          const int64_t r = row0 + rows * i / tiles;
+          const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
+          const E* ahead = follow && i < U * G ? follow + i / G * block + i % G * (k1 - k) * S::W : w_k;
+          const A a_r = a.from(r, k);
+          E* out = sums + (i - tile0) * kMost * S::W;
+          const From<E> from =
+              k ? From<E>{out, U * G * S::W, G * S::W, S::W} : From<E>{bias_b, 0, S::W, ld_bias};
+          if (k1 == K) reads.fetch(r, M, b * S::W, U);
+          if (dots) {
+            if constexpr (std::is_same_v<A, InRows<E>>) {
+              const int64_t left = units - b * S::W;
+              const int lanes = static_cast<int>(left < S::W ? left : S::W);
+              const auto run = M == 1   ? &dot_tile<E, G, 1, E>
+                               : M == 2 ? &dot_tile<E, G, 2, E>
+                               : M == 3 ? &dot_tile<E, G, 3, E>
+                                        : &dot_tile<E, G, 4, E>;
+              run(a_r.data, a_r.ld, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
+            }
+          } else if (int8) {
+            if constexpr (std::is_same_v<A, InRows<float>>) {
+              weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
+            }
+          } else if (U == 1) {
+            tile_of<E, G, 1, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
+          } else if (rows == 1) {
+            tile<E, G, Tile::kUnitsOneRow, 1>(a_r, w_k, step, block, K, from, ahead, out);
+          } else {
+            tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
+          }
+          if (k1 < K) continue;
 #pragma GCC unroll 1
-      for (int mu = 0; mu < M * U; ++mu) {
-        const int64_t unit = (b + mu % U) * S::W;
-        Vec<S, G> v;
-        for (int g = 0; g < G; ++g) v[g] = S::load(out + (mu * G + g) * S::W);
-        const int64_t left = units - unit;
-        epilogue(r + mu / U, unit, static_cast<int>(left < S::W ? left : S::W), v);
-      }
+          for (int mu = 0; mu < M * U; ++mu) {
+            const int64_t unit = (b + mu % U) * S::W;
+            Vec<S, G> v;
+            for (int g = 0; g < G; ++g) v[g] = S::load(out + (mu * G + g) * S::W);
+            const int64_t left = units - unit;
+            epilogue(r + mu / U, unit, static_cast<int>(left < S::W ? left : S::W), v);
+          }
+        }
+        k = k1;
+      } while (k < K);
     }
   }
 }

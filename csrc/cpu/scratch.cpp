@@ -5,6 +5,10 @@
 #include <cstdlib>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace fastrnn::cpu {
 namespace {
 
@@ -29,10 +33,24 @@ size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 void* fresh(size_t size) {
   void* p = std::aligned_alloc(kLine, round_up(size, kLine));
   if (!p) throw std::bad_alloc();
+  ask_for_large_pages(p, size);
   return p;
 }
 
 }  // namespace
+
+void ask_for_large_pages(void* data, size_t size) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t from = reinterpret_cast<uintptr_t>(data), to = from + size;
+  const uintptr_t first = round_up(from, kPage);
+  if (to > first && to - first >= kPage) {
+    madvise(reinterpret_cast<void*>(first), (to - first) / kPage * kPage, MADV_HUGEPAGE);
+  }
+#else
+  (void)data, (void)size;
+#endif
+}
 
 Arena::Arena() {
   if (!kPooled) return;

@@ -163,6 +163,8 @@ class Weights {
   std::vector<Job> jobs_;
 };
 
+inline constexpr size_t kLargeTensor = 4 << 20;
+
 // A new tensor on the CPU, past the dispatcher: for a short call that is a tenth of its time.
 inline Tensor empty(const Shape& shape, ScalarType dtype) {
   const int64_t dims = static_cast<int64_t>(shape.size()), *sizes = shape.begin();
@@ -172,7 +174,10 @@ inline Tensor empty(const Shape& shape, ScalarType dtype) {
   const auto error = aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
                                               aoti_torch_device_type_cpu(), 0, &handle);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", dims, " dimensions");
-  return Tensor(handle);
+  Tensor t(handle);
+  const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
+  if (bytes >= kLargeTensor) ask_for_large_pages(t.mutable_data_ptr(), bytes);
+  return t;
 }
 
 inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
