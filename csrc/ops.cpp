@@ -45,9 +45,9 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "layer_packed(str cell, Tensor x, Tensor[] states, Tensor weights, Tensor? lengths, Tensor? "
       "batch_sizes, "
       "Tensor? reset, bool return_states) -> (Tensor y, Tensor[] last, Tensor[] seq)");
-  // layer, or layer_packed where p0 stands alone, for one direction without masks or gradients and for cells
-  // of one or two states: lists of arguments, and Python's rules, would take as long as a short step
-  // computes.
+  // layer, or layer_packed where p0 stands alone, for one direction without masks and for cells of one or two
+  // states; in grad mode too it leaves no gradient, and says nothing. Lists of arguments, and Python's rules,
+  // would take as long as a short step computes.
   m.def(
       "stream(str cell, Tensor x, Tensor h, Tensor? c, Tensor p0, Tensor? p1=None, Tensor? p2=None, Tensor? "
       "p3=None, Tensor? p4=None) -> (Tensor y, Tensor h, Tensor? c)");

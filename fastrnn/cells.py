@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules import rnn as torch_rnn
 
-from . import _checks, functional
+from . import _checks, functional, kernels
 from .modules import as_torch, leaf_call
 from .reference import CELLS
 
@@ -52,6 +52,25 @@ class _Cell(torch_rnn.RNNCellBase):
         _, last, _ = functional.layer(cell, x.unsqueeze(0), [h.unsqueeze(0) for h in states], params)
         # The leading 1 is the one direction.
         return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
+
+    def _streamed(self, input: Any, hx: Any) -> list[Tensor] | None:
+        """The new states by `fastrnn.LSTM._streamed`'s way; hx a sequence."""
+        if not functional.plain(input):
+            return None
+        spec = CELLS[self._cell]
+        try:
+            one = input.dim() == 1
+            x = input.unsqueeze(0).unsqueeze(0) if one else input.unsqueeze(0)
+            if hx is None:
+                states = [x.new_zeros(1, x.shape[1], self.hidden_size)] * spec.states
+            else:
+                states = [h.unsqueeze(0).unsqueeze(0) if one else h.unsqueeze(0) for h in hx]
+            weights = kernels.stream_weights(self, _NAMES if self.bias else _NAMES[:2], spec.gates)
+            h, c = states if spec.states == 2 else (*states, None)
+            _, h, c = kernels.stream(self._cell, x, h, c, *weights)
+        except (AttributeError, RuntimeError, TypeError, ValueError, LookupError):
+            return None
+        return [s.flatten() if one else s.squeeze(0) for s in (h, c) if s is not None]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         """torch.nn's equal; ValueError where an option has none."""
@@ -97,6 +116,9 @@ class LSTMCell(_Cell):
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> Any:
         if isinstance(input, Proxy):
             return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+        streamed = self._streamed(input, hx)
+        if streamed is not None:
+            return tuple(streamed)
         _checks.cell_ranks("LSTMCell", input, hx, ("hx[0]", "hx[1]"))
         if hx is not None:
             _checks.two_states(hx, "lstm_cell")
@@ -144,6 +166,9 @@ class GRUCell(_Cell):
         if isinstance(input, Proxy):
             return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
         states = None if hx is None else (hx,)
+        streamed = self._streamed(input, states)
+        if streamed is not None:
+            return streamed[0]
         _checks.cell_ranks("GRUCell", input, states, ("hidden",))
         return self._step(input, states)[0]
 
@@ -190,6 +215,9 @@ class RNNCell(_Cell):
         if isinstance(input, Proxy):
             return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
         states = None if hx is None else (hx,)
+        streamed = self._streamed(input, states)
+        if streamed is not None:
+            return streamed[0]
         _checks.cell_ranks("RNNCell", input, states, ("hidden",))
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")

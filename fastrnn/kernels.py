@@ -166,6 +166,19 @@ def call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
 stream: Any = torch.ops.fastrnn.stream.default._op if LOADED else None
 
 
+def stream_weights(module: Any, names: Sequence[str], gates: int) -> list[Tensor]:
+    """A module's parameters of these names, for `stream`, which refuses holes among them.
+
+    Raises LookupError where one is no Parameter of its own, as under a parametrization, the last is None, or
+    the first is of other sizes than the module's: its forward then reads them with all its checks.
+    """
+    own = module._parameters
+    params = [own[name] for name in names]
+    if params[-1] is None or params[0].shape != (gates * module.hidden_size, module.input_size):
+        raise LookupError
+    return params
+
+
 def run_backward(
     inputs: Inputs,
     dy: Tensor | None,

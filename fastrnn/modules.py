@@ -185,31 +185,38 @@ class _Layer(torch_rnn.RNNBase):
         return (output, hidden, states) if return_states else (output, hidden)
 
     def _streamed(self, input: Any, hx: Any) -> Any:
-        """The usual step of a program that generates or controls: inference by one layer, its state given.
+        """Inference by one layer without masks: above all the step of a program that generates or controls.
 
         None where the call is any other, or an error: then `_run` does it all, or finds the words. Its checks
         in Python would take more time than such a step; the kernel makes the same before it begins.
         """
         two = self.mode == "LSTM"
-        if self.bidirectional or self.batch_first or hx is None or not functional.plain(input):
+        if self.bidirectional or not functional.plain(input):
             return None
-        if two and type(hx) is not tuple:
+        if two and hx is not None and type(hx) is not tuple:
             return None
         try:
-            h, c = hx if two else (hx, None)
-            y, h, c = kernels.stream(self._cell, input, h, c, *self._stream_weights())
-        except (AttributeError, RuntimeError, TypeError, ValueError, IndexError):
+            unbatched = input.dim() == 2
+            x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if self.batch_first else input
+            if hx is None:
+                h, *others = self._zero_states(x, x.shape[1], 1)[0]
+                c = others[0] if others else None
+            else:
+                h, c = hx if two else (hx, None)
+                if unbatched:
+                    h, c = h.unsqueeze(1), c.unsqueeze(1) if c is not None else None
+            y, h, c = kernels.stream(self._cell, x, h, c, *self._stream_weights())
+        except (AttributeError, RuntimeError, TypeError, ValueError, LookupError):
             return None
+        if unbatched:
+            y, h, c = y.squeeze(1), h.squeeze(1), c.squeeze(1) if c is not None else None
+        elif self.batch_first:
+            y = y.transpose(0, 1)
         return y, (h, c) if two else h
 
     def _stream_weights(self) -> Sequence[Tensor | None]:
         """The only layer's, as `kernels.stream` takes them."""
-        own = self._parameters
-        params = [own.get(name) for name in self._all_weights[0]]
-        w_ih = params[0]
-        if w_ih is None or w_ih.shape != (CELLS[self._cell].gates * self.hidden_size, self.input_size):
-            raise IndexError  # reparametrized, or of other sizes: `_run` has the words
-        return params
+        return kernels.stream_weights(self, self._all_weights[0], CELLS[self._cell].gates)
 
     def _call_layer(
         self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any

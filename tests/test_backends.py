@@ -156,6 +156,12 @@ def test_explain_tells_the_split():
             assert f", {said.split}: " in str(said)
         packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(100, 64)] * 32)
         assert "rows of the batch in 4" in fastrnn.explain(fastrnn.LSTM(64, 128), packed).split
+        # A thread without a vector of units would only wait.
+        units = {"baseline": 4, "neon": 4, "avx2": 8}.get(fastrnn.kernels.instruction_set(), 16)
+        for threads, H, B in ((16, 64, 16), (64, 128, 16), (64, 512, 1)):
+            torch.set_num_threads(threads)
+            said = fastrnn.explain(fastrnn.LSTM(H, H), torch.zeros(100, B, H)).split
+            assert 1 < int(said.split("units in ")[1].split()[0]) <= H // units, said
     finally:
         torch.set_num_threads(before)
     with fastrnn.backend("reference"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from helpers import LAYERS, assert_same, assert_same_error, hidden, pair, randn, tensors
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,11 +35,11 @@ def compare(ours, theirs, x, hx, direct):
             got = ours(x, hx)
             assert_same(got, theirs(x, hx))
         assert len(direct) == before + 1
-        y, last = got
-        if y.numel():
-            places = [t.untyped_storage().data_ptr() for t in tensors((y, last, x, hx))]
+        given = [x] if hx is None else tensors((x, hx))
+        if x.numel():
+            places = [t.untyped_storage().data_ptr() for t in [*tensors(got), *given]]
             assert len(set(places)) == len(places)
-        assert type(last) is (tuple if type(ours) is fastrnn.LSTM else torch.Tensor)
+        assert type(got) is tuple or isinstance(ours, torch.nn.RNNCellBase)
 
 
 @pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 5), (6, 3), (2, 40)])
@@ -47,6 +48,34 @@ def compare(ours, theirs, x, hx, direct):
 def test_values(cell, bias, T, B, direct):
     ours, theirs = pair(cell, 5, 19, bias=bias)
     compare(ours, theirs, randn(T, B, 5), hidden(ours, B), direct)
+
+
+@cells
+def test_values_of_other_forms(cell, direct):
+    """One sequence alone, the batch first, and no states given."""
+    ours, theirs = pair(cell, 5, 19)
+    one = tuple(h[:, 0] for h in tensors(hidden(ours, 1)))
+    compare(ours, theirs, randn(6, 5), one if len(one) > 1 else one[0], direct)
+    compare(ours, theirs, randn(6, 5), None, direct)
+    compare(ours, theirs, randn(6, 3, 5), None, direct)
+    ours, theirs = pair(cell, 5, 19, batch_first=True)
+    compare(ours, theirs, randn(3, 6, 5), hidden(ours, 3), direct)
+    compare(ours, theirs, randn(3, 6, 5), None, direct)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells(name, bias, direct):
+    ours, theirs = (getattr(of, name)(5, 19, bias=bias).double() for of in (fastrnn, torch.nn))
+    ours.load_state_dict(theirs.state_dict())
+    for shape in ((3, 19), (1, 19), (19,)):
+        x, h, c = randn(*shape[:-1], 5), randn(*shape), randn(*shape)
+        compare(ours, theirs, x, (h, c) if name == "LSTMCell" else h, direct)
+        compare(ours, theirs, x, None, direct)
+    with torch.no_grad():  # what a cell refuses, it refuses here too
+        for x, h in ((randn(3, 5), randn(19)), (randn(5), randn(1, 19)), (randn(3, 4), randn(3, 19))):
+            hx = (h, h) if name == "LSTMCell" else h
+            assert_same_error(lambda x=x, hx=hx: ours(x, hx), lambda x=x, hx=hx: theirs(x, hx), text=False)
 
 
 def test_projection(direct):
@@ -149,7 +178,6 @@ def test_when_more_is_asked_for(direct):
         fastrnn.GRU(5, 6, num_layers=2)(x, torch.randn(2, 2, 6))
         fastrnn.GRU(5, 6, bidirectional=True)(x, torch.randn(2, 2, 6))
         layer(x, h, lengths=torch.tensor([3, 1]))
-        layer(x)
         torch.vmap(lambda s: layer(x, s)[0])(h.expand(4, *h.shape))
         with FlopCounterMode(display=False) as counter:
             layer(x, h)
@@ -173,3 +201,37 @@ def test_a_reparametrized_layer(direct):
         plain = fastrnn.LSTM(5, 6)
         plain.load_state_dict(doubled)
         torch.testing.assert_close(plain(x, hx)[0], ours)
+
+
+WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+
+
+@pytest.mark.parametrize("names", [*((n,) for n in WEIGHTS), WEIGHTS[2:]], ids="+".join)
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "buffer"])
+@pytest.mark.parametrize("P", [0, 4])
+def test_a_weight_that_is_no_parameter(P, how, names):
+    """A layer must not go on without it, nor without both biases."""
+    layer = fastrnn.LSTM(5, 6, proj_size=P)
+    x, hx = torch.randn(3, 2, 5), (torch.randn(1, 2, P or 6), torch.randn(1, 2, 6))
+    for name in names:
+        if how == "pruned":
+            torch.nn.utils.prune.l1_unstructured(layer, name, 0.3)
+        elif how == "parametrized":
+            torch.nn.utils.parametrize.register_parametrization(layer, name, torch.nn.Softsign())
+        else:
+            value = getattr(layer, name).detach()
+            delattr(layer, name)
+            layer.register_buffer(name, value)
+    with torch.no_grad():
+        got = layer(x, hx)[0]
+        with fastrnn.backend("reference"):
+            torch.testing.assert_close(got, layer(x, hx)[0])
+
+
+def test_the_operator_takes_no_holes():
+    layer = fastrnn.LSTM(5, 6)
+    x, h = torch.randn(3, 2, 5), torch.randn(1, 2, 6)
+    w_ih, w_hh, b_ih, b_hh = (p.detach() for p in layer.parameters())
+    for holes in ((w_ih, None, b_ih), (w_ih, w_hh, None, b_hh), (w_ih, None, None, b_hh)):
+        with pytest.raises(RuntimeError, match="without holes"):
+            torch.ops.fastrnn.stream("lstm", x, h, h, *holes)

@@ -140,7 +140,7 @@ FASTRNN_HD const Bf16* walk(const InPanels<Bf16>& in, int64_t K, TileArgs& t) {
   t.lda = 32;
   t.outer = (in.units + 31) / 32;
   t.a_outer = in.panel;
-  t.inner = K / in.units;
+  t.inner = in.units > 0 ? K / in.units : 0;
   t.a_inner = t.outer * in.panel;
   return in.data;
 }
@@ -192,7 +192,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                         const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
                         int64_t ld_bias, bool backwards, const Reads<float>& reads, Epilogue&& epilogue) {
   using S = Simd<float>;
-  constexpr int W = S::W, kUnits = G >= 3 ? 1 : G == 2 ? 2 : 4, kColumns = G * kUnits;
+  constexpr int W = S::W, kUnits = TileShape<G>::kUnits, kColumns = G * kUnits;
   alignas(64) static constexpr float kNoBias[W] = {};
   alignas(64) float out[2 * kTileRows * kColumns * W];
   const int64_t rows = row1 - row0;

@@ -5,12 +5,12 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-inline constexpr int64_t kColumns = kPanel<float, Bf16>;
+inline constexpr int64_t kPanelColumns = kPanel<float, Bf16>;
 
 inline void to_panels(const Border<float>& from, int64_t columns, Bf16* to, int64_t panel) {
   using S = Simd<float>;
-  for (int64_t c = 0; c < columns; c += kColumns, to += panel) {
-    for (int64_t half = 0; half < kColumns; half += S::W) {
+  for (int64_t c = 0; c < columns; c += kPanelColumns, to += panel) {
+    for (int64_t half = 0; half < kPanelColumns; half += S::W) {
       const int lanes = static_cast<int>(at_most(columns - c - half, S::W));
       store_row(from.data && lanes > 0 ? load(from, 0, c + half, lanes) : S(0), to + half, S::W);
     }
@@ -28,15 +28,15 @@ FASTRNN_HD __m512i paired(const __m512i& a, const __m512i& b, bool high) {
 }
 
 FASTRNN_HD __m512i panel_row(const Bf16* panel, int64_t row, int64_t rows) {
-  return row < rows ? _mm512_loadu_si512(panel + row * kColumns) : _mm512_setzero_si512();
+  return row < rows ? _mm512_loadu_si512(panel + row * kPanelColumns) : _mm512_setzero_si512();
 }
 
 // In place, [rows][32] to [rows/2][2][16][2], and zeros up to whole tiles.
 inline void pair_rows(Bf16* panel, int64_t rows) {
   for (int64_t r = 0; r < rows || r % 32 != 0; r += 2) {
     const __m512i a = panel_row(panel, r, rows), b = panel_row(panel, r + 1, rows);
-    _mm512_storeu_si512(panel + r * kColumns, paired(a, b, false));
-    _mm512_storeu_si512(panel + (r + 1) * kColumns, paired(a, b, true));
+    _mm512_storeu_si512(panel + r * kPanelColumns, paired(a, b, false));
+    _mm512_storeu_si512(panel + (r + 1) * kPanelColumns, paired(a, b, true));
   }
 }
 
@@ -63,17 +63,17 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
   constexpr int64_t kPiece = 1024;  // a longer one passes less often over the weight
   alignas(64) static constexpr float kZeros[S::W] = {};
   alignas(64) Bf16 a[kPiece / 32 * 2 * kTileElements];
-  alignas(64) float edge[kColumns * kColumns];
+  alignas(64) float edge[kPanelColumns * kPanelColumns];
   const Tiles tiles(kTileRows);
   for (int64_t row0 = 0; row0 < p.rows; row0 += kPiece) {
     const int64_t rows = at_most(p.rows - row0, kPiece), steps = (rows + 31) / 32;
     const bool add = p.add || row0 > 0;
-    transposed_tiles(p.a + row0 * kColumns, rows, steps, a);
-    for (int64_t c = 0; c < p.columns; c += kColumns) {
-      const int64_t columns = at_most(p.columns - c, kColumns);
-      const Bf16* b = p.b + c / kColumns * p.b_panel + row0 * kColumns;
+    transposed_tiles(p.a + row0 * kPanelColumns, rows, steps, a);
+    for (int64_t c = 0; c < p.columns; c += kPanelColumns) {
+      const int64_t columns = at_most(p.columns - c, kPanelColumns);
+      const Bf16* b = p.b + c / kPanelColumns * p.b_panel + row0 * kPanelColumns;
       float* to = p.out + c;
-      const bool whole = columns == kColumns && p.lanes == kColumns;
+      const bool whole = columns == kPanelColumns && p.lanes == kPanelColumns;
       const auto copy = [&](const float* src, int64_t ld, float* dst, int64_t ld_dst) {
         for (int lane = 0; lane < p.lanes; ++lane) {
           for (int64_t u = 0; u < columns; u += S::W) {
@@ -82,9 +82,9 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
           }
         }
       };
-      if (!whole && add) copy(to, p.ld_out, edge, kColumns);
+      if (!whole && add) copy(to, p.ld_out, edge, kPanelColumns);
       float* sums = whole ? to : edge;
-      const int64_t ld = whole ? p.ld_out : kColumns;
+      const int64_t ld = whole ? p.ld_out : kPanelColumns;
       TileArgs t{};
       t.a[0] = a;
       t.a[1] = a + kTileElements;
@@ -93,9 +93,9 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
       t.a_outer = 2 * kTileElements;
       t.inner = 1;
       t.w[0] = b;
-      t.w[1] = b + kColumns;
-      t.ldw = 2 * kColumns;
-      t.w_step = 32 * kColumns;
+      t.w[1] = b + kPanelColumns;
+      t.ldw = 2 * kPanelColumns;
+      t.w_step = 32 * kPanelColumns;
       for (int i = 0; i < 2; ++i) {
         t.out[i] = sums + i * kTileRows * ld;
         for (int j = 0; j < 2; ++j) t.from[i][j] = add ? t.out[i] + j * S::W : kZeros;
@@ -103,7 +103,7 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
       t.ld_from = add ? ld : 0;
       t.ld_out = ld;
       tile_2<2>(t);
-      if (!whole) copy(edge, kColumns, to, p.ld_out);
+      if (!whole) copy(edge, kPanelColumns, to, p.ld_out);
     }
   }
 }
@@ -111,10 +111,11 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
 inline void add_rows(const Bf16* panel, int64_t rows, double* to) {
   using S = Simd<float>;
   constexpr int64_t kRows = 8;
-  for (int64_t half = 0; half < kColumns; half += S::W) {
+  for (int64_t half = 0; half < kPanelColumns; half += S::W) {
     for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
       S sum(0);
-      for (int64_t r = r0; r < r0 + kRows && r < rows; ++r) sum = sum + load_row(panel + r * kColumns + half);
+      for (int64_t r = r0; r < r0 + kRows && r < rows; ++r)
+        sum = sum + load_row(panel + r * kPanelColumns + half);
       alignas(64) float sums[S::W];
       sum.store(sums);
       for (int lane = 0; lane < S::W; ++lane) to[half + lane] += static_cast<double>(sums[lane]);

@@ -139,7 +139,7 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
       const char* from = length == 0
                              ? static_cast<const char*>(a.states[0].const_data_ptr()) + to * P * element
                              : static_cast<const char*>(s.y.data) + scan.rows.at(end) * s.y.ld * element;
-      std::memcpy(h, from, P * element);
+      if (P > 0) std::memcpy(h, from, P * element);
       for (int j = 1; j < cell.states; ++j) write(s.state[j] + i * ld, H, out.last[j], to * H);
     }
   }
@@ -204,13 +204,17 @@ std::tuple<Tensor, Tensor, OptionalTensor> stream(StringHandle cell, Tensor x, T
                                                   OptionalTensor p3, OptionalTensor p4) {
   const std::string name = take_string(cell);
   TensorList states, params;
+  bool ended = false;
   states.reserve(2);
   params.reserve(5);
   states.push_back(std::move(h));
   params.push_back(std::move(p0));
   if (c) states.push_back(std::move(*c));
   for (OptionalTensor* p : {&p1, &p2, &p3, &p4}) {
+    // A hole would turn a layer into another: one without its biases, say.
+    STD_TORCH_CHECK(!*p || !ended, "stream takes params without holes");
     if (*p) params.push_back(std::move(**p));
+    ended = !*p;
   }
   Outputs out = params.size() > 1 ? run_layer(name, x, states, params, {}, false, false)
                                   : run_packed(name, x, states, params[0], {}, false);

@@ -49,6 +49,8 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
   constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;
   const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / kLeastCall));
   threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+  // More parts of the units than vectors of them would have nothing to do but meet.
+  while (threads_ > 1 && split(threads_).units > std::max<int64_t>(blocks_, 1)) --threads_;
 }
 
 Plan::Split Plan::split(int threads) const {

@@ -58,7 +58,7 @@ struct InPanels {
   int64_t panel, units;
   FASTRNN_HD InPanels from(int64_t row, int64_t k) const {
     const int64_t panels = (units + Simd<E>::W - 1) / Simd<E>::W;
-    return {data + k / units * panels * panel + row * Simd<E>::W, panel, units};
+    return {data + (k ? k / units * panels * panel : 0) + row * Simd<E>::W, panel, units};
   }
   FASTRNN_HD int64_t piece(int64_t K) const {  // whole gates
     return K <= kLongest<E> ? K : units >= kLongest<E> ? units : kLongest<E> / units * units;

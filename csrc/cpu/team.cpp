@@ -51,6 +51,7 @@ __attribute__((noinline)) void sleep_until(std::atomic<unsigned>& word, std::ato
 #if defined(__linux__)
     // Whoever changes the word may still have seen nobody asleep, as it has no fence: hence the time limit.
     constexpr timespec kMost{0, 1000000};
+    static_assert(sizeof word == 4, "the system waits on 32 bits");
     if (!over) syscall(SYS_futex, &word, FUTEX_WAIT_PRIVATE, seen, &kMost, nullptr, 0);
 #else
     if (!over) sched_yield();
