@@ -30,15 +30,24 @@ inline void pause() {
 #endif
 }
 
-// Spins, then sleeps until `word` changes. Longer than a step's imbalance, and than a sleeper takes to wake:
-// else all would sleep in turn. A yield would give the core away for a time slice of some 3 ms to a neighbour
-// that computes on, and so at every step.
-template <class Done>
+// Counted from 1; 0 where the system does not say.
+inline int core() {
+#if defined(__linux__)
+  return sched_getcpu() + 1;
+#else
+  return 0;
+#endif
+}
+
+// Spins while `spin()`, then sleeps until `word` changes. Longer than a step's imbalance, and than a sleeper
+// takes to wake: else all would sleep in turn. A yield would give the core away for a time slice of some 3 ms
+// to a neighbour that computes on, and so at every step.
+template <class Done, class Spin>
 __attribute__((noinline)) void sleep_until(std::atomic<unsigned>& word, std::atomic<unsigned>& asleep,
-                                           Done done) {
+                                           Done done, Spin spin) {
   using Clock = std::chrono::steady_clock;
   const Clock::time_point end = Clock::now() + std::chrono::microseconds(200);
-  while (Clock::now() < end) {
+  while (spin() && Clock::now() < end) {
     for (int i = 0; i < 64; ++i) {
       if (done(word.load(std::memory_order_acquire))) return;
       pause();
@@ -61,13 +70,13 @@ __attribute__((noinline)) void sleep_until(std::atomic<unsigned>& word, std::ato
   }
 }
 
-template <class Done>
-inline void wait_until(std::atomic<unsigned>& word, std::atomic<unsigned>& asleep, Done done) {
+template <class Done, class Spin>
+inline void wait_until(std::atomic<unsigned>& word, std::atomic<unsigned>& asleep, Done done, Spin spin) {
   for (int i = 0; i < 100; ++i) {
     if (done(word.load(std::memory_order_acquire))) return;
     pause();
   }
-  sleep_until(word, asleep, done);
+  sleep_until(word, asleep, done, spin);
 }
 
 // After a change of `word`.
@@ -84,12 +93,19 @@ void wake(std::atomic<unsigned>& word, const std::atomic<unsigned>& asleep) {
 void meet(Place* places, int member, int members) {
   Place& own = places[member];
   const unsigned now = ++own.met;
+  own.core.store(core(), std::memory_order_relaxed);
   for (int round = 0, way = 1; way < members; ++round, way *= 2) {
     Place& other = places[(member + way) % members];
     other.told[round].store(now, std::memory_order_release);
     wake(other.told[round], other.asleep);
+    const Place& before = places[(member + members - way) % members];
+    const auto apart = [&] {
+      const int its = before.core.load(std::memory_order_relaxed);
+      return its == 0 || its != core();
+    };
     // The one before may already be at the next meeting.
-    wait_until(own.told[round], own.asleep, [&](unsigned told) { return static_cast<int>(told - now) >= 0; });
+    const auto done = [&](unsigned told) { return static_cast<int>(told - now) >= 0; };
+    wait_until(own.told[round], own.asleep, done, apart);
   }
 }
 
@@ -109,7 +125,8 @@ void run_team(int want, void (*body)(void*, const Team&), void* context) {
     places[begin].first = true;
     covered.fetch_add(static_cast<unsigned>(end - begin), std::memory_order_acq_rel);
     wake(covered, asleep);
-    wait_until(covered, asleep, [&](unsigned n) { return n == static_cast<unsigned>(want); });
+    wait_until(
+        covered, asleep, [&](unsigned n) { return n == static_cast<unsigned>(want); }, [] { return true; });
     Team team{0, 0, places.get()};
     for (int i = 0; i < want; ++i) {
       team.member += places[i].first && i < begin;

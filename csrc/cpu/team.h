@@ -11,13 +11,15 @@ namespace fastrnn::cpu {
 struct Place {
   alignas(64) std::atomic<unsigned> told[15];
   alignas(64) std::atomic<unsigned> asleep;  // 1 while it sleeps
-  alignas(64) unsigned met;
+  alignas(64) std::atomic<int> core;         // that it came to its last meeting on; 0: none yet
+  unsigned met;
   bool first;  // of its thread's range, see run_team
 };
 
 // A barrier of `members`, all of which call it with the same places [members] and none other: in round r each
 // tells the one 2^r after it (Hensgen, Finkel and Manber, "Two algorithms for barrier synchronization",
-// 1988). Two members need one round, of one cache line each way. Waiting, it spins for a while, then sleeps.
+// 1988). Two members need one round, of one cache line each way. Waiting, it spins for a while, then sleeps;
+// at once where it would keep the member it waits for from their common core.
 void meet(Place* places, int member, int members);
 
 // One thread's part in a team.
