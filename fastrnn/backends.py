@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 import threading
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from .reference import CELLS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is what torch calls AMD's too
 # What torch's autocast casts; float64 it leaves alone.
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -110,6 +114,31 @@ def _why_not_cpu(x: Tensor) -> str | None:
     return None
 
 
+@functools.cache
+def triton_missing() -> str | None:
+    """Why Triton's kernels cannot be had at all."""
+    if not kernels.LOADED:
+        return f"the compiled library is not loaded ({kernels.LOAD_ERROR})"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None
+
+
+def _why_not_triton(x: Tensor) -> str | None:
+    missing = triton_missing()
+    if missing is not None:
+        return missing
+    kind = x.device.type
+    if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "it takes GPU tensors, the input is on cpu (TRITON_INTERPRET=1, set at the start, interprets it)"
+    if kind not in (*TRITON_DEVICES, "cpu", "meta"):
+        return f"it takes GPU tensors, the input is on {x.device}"
+    if x.dtype not in TRITON_DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
+        return f"it takes {names}, the input is {str(x.dtype).removeprefix('torch.')}"
+    return None
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast, where it is on, wants x in."""
     if not torch._C._is_any_autocast_enabled():
@@ -128,8 +157,15 @@ def decide(x: Tensor) -> Decision:
     asked = current_backend()
     if asked == "reference":
         return Decision("reference", "asked for")
-    if asked in ("cuda", "triton"):
+    if asked == "cuda":
         return Decision(None, f"this build of fastrnn has no {asked} backend")
+    if asked == "triton" or (asked == "auto" and x.device.type in TRITON_DEVICES):
+        why_not = _why_not_triton(x)
+        if why_not is None:
+            return Decision("triton", "asked for" if asked == "triton" else "the fastest backend for this input")
+        if asked == "triton":
+            return Decision(None, why_not)
+        return Decision("reference", f"the triton backend cannot serve it: {why_not}")
     why_not = _why_not_cpu(x)
     if why_not is None:
         return Decision("cpu", "asked for" if asked == "cpu" else "the fastest backend for this input")

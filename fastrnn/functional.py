@@ -88,11 +88,12 @@ def layer(
             *inputs, return_states
         )
         return recorded
-    if choose(x) == "reference":
-        kernels.check(inputs)
+    backend = choose(x)
+    if backend == "reference":
+        kernels.check(inputs, heads=True)
         y, last, seq = reference.layer(*inputs)
         return y, last, seq if return_states else ()
-    return ops.layer(inputs, return_states)
+    return ops.layer(inputs, return_states, backend)
 
 
 def lstm(

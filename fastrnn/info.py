@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 from ._version import __version__
+from .backends import triton_missing
 from .kernels import LOAD_ERROR, LOADED, instruction_set, instruction_sets
 
 
@@ -60,4 +62,6 @@ def _gpus() -> str:
 def _kernels() -> dict[str, str]:
     missing = "not part of this version"
     cpu = "available" if LOADED else f"not available: {_load_error()}"
-    return {"cpu": cpu, "cuda": missing, "triton": missing, "reference": "available"}
+    why_not = triton_missing()
+    triton = f"not available: {why_not}" if why_not else f"available, Triton {metadata.version('triton')}"
+    return {"cpu": cpu, "cuda": missing, "triton": triton, "reference": "available"}

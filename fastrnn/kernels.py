@@ -1,6 +1,7 @@
-"""The compiled operators: loading them, checking what they are given, and calling their kernels.
+"""The operators: loading them, checking what they are given, and calling their kernels.
 
-One pair of operators serves every cell: `torch.ops.fastrnn.layer` and `layer_backward` (csrc/ops.cpp).
+One pair of operators serves every cell: `torch.ops.fastrnn.layer` and `layer_backward` (csrc/ops.cpp). Each
+backend but the CPU's has a pair of its own with the same arguments, named after it: `triton_layer` ...
 """
 
 from __future__ import annotations
@@ -30,8 +31,32 @@ def _load() -> str | None:
 
 LOAD_ERROR = _load()
 LOADED = LOAD_ERROR is None
-_LAYER: Any = torch.ops.fastrnn.layer.default if LOADED else None
-_LAYER_BACKWARD: Any = torch.ops.fastrnn.layer_backward.default if LOADED else None
+# What the names of a backend's operators begin with.
+PREFIXES = {"cpu": "", "triton": "triton_"}
+
+
+def operator(backend: str, name: str) -> Any:
+    """`layer` or `layer_backward` of a backend."""
+    return getattr(torch.ops.fastrnn, PREFIXES[backend] + name).default
+
+
+def _define() -> None:
+    """The other backends' operators, with the arguments and results of the compiled ones."""
+    library = torch.library.Library("fastrnn", "FRAGMENT")
+    for name in ("layer", "layer_backward"):
+        schema = str(operator("cpu", name)._schema).removeprefix("fastrnn::")
+        for prefix in PREFIXES.values():
+            if prefix:
+                library.define(prefix + schema)
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # their operators live as long as they do
+if LOADED:
+    _define()
+_OPERATORS: dict[tuple[str, str], Any] = {
+    (backend, name): operator(backend, name) for backend in PREFIXES for name in ("layer", "layer_backward")
+} if LOADED else {}
 
 
 # float16 is widened first.
@@ -77,8 +102,11 @@ class Outputs(NamedTuple):
     saved: list[Tensor]
 
 
-def check(inputs: Inputs) -> None:
-    """Says what was expected and what came: a ValueError, for dtypes a RuntimeError as in torch."""
+def check(inputs: Inputs, heads: bool = False) -> None:
+    """Says what was expected and what came: a ValueError, for dtypes a RuntimeError as in torch.
+
+    heads: whether w_hh may be the blocks of a block-diagonal matrix, [G*H, H/n] for n heads.
+    """
     cell, x, states, params, lengths, batch_sizes, reset = inputs
     spec = CELLS[cell]
     if x.dim() != (2 if batch_sizes is not None else 3):
@@ -108,12 +136,14 @@ def check(inputs: Inputs) -> None:
     same_device(x, states, params, (lengths, reset))
     rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
     for p in split_params(params, directions):
-        P = H if p.w_hr is None else p.w_hr.shape[0]
+        P = K = H if p.w_hr is None else p.w_hr.shape[0]
+        if heads and p.w_hr is None and p.w_hh.dim() == 2 and p.w_hh.shape[1] and H % p.w_hh.shape[1] == 0:
+            K = params[1].shape[1]  # as many heads in both directions
         if p.w_hr is not None and not spec.projectable:
             raise ValueError(f"{cell} takes no projection")
         wanted = [
             ("w_ih", p.w_ih, (H * spec.gates, x.shape[-1])),
-            ("w_hh", p.w_hh, (rows, P)),
+            ("w_hh", p.w_hh, (rows, K)),
             ("b_ih", p.b_ih, (rows,)),
             ("b_hh", p.b_hh, (rows,)),
             ("w_hr", p.w_hr, (P, H)),
@@ -130,11 +160,12 @@ def check(inputs: Inputs) -> None:
 
 
 class Plan(NamedTuple):
-    """How the flat arguments of an autograd.Function fall into inputs."""
+    """How the flat arguments of an autograd.Function fall into inputs, and whose kernels run them."""
 
     cell: str
     states: int
     params: int
+    backend: str = "cpu"
 
     @property
     def outputs(self) -> int:
@@ -155,10 +186,10 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def call(inputs: Inputs, save: bool, return_states: bool) -> Outputs:
+def call(inputs: Inputs, save: bool, return_states: bool, backend: str = "cpu") -> Outputs:
     """The kernel, past the registered autograd rule: that is Python, and takes 15 us to do nothing."""
     with torch._C._AutoDispatchBelowAutograd():
-        return Outputs(*_LAYER(*inputs, save, return_states))
+        return Outputs(*_OPERATORS[backend, "layer"](*inputs, save, return_states))
 
 
 # (y, h_n, c_n or None) of (cell, x, h, c or None, *params): one direction, no masks, no gradient. Past the
@@ -187,12 +218,13 @@ def run_backward(
     saved: Sequence[Tensor],
     need_x: bool,
     need_params: bool,
+    backend: str = "cpu",
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, states and params, None where not asked for; saved: y, seq, then the gates."""
     cell, x, states, params, *masks = inputs
     y, seq, gates = saved[0], list(saved[1 : len(states)]), list(saved[len(states) :])
     with torch._C._AutoDispatchBelowAutograd():
-        dx, dstates, dparams = _LAYER_BACKWARD(
+        dx, dstates, dparams = _OPERATORS[backend, "layer_backward"](
             cell, dy, dlast, dseq, x, states, params, *masks, y, seq, gates, need_x, need_params
         )
     return (dx if need_x else None, *dstates, *(dparams if need_params else [None] * len(params)))

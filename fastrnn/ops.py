@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,18 @@ from torch import Tensor
 
 from . import transforms
 from ._checks import same_device
-from .kernels import LOADED, Inputs, Outputs, Plan, call, check, compute_dtype, run_backward
+from .kernels import (
+    LOADED,
+    PREFIXES,
+    Inputs,
+    Outputs,
+    Plan,
+    call,
+    check,
+    compute_dtype,
+    operator,
+    run_backward,
+)
 from .reference import CELLS, rounded
 from .transforms import MASKS, backward_reference
 
@@ -73,7 +85,7 @@ def _composed(
 
 def _kept(ctx: Any, plan: Plan, flat: Sequence[Tensor | None]) -> Outputs:
     """The forward pass, with all that its backward pass needs kept in ctx."""
-    out = call(plan.inputs(flat), True, False)
+    out = call(plan.inputs(flat), True, False, plan.backend)
     ctx.plan = plan
     ctx.set_materialize_grads(False)
     # Not the last states: the backward pass does not read them, and callers edit them in place.
@@ -101,7 +113,7 @@ class _LayerFunction(torch.autograd.Function):
             given = _composed(plan, needs, flat[: 4 + S + plan.params], grads, outputs)
         else:
             given = run_backward(
-                inputs, *_split_grads(S, grads, outputs), saved, needs[3], any(needs[4 + S :])
+                inputs, *_split_grads(S, grads, outputs), saved, needs[3], any(needs[4 + S :]), plan.backend
             )
         return (None, None, None, None, *given)
 
@@ -140,33 +152,36 @@ def wants_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
-def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """`functional.layer` by the compiled operators."""
+def layer(
+    inputs: Inputs, return_states: bool, backend: str
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """`functional.layer` by a backend's operators."""
     cell, x, states, params, *masks = inputs
-    if x.dtype == torch.float16:
+    heads = backend != "cpu"
+    if x.dtype == torch.float16 and backend == "cpu":
         check(inputs)
-        return rounded(layer(inputs.wide(), return_states), x.dtype)
+        return rounded(layer(inputs.wide(), return_states, backend), x.dtype)
+    plan = Plan(cell, len(states), len(params), backend)
     in_graph = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
     if transforms.active():
-        check(inputs)
-        y, *rest = transforms.forward(Plan(cell, len(states), len(params)), *masks, x, *states, *params)
+        check(inputs, heads)
+        y, *rest = transforms.forward(plan, *masks, x, *states, *params)
         last, seq = rest[: len(states)], rest[len(states) :]
     elif in_graph:
         # A graph keeps the operator, to which the Functions are opaque.
-        check(inputs)
-        y, last, seq, _ = torch.ops.fastrnn.layer(*inputs, False, return_states)
+        check(inputs, heads)
+        y, last, seq, _ = operator(backend, "layer")(*inputs, False, return_states)
     else:
         try:
             if wants_grad(x, *states, *params):
-                plan = Plan(cell, len(states), len(params))
                 apply: Any = _FUNCTIONS.get(cell, _LayerFunction).apply
                 y, *rest = apply(plan, *masks, x, *states, *params)
                 last, seq = rest[: len(states)], rest[len(states) :]
             else:
-                y, last, seq, _ = call(inputs, False, return_states)
+                y, last, seq, _ = call(inputs, False, return_states, backend)
         except (RuntimeError, IndexError):
             # The kernel has checked all before it began; the words are better here.
-            check(inputs)
+            check(inputs, heads)
             raise
     if not return_states:
         return y, tuple(last), ()
@@ -174,10 +189,11 @@ def layer(inputs: Inputs, return_states: bool) -> tuple[Tensor, tuple[Tensor, ..
     return y, tuple(last), tuple(s.to(x.dtype) for s in seq)
 
 
-# --- fakes and the registered rules
+# --- fakes and the registered rules, of one backend
 
 
 def _fake_layer(
+    backend: str,
     cell: str,
     x: Tensor,
     states: list[Tensor],
@@ -201,9 +217,10 @@ def _fake_layer(
     if save or return_states:
         seq = [x.new_empty((D, *x.shape[:-1], H), dtype=dtype) for _ in states[1:]]
     if save:
-        saved = [x.new_empty((D, N, spec.saved * H), dtype=dtype)]
+        kept = dtype if backend == "cpu" else x.dtype
+        saved = [x.new_empty((D, N, spec.saved * H), dtype=kept)]
         if len(params) // D in (3, 5):
-            saved.append(x.new_empty((D, N, H), dtype=dtype))
+            saved.append(x.new_empty((D, N, H), dtype=kept))
     return y, last, seq, saved
 
 
@@ -253,14 +270,14 @@ def _no_transforms() -> None:
         )
 
 
-def below_autograd(keyset: Any, name: str, *args: Any) -> Any:
-    """The operator `name` without its Autograd key, as the same call: a profile shows it once."""
+def below_autograd(keyset: Any, op: Any, *args: Any) -> Any:
+    """The operator without its Autograd key, as the same call: a profile shows it once."""
     with torch._C._AutoDispatchBelowAutograd():
-        operator: Any = getattr(torch.ops.fastrnn, name).default
-        return operator.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
 
 def _autograd_layer(
+    backend: str,
     keyset: Any,
     cell: str,
     x: Tensor,
@@ -276,9 +293,9 @@ def _autograd_layer(
     inputs = Inputs(cell, x, states, params, lengths, batch_sizes, reset)
     if not wants_grad(x, *states, *params):
         unchanged: tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
-        unchanged = below_autograd(keyset, "layer", *inputs, save, return_states)
+        unchanged = below_autograd(keyset, operator(backend, "layer"), *inputs, save, return_states)
         return unchanged
-    plan = Plan(cell, len(states), len(params))
+    plan = Plan(cell, len(states), len(params), backend)
     apply: Any = _OperatorFunction.apply
     y, *rest = apply(plan, *inputs.masks, x, *states, *params)
     S = plan.states
@@ -287,6 +304,7 @@ def _autograd_layer(
 
 
 def _autograd_backward(
+    backend: str,
     keyset: Any,
     cell: str,
     dy: Tensor | None,
@@ -309,9 +327,11 @@ def _autograd_backward(
     if not wants_grad(*given, x, *states, *params):
         args = (dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved)
         unchanged: tuple[Tensor, list[Tensor], list[Tensor]]
-        unchanged = below_autograd(keyset, "layer_backward", cell, *args, need_x, need_params)
+        unchanged = below_autograd(
+            keyset, operator(backend, "layer_backward"), cell, *args, need_x, need_params
+        )
         return unchanged
-    S, plan, none = len(states), Plan(cell, len(states), len(params)), [None]
+    S, plan, none = len(states), Plan(cell, len(states), len(params), backend), [None]
     needs = (False,) * MASKS + (need_x,) + (True,) * S + (need_params,) * plan.params
     grads: Any = (dy, *(dlast or none * S), *(dseq or none * (S - 1)))
     flat: Any = (lengths, batch_sizes, reset, x, *states, *params)
@@ -340,16 +360,34 @@ def _register_flops() -> None:
         from torch.utils.flop_counter import register_flop_formula
     finally:
         log.setLevel(level)
-    register_flop_formula(torch.ops.fastrnn.layer)(_layer_flops)
-    register_flop_formula(torch.ops.fastrnn.layer_backward)(_backward_flops)
+    for prefix in PREFIXES.values():
+        register_flop_formula(getattr(torch.ops.fastrnn, prefix + "layer"))(_layer_flops)
+        register_flop_formula(getattr(torch.ops.fastrnn, prefix + "layer_backward"))(_backward_flops)
+
+
+def _triton_layer(*args: Any) -> Any:
+    from .triton_kernels import forward
+
+    return forward(*args)
+
+
+def _triton_backward(*args: Any) -> Any:
+    from .triton_kernels import backward
+
+    return backward(*args)
 
 
 if LOADED:
     _register_flops()
-    torch.library.register_fake("fastrnn::layer", _fake_layer)
-    torch.library.register_fake("fastrnn::layer_backward", _fake_backward)
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
-    _LIBRARY.impl("layer", _autograd_layer, "Autograd", with_keyset=True)
-    _LIBRARY.impl("layer_backward", _autograd_backward, "Autograd", with_keyset=True)
+    for _backend, _prefix in PREFIXES.items():
+        for _name, _fake, _rule in (
+            ("layer", partial(_fake_layer, _backend), partial(_autograd_layer, _backend)),
+            ("layer_backward", _fake_backward, partial(_autograd_backward, _backend)),
+        ):
+            torch.library.register_fake(f"fastrnn::{_prefix}{_name}", _fake)
+            _LIBRARY.impl(_prefix + _name, _rule, "Autograd", with_keyset=True)
+    _LIBRARY.impl("triton_layer", _triton_layer, "CompositeExplicitAutograd")
+    _LIBRARY.impl("triton_layer_backward", _triton_backward, "CompositeExplicitAutograd")
     # Torch's own fallback for operators without a rule takes time to find that there is no gradient.
     _LIBRARY.impl("stream", torch.library.fallthrough_kernel, "Autograd")

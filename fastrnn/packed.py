@@ -109,7 +109,9 @@ def _autograd(
     if transforms.active() or wants_grad(x, *states, weights):
         raise RuntimeError(_NO_GRADIENT)
     args = (cell, x, states, weights, *rest)
-    result: tuple[Tensor, list[Tensor], list[Tensor]] = below_autograd(keyset, "layer_packed", *args)
+    result: tuple[Tensor, list[Tensor], list[Tensor]] = below_autograd(
+        keyset, torch.ops.fastrnn.layer_packed.default, *args
+    )
     return result
 
 

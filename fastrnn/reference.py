@@ -108,6 +108,16 @@ def split_params(params: Sequence[Tensor], directions: int) -> list[DirectionPar
     return groups
 
 
+def _dense(R: Tensor, width: int) -> Tensor:
+    """R [G*H, H/n] of n heads as the block-diagonal matrices [G*H, H] that they stand for."""
+    n = width // R.shape[1]
+    if n == 1:
+        return R
+    blocks = R.reshape(-1, n, width // n, 1, R.shape[1])
+    own = torch.eye(n, dtype=torch.bool, device=R.device)[None, :, None, :, None]
+    return torch.where(own, blocks, torch.zeros((), dtype=R.dtype, device=R.device)).reshape(R.shape[0], width)
+
+
 def rounded(
     result: tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]], dtype: torch.dtype
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -129,7 +139,8 @@ def layer(
 
     x           [T, B, I], or [N, I] packed where batch_sizes (LongTensor [T] on the CPU) is given
     states      h [D, B, P] and, by cell, c [D, B, H]
-    params      (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each direction
+    params      (w_ih, w_hh[, b_ih, b_hh][, w_hr]) for each direction; w_hh [G*H, H/n] is of n heads, the
+                blocks of block-diagonal matrices
     lengths     LongTensor [B]: each sequence's own length, clamped to [0, T]
     reset       BoolTensor [T, B]: the state is zeroed before step t (between t+1 and t in reverse)
     returns     y [T, B, D*P] (packed: [N, D*P]), the last states [D, B, .], and the sequences of
@@ -159,6 +170,7 @@ def layer(
     outs, lasts, seqs = [], [], []
     for d, p in enumerate(split_params(params, D)):
         gx = torch.nn.functional.linear(x, p.w_ih, p.b_ih)  # [T, B, G*H]
+        R = _dense(p.w_hh, states[0].shape[2])
         s = tuple(state[d] for state in states)
         steps_out: list[tuple[Tensor, ...]] = [()] * T
         order = range(T) if d == 0 else range(T - 1, -1, -1)
@@ -170,7 +182,7 @@ def layer(
                 if active is not None:  # a reset at or past the end does nothing
                     cut = cut & active[boundary]
                 s = tuple(torch.where(cut[:, None], torch.zeros_like(v), v) for v in s)
-            new = spec.step(gx[t], s[0], s, p.w_hh, p.b_hh)
+            new = spec.step(gx[t], s[0], s, R, p.b_hh)
             if p.w_hr is not None:
                 new = (torch.nn.functional.linear(new[0], p.w_hr), *new[1:])
             if active is not None:

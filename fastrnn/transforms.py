@@ -163,7 +163,7 @@ class LayerForward(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: Plan, *flat: Tensor | None) -> Any:
-        out = kernels.call(plan.inputs(flat), False, True)
+        out = kernels.call(plan.inputs(flat), False, True, plan.backend)
         return (out.y, *out.last, *(s.to(out.y.dtype) for s in out.seq))
 
     @staticmethod
@@ -202,12 +202,12 @@ class LayerBackward(torch.autograd.Function):
         S, masks, primals = plan.states, flat[:MASKS], flat[MASKS + plan.outputs :]
         dy, *others = flat[MASKS : MASKS + plan.outputs]
         inputs = plan.inputs((*masks, *primals))
-        out = kernels.call(inputs, True, False)
+        out = kernels.call(inputs, True, False, plan.backend)
         dtype = kernels.compute_dtype(inputs.x)
         dseq: Any = [d.to(dtype) for d in others[S:] if d is not None]
         dlast: Any = others[:S]
         saved = (out.y, *out.seq, *out.saved)
-        given = kernels.run_backward(inputs, dy, dlast, dseq, saved, need_x, need_params)
+        given = kernels.run_backward(inputs, dy, dlast, dseq, saved, need_x, need_params, plan.backend)
         return tuple(g for g in given if g is not None)
 
     @staticmethod

@@ -1,0 +1,8 @@
+"""The Triton backend: fused scans on every GPU that Triton reaches, with no compiler on the user's machine.
+
+Imported at the first call that runs on it; `fastrnn.backends` knows whether Triton is there.
+"""
+
+from .layer import backward, forward
+
+__all__ = ["backward", "forward"]
