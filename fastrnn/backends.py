@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import threading
@@ -114,9 +113,7 @@ def _why_not_cpu(x: Tensor) -> str | None:
     return None
 
 
-@functools.cache
-def triton_missing() -> str | None:
-    """Why Triton's kernels cannot be had at all."""
+def _triton_missing() -> str | None:
     if not kernels.LOADED:
         return f"the compiled library is not loaded ({kernels.LOAD_ERROR})"
     if importlib.util.find_spec("triton") is None:
@@ -124,13 +121,18 @@ def triton_missing() -> str | None:
     return None
 
 
+# Why Triton's kernels cannot be had at all.
+TRITON_MISSING = _triton_missing()
+
+
 def _why_not_triton(x: Tensor) -> str | None:
-    missing = triton_missing()
-    if missing is not None:
-        return missing
+    if TRITON_MISSING is not None:
+        return TRITON_MISSING
     kind = x.device.type
     if kind == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-        return "it takes GPU tensors, the input is on cpu (TRITON_INTERPRET=1, set at the start, interprets it)"
+        return (
+            "it takes GPU tensors, the input is on cpu (TRITON_INTERPRET=1, set at the start, interprets it)"
+        )
     if kind not in (*TRITON_DEVICES, "cpu", "meta"):
         return f"it takes GPU tensors, the input is on {x.device}"
     if x.dtype not in TRITON_DTYPES:
@@ -162,7 +164,9 @@ def decide(x: Tensor) -> Decision:
     if asked == "triton" or (asked == "auto" and x.device.type in TRITON_DEVICES):
         why_not = _why_not_triton(x)
         if why_not is None:
-            return Decision("triton", "asked for" if asked == "triton" else "the fastest backend for this input")
+            return Decision(
+                "triton", "asked for" if asked == "triton" else "the fastest backend for this input"
+            )
         if asked == "triton":
             return Decision(None, why_not)
         return Decision("reference", f"the triton backend cannot serve it: {why_not}")
@@ -188,7 +192,8 @@ def choose(x: Tensor) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: `backend` and `kernel` would run, split so over threads, because of `reason`."""
+    """What `explain` found: `backend` and `kernel` would run, split so over threads or programs, because of
+    `reason`."""
 
     backend: str | None
     kernel: str | None
@@ -202,10 +207,8 @@ class Explanation:
         return f"backend {self.backend}, kernel {self.kernel}{split}: {self.reason}"
 
 
-def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, int8: bool) -> str:
-    """How the first layer's forward pass falls into threads; docs/cpu.md says why."""
-    H = layer.hidden_size
-    D = 2 if getattr(layer, "bidirectional", False) else 1
+def _sizes(layer: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
+    """T and B of a call."""
     if isinstance(input, PackedSequence):
         T, B = len(input.batch_sizes), int(input.batch_sizes[0])
     elif isinstance(layer, torch.nn.RNNCellBase):
@@ -214,6 +217,14 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
         T, B = (*input.shape[:2],) if input.dim() == 3 else (input.shape[0], 1)
         if input.dim() == 3 and layer.batch_first:
             T, B = B, T
+    return T, B
+
+
+def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, int8: bool) -> str:
+    """How the first layer's forward pass falls into threads; docs/cpu.md says why."""
+    H = layer.hidden_size
+    D = 2 if getattr(layer, "bidirectional", False) else 1
+    T, B = _sizes(layer, input)
     rows = len(input.data) if isinstance(input, PackedSequence) else T * B
     P = getattr(layer, "proj_size", 0) or H
     threads, *parts, cache = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8)
@@ -241,12 +252,18 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanati
     if decision.backend is None:
         return Explanation(None, None, decision.reason)
     packed = getattr(layer, "kernel_note", "")
-    if packed and decision.backend == "reference":
+    if packed and decision.backend != "cpu":
         return Explanation(
             None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"
         )
     if decision.backend == "reference":
         return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
+    if decision.backend == "triton":
+        from .triton_kernels import describe
+
+        H, B = layer.hidden_size, _sizes(layer, input)[1]
+        kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, x)
+        return Explanation("triton", kernel, decision.reason, split)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
     kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"
     return Explanation("cpu", kernel, decision.reason, _split(layer, input, x, "int8" in packed))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ._version import __version__
-from .backends import triton_missing
+from .backends import TRITON_MISSING
 from .kernels import LOAD_ERROR, LOADED, instruction_set, instruction_sets
 
 
@@ -62,6 +62,9 @@ def _gpus() -> str:
 def _kernels() -> dict[str, str]:
     missing = "not part of this version"
     cpu = "available" if LOADED else f"not available: {_load_error()}"
-    why_not = triton_missing()
-    triton = f"not available: {why_not}" if why_not else f"available, Triton {metadata.version('triton')}"
+    triton = (
+        f"not available: {TRITON_MISSING}"
+        if TRITON_MISSING
+        else f"available, Triton {metadata.version('triton')}"
+    )
     return {"cpu": cpu, "cuda": missing, "triton": triton, "reference": "available"}

@@ -54,9 +54,11 @@ def _define() -> None:
 _LIBRARIES: list[torch.library.Library] = []  # their operators live as long as they do
 if LOADED:
     _define()
-_OPERATORS: dict[tuple[str, str], Any] = {
-    (backend, name): operator(backend, name) for backend in PREFIXES for name in ("layer", "layer_backward")
-} if LOADED else {}
+_OPERATORS: dict[tuple[str, str], Any] = (
+    {(backend, name): operator(backend, name) for backend in PREFIXES for name in ("layer", "layer_backward")}
+    if LOADED
+    else {}
+)
 
 
 # float16 is widened first.

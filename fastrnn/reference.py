@@ -115,7 +115,9 @@ def _dense(R: Tensor, width: int) -> Tensor:
         return R
     blocks = R.reshape(-1, n, width // n, 1, R.shape[1])
     own = torch.eye(n, dtype=torch.bool, device=R.device)[None, :, None, :, None]
-    return torch.where(own, blocks, torch.zeros((), dtype=R.dtype, device=R.device)).reshape(R.shape[0], width)
+    return torch.where(own, blocks, torch.zeros((), dtype=R.dtype, device=R.device)).reshape(
+        R.shape[0], width
+    )
 
 
 def rounded(

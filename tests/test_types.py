@@ -321,7 +321,7 @@ def test_autocast_on_cuda_gives_one_dtype(name, dtype, monkeypatch):
         return x.new_empty(*x.shape[:2], D * P), tuple(torch.empty_like(s) for s in states), ()
 
     monkeypatch.setattr(reference, "layer", backend)
-    with FakeTensorMode() as mode, torch.no_grad():
+    with FakeTensorMode() as mode, torch.no_grad(), fastrnn.backend("reference"):
         layer = kind(3, 5, 2, bidirectional=True, device="meta", **extra)
         for key, parameter in layer._parameters.items():
             layer._parameters[key] = on_fake_cuda(mode, parameter)

@@ -3,6 +3,7 @@
 Imported at the first call that runs on it; `fastrnn.backends` knows whether Triton is there.
 """
 
+from .ahead import describe
 from .layer import backward, forward
 
-__all__ = ["backward", "forward"]
+__all__ = ["backward", "describe", "forward"]

@@ -1,5 +1,5 @@
-"""Which kernel a call takes and in what tiles: fixed by sizes, type and architecture, so that nothing is tried
-out at a first call. tests/test_triton_compiled.py compiles every configuration and holds its shared memory and
+"""Which kernel a call takes and in what tiles: fixed by sizes, type and architecture, so that nothing is
+tried out at a first call. tests/test_triton.py compiles every configuration and holds its shared memory and
 registers against the architectures' limits."""
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class Config:
         return f"{tiles}, {self.warps} warps" + (f", K by {self.block_k}" if self.kernel == "step" else "")
 
 
-# Bytes of R, padded to powers of two, up to which a scan keeps it on the chip. Blocks of these architectures
-# have 99 KB of shared memory (compute capability 8.6, 8.9, 12.x), 163 KB (8.0) or 227 KB (9.0, 10.x); float32
-# needs twice its own size there, for the two parts into which 3xTF32 cuts a number.
-SMALL, LARGE = 64 << 10, 128 << 10
+# Bytes of R, padded, up to which a scan keeps it on the chip: with its other tiles it takes a little more of
+# the 227 KB of shared memory that a block may have at compute capability 9.0 and 10.x, 163 KB at 8.0, and
+# 99 KB at 8.6, 8.9 and 12.x. Beyond FEW_WARPS four warps would spill registers.
+LARGE, SMALL, FEW_WARPS = 128 << 10, 64 << 10, 32 << 10
+LARGE_CAPABILITIES = (80, 87, 90, 100, 101, 103)
 
 
 def padded(n: int) -> int:
@@ -40,18 +41,20 @@ def padded(n: int) -> int:
 
 def resident_limit(capability: int | None) -> int:
     """capability: major * 10 + minor of an NVIDIA GPU; None for others."""
-    return LARGE if capability in (80, 90, 100, 103) else SMALL
+    return LARGE if capability in LARGE_CAPABILITIES else SMALL
 
 
 def configure(
     cell: str, H: int, P: int, B: int, itemsize: int, projected: bool, capability: int | None
 ) -> Config:
     """For a head of H units and P columns of h, B sequences, elements of itemsize bytes."""
-    gates = TRAITS[cell].gates
-    block_h, block_p = padded(H), padded(P)
-    size = (gates + projected) * block_h * block_p * itemsize * (2 if itemsize == 4 else 1)
-    if size <= resident_limit(capability) and max(block_h, block_p) <= 128:
-        return Config("scan", 16, block_h, block_p, 4 if max(block_h, block_p) <= 64 else 8, 1)
-    block_b = min(64, padded(B))
-    # Few units a program: more programs share the read of R.
-    return Config("step", block_b, 32 if block_b <= 32 else 64, 64 if itemsize == 2 else 32, 4, 3)
+    # A projection's product of 16 columns would not go by tensor cores, but by registers that are not there.
+    block_h, block_p = padded(H), max(padded(P), 32 if projected else 16)
+    # float32 takes its size twice: 3xTF32 cuts each number into two parts.
+    size = (TRAITS[cell].gates + projected) * block_h * block_p * itemsize * (2 if itemsize == 4 else 1)
+    if size <= resident_limit(capability):
+        return Config("scan", 16, block_h, block_p, 4 if size <= FEW_WARPS else 8, 1)
+    # Of few units a program: more programs share the reading of R. In between, of 32 sequences, registers do
+    # not hold the tiles. Pieces are loaded two ahead where there is shared memory for them.
+    block_b, warps = (16, 4) if B <= 32 else (64, 8)
+    return Config("step", block_b, 32, 32, warps, 3 if capability in LARGE_CAPABILITIES else 2)

@@ -28,14 +28,14 @@ CHUNK_BYTES = 32 << 20
 
 
 def capability(device: torch.device) -> int | None:
-    """major * 10 + minor of an NVIDIA GPU."""
-    if device.type != "cuda" or torch.version.hip is not None:
+    """major * 10 + minor of an NVIDIA GPU; None for others, and where there is none."""
+    if device.type != "cuda" or torch.version.cuda is None or not torch.cuda.is_available():
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
 
 
-def _precision(x: Tensor) -> str:
+def precision(x: Tensor) -> str:
     """Of float32 products: TF32 where torch lets cuDNN do so, else as good as float32's own."""
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
@@ -161,23 +161,16 @@ class Call:
 
     def options(self) -> dict[str, Any]:
         """The kernels' compile-time arguments that forward and backward share."""
-        traits, config = self.traits, self.config
-        return {
-            "CELL": self.cell,
-            "GATES": traits.gates,
-            "SAVED": traits.saved,
-            "HEADS": self.heads,
-            "CELL_STATE": traits.cell_state,
-            "PROJECTED": self.projected,
-            "MID": traits.mid,
-            "PACKED": self.packed,
-            "MASKED": self.masked,
-            "BLOCK_B": config.block_b,
-            "OPERAND": tl.float32 if INTERPRETED else DTYPES[self.x.dtype],
-            "PRECISION": _precision(self.x),
-            "num_warps": config.warps,
-            "num_stages": config.stages,
-        }
+        return options(
+            self.cell,
+            self.config,
+            self.x.dtype,
+            precision(self.x),
+            heads=self.heads,
+            projected=self.projected,
+            packed=self.packed,
+            masked=self.masked,
+        )
 
     def tiles(self, columns: int) -> int:
         """Programs side by side for so many columns of a head."""
@@ -189,10 +182,51 @@ def _contiguous(p: DirectionParams) -> DirectionParams:
     return DirectionParams(*(None if t is None else t.contiguous() for t in given))  # type: ignore[arg-type]
 
 
-def _block_names(config: heuristics.Config) -> dict[str, int]:
-    if config.kernel == "scan":
-        return {"BLOCK_H": config.block_u, "BLOCK_P": config.block_k}
-    return {"BLOCK_U": config.block_u, "BLOCK_K": config.block_k}
+def options(
+    cell: str,
+    config: heuristics.Config,
+    dtype: torch.dtype,
+    precision: str,
+    *,
+    heads: int = 1,
+    projected: bool = False,
+    packed: bool = False,
+    masked: bool = False,
+) -> dict[str, Any]:
+    """The kernels' compile-time arguments that forward and backward share."""
+    traits, scans = TRAITS[cell], config.kernel == "scan"
+    return {
+        "CELL": cell,
+        "GATES": traits.gates,
+        "SAVED": traits.saved,
+        "HEADS": heads,
+        "CELL_STATE": traits.cell_state,
+        "PROJECTED": projected,
+        "MID": traits.mid,
+        "PACKED": packed,
+        "MASKED": masked,
+        "BLOCK_B": config.block_b,
+        "BLOCK_H" if scans else "BLOCK_U": config.block_u,
+        "BLOCK_P" if scans else "BLOCK_K": config.block_k,
+        # Interpreted products of 16-bit floats are wrong (Triton 3.6 to 3.9); of the same numbers in float32
+        # they are right.
+        "OPERAND": tl.float32 if INTERPRETED else DTYPES[dtype],
+        "PRECISION": precision,
+        "num_warps": config.warps,
+        "num_stages": config.stages,
+        "enable_fp_fusion": True,
+    }
+
+
+def backward_options(cell: str) -> dict[str, Any]:
+    """Those that only the backward kernels have, of a cell."""
+    traits = TRAITS[cell]
+    return {"GRADS": traits.grads, "HIDDEN": traits.hidden_grads, "STATE": traits.state}
+
+
+def stages(cell: str, config: heuristics.Config, projected: bool) -> tuple[int, ...]:
+    """The STAGEs of a step, a launch each."""
+    return (1, 2) if config.kernel == "step" and (TRAITS[cell].mid or projected) else (0,)
 
 
 def forward(
@@ -219,7 +253,7 @@ def _forward(
     y = x.new_empty(*x.shape[:-1], D * P)
     keep_seq = traits.cell_state and return_states
     seq = [x.new_empty(D, *x.shape[:-1], H, dtype=torch.float32)] if keep_seq else []
-    stages = 2 if (traits.mid or call.projected) and call.config.kernel == "step" else 1
+    in_stages = stages(call.cell, call.config, call.projected)
     per_step = D * B * traits.saved * H * x.element_size()
     steps = T if save or per_step == 0 else max(1, min(T, CHUNK_BYTES // per_step))
     begins = call.begins
@@ -228,7 +262,7 @@ def _forward(
     spans = [((begins[s], begins[e]), (begins[T - e], begins[T - s])) for s, e in chunks]
     rows = max((end - begin for span in spans for begin, end in span[:D]), default=0)
     gates = x.new_empty(D, rows, traits.saved * H)
-    mid = x.new_empty(D, rows, H) if call.projected or (traits.mid and stages == 2) else gates
+    mid = x.new_empty(D, rows, H) if call.projected or len(in_stages) == 2 else gates
     saved = [gates, *([mid] if call.projected else [])] if save else []
     if call.empty:
         return y.zero_(), [s.clone() for s in call.states], [s.zero_() for s in seq], saved
@@ -244,7 +278,6 @@ def _forward(
     masks = call.masks()
     options = {
         **call.options(),
-        **_block_names(call.config),
         "BIAS": call.params[0].b_ih is not None,
         "SAVE": save,
         "SEQ": keep_seq,
@@ -263,7 +296,7 @@ def _forward(
             scan.scan_forward[grid](gates, y, seq_or_none, mid, *pointers, *sizes, begin, end, **options)
             continue
         for step in range(begin, end):
-            for stage in range(1, 1 + stages) if stages == 2 else (0,):
+            for stage in in_stages:
                 columns = P if call.projected and stage == 2 else H // call.heads
                 grid = (of_batch, call.tiles(columns), D * call.heads)
                 scan.step_forward[grid](
@@ -294,7 +327,7 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """torch.ops.fastrnn.layer_backward's arguments and results."""
     call = Call(Inputs(cell, x, states, params, lengths, batch_sizes, reset))
-    D, B, H, P, N = call.D, call.B, call.H, call.P, call.N
+    D, H, P, N = call.D, call.H, call.P, call.N
     shapes = [("y", y, (*x.shape[:-1], D * P))]
     shapes += [("seq", s, (D, *x.shape[:-1], H)) for s in seq]
     shapes += [("saved gates", saved[0], (D, N, call.traits.saved * H))]
@@ -307,7 +340,8 @@ def backward(
     for name, tensor, shape in shapes:
         if tuple(tensor.shape) != shape or tensor.device != x.device:
             raise ValueError(
-                f"{cell}: {name} must be {list(shape)} on {x.device}, got {list(tensor.shape)} on {tensor.device}"
+                f"{cell}: {name} must be {list(shape)} on {x.device}, "
+                f"got {list(tensor.shape)} on {tensor.device}"
             )
     with _alone(x.device):
         return _backward(call, dy, dlast, dseq, y, seq, saved, need_x, need_params)
@@ -363,10 +397,7 @@ def _backward(
     sizes = (T, call.B, N, H, P, D)
     options = {
         **call.options(),
-        **_block_names(call.config),
-        "GRADS": traits.grads,
-        "HIDDEN": traits.hidden_grads,
-        "STATE": traits.state,
+        **backward_options(call.cell),
         "DY": dy is not None,
         "DSEQ": bool(dseq),
     }
@@ -374,15 +405,15 @@ def _backward(
     if call.config.kernel == "scan":
         scan.scan_backward[(of_batch, D * call.heads)](*pointers, *sizes, **options)
     else:
-        stages = (1, 2) if traits.mid or call.projected else (0,)
+        in_stages = stages(call.cell, call.config, call.projected)
         groups, K, HH = D * call.heads, P // call.heads, H // call.heads
         for step in range(T - 1, -1, -1):
-            for stage in stages:
+            for stage in in_stages:
                 columns = K if stage < 2 else HH
                 grid = (of_batch, call.tiles(columns), groups)
                 scan.step_backward[grid](*pointers, *sizes, step, STAGE=stage, FINAL=False, **options)
         grid = (of_batch, call.tiles(K), groups)
-        scan.step_backward[grid](*pointers, *sizes, -1, STAGE=stages[0], FINAL=True, **options)
+        scan.step_backward[grid](*pointers, *sizes, -1, STAGE=in_stages[0], FINAL=True, **options)
     dx, dparams = _products(call, dg, dmid, h_before, saved, need_x, need_params)
     return dx, [g.to(x.dtype) for g in grads], dparams
 

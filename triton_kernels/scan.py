@@ -36,22 +36,23 @@ def _of(d, first, second):
 
 @triton.jit
 def _place(s, d, T, B, b, base, offsets, flags, PACKED: tl.constexpr, MASKED: tl.constexpr):
-    """(row, on, cut) of sequences b at step s: where it lies, whether it runs, whether it is zeroed before."""
+    """Of sequences b at step s: where each lies (row), whether it does (here), runs (on), is zeroed (cut)."""
     t = s + d * (T - 1 - 2 * s)
-    on = b < B
+    here = b < B
     cut = b < 0
     row = b - base
     if PACKED:
         start = tl.load(offsets + t)
-        on = on & (b < tl.load(offsets + t + 1) - start)
+        here = here & (b < tl.load(offsets + t + 1) - start)
         row += start
     else:
         row += t.to(tl.int64) * B
+    on = here
     if MASKED:
         flag = tl.load(flags + (d * T + t).to(tl.int64) * B + b, mask=on, other=0)
         on = on & ((flag & 1) != 0)
         cut = (flag & 2) != 0
-    return row, on, cut
+    return row, here, on, cut
 
 
 @triton.jit
@@ -141,8 +142,9 @@ def scan_forward(
         c = _tile(c_state, state, H, unit, live_u)
 
     for s in range(begin, end):
-        row, on, cut = _place(s, d, T, B, b, base, offsets, flags, PACKED, MASKED)
+        row, here, on, cut = _place(s, d, T, B, b, base, offsets, flags, PACKED, MASKED)
         on_u, on_k = on[:, None] & has_u[None, :], on[:, None] & has_k[None, :]
+        here_u, here_k = here[:, None] & has_u[None, :], here[:, None] & has_k[None, :]
         local = direction * rows + row
         if MASKED:
             h = tl.where(cut[:, None], 0.0, h)
@@ -172,14 +174,21 @@ def scan_forward(
             for g in tl.static_range(SAVED):
                 _put(gates, local, SAVED * H, g * H + unit, saved[g], on_u)
         if SEQ:
-            _put(seq, direction * N + row + base, H, unit, tl.where(on_u, c_new, 0.0), live_u if not PACKED else on_u)
+            _put(
+                seq,
+                direction * N + row + base,
+                H,
+                unit,
+                tl.where(on_u, c_new, 0.0),
+                here_u,
+            )
         if PROJECTED:
             m = h_new.to(y.dtype.element_ty)
             if SAVE:
                 tl.store(mid + local[:, None] * H + unit[None, :], m, mask=on_u)
             zero = tl.zeros((BLOCK_B, BLOCK_P), tl.float32)
             h_new = _dot(m, projection, zero, OPERAND, PRECISION)
-        _put(y, row + base, D * P, d * P + column, tl.where(on_k, h_new, 0.0), live_k if not PACKED else on_k)
+        _put(y, row + base, D * P, d * P + column, tl.where(on_k, h_new, 0.0), here_k)
         if MASKED or PACKED:
             h = tl.where(on[:, None], h_new, h)
             c = tl.where(on[:, None], c_new, c)
@@ -198,7 +207,8 @@ def _products(
     GATES: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """source[row, column : column + K] times each gate's rows w_row of w, transposed: [BLOCK_B, BLOCK_U] each."""
+    """source[row, column : column + K] times each gate's rows w_row of w, transposed: [BLOCK_B, BLOCK_U]
+    each."""
     acc = ()
     for _ in tl.static_range(GATES):
         acc = acc + (tl.zeros((BLOCK_B, BLOCK_U), tl.float32),)
@@ -244,7 +254,7 @@ def step_forward(
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     u = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)
     direction = d.to(tl.int64)
-    row, on, cut = _place(step, d, T, B, b, base, offsets, flags, PACKED, MASKED)
+    row, here, on, cut = _place(step, d, T, B, b, base, offsets, flags, PACKED, MASKED)
     local = direction * rows + row
     state = direction * B + b
     before = (step % 2).to(tl.int64) * D * B + state
@@ -253,19 +263,21 @@ def step_forward(
     if PROJECTED and STAGE == 2:
         has = u < P
         live, on_u = (b < B)[:, None] & has[None, :], on[:, None] & has[None, :]
+        here_u = here[:, None] & has[None, :]
         h_new = _products(
             mid, local, H, 0, on, _of(d, w_hr_0, w_hr_1), u, 0, H, 1, has, H,
             1, BLOCK_B, BLOCK_U, BLOCK_K, OPERAND, PRECISION,
         )[0]  # fmt: skip
         h = _tile(h_state, state, P, u, live)
         h = tl.where(on[:, None], h_new, h)
-        _put(y, row + base, D * P, d * P + u, tl.where(on_u, h_new, 0.0), live if not PACKED else on_u)
+        _put(y, row + base, D * P, d * P + u, tl.where(on_u, h_new, 0.0), here_u)
         _put(h_state, state, P, u, h, live)
         _put(exchange, after, P, u, h, live)
     else:
         has = u < HH
         unit = head * HH + u
         live, on_u = (b < B)[:, None] & has[None, :], on[:, None] & has[None, :]
+        here_u = here[:, None] & has[None, :]
         w_hh = _of(d, w_hh_0, w_hh_1)
         bias_x, bias_h = _biases(
             _of(d, b_ih_0, b_ih_1), _of(d, b_hh_0, b_hh_1), unit, has, H, CELL, GATES, BIAS
@@ -308,7 +320,14 @@ def step_forward(
                 if SAVE:
                     _put(gates, local, SAVED * H, 2 * H + unit, n, on_u)
                 h = tl.where(on[:, None], h_new, h)
-                _put(y, row + base, D * P, d * P + unit, tl.where(on_u, h_new, 0.0), live if not PACKED else on_u)
+                _put(
+                    y,
+                    row + base,
+                    D * P,
+                    d * P + unit,
+                    tl.where(on_u, h_new, 0.0),
+                    here_u,
+                )
                 _put(h_state, state, P, unit, h, live)
                 _put(exchange, after, P, unit, h, live)
         else:
@@ -328,7 +347,7 @@ def step_forward(
             if SEQ:
                 _put(
                     seq, direction * N + row + base, H, unit, tl.where(on_u, c_new, 0.0),
-                    live if not PACKED else on_u,
+                    here_u,
                 )  # fmt: skip
             if CELL_STATE:
                 _put(c_state, state, H, unit, tl.where(on[:, None], c_new, c), live)
@@ -336,7 +355,14 @@ def step_forward(
                 _put(mid, local, H, unit, h_new, on_u)
             else:
                 h = tl.where(on[:, None], h_new, h)
-                _put(y, row + base, D * P, d * P + unit, tl.where(on_u, h_new, 0.0), live if not PACKED else on_u)
+                _put(
+                    y,
+                    row + base,
+                    D * P,
+                    d * P + unit,
+                    tl.where(on_u, h_new, 0.0),
+                    here_u,
+                )
                 _put(h_state, state, P, unit, h, live)
                 _put(exchange, after, P, unit, h, live)
 
@@ -399,8 +425,9 @@ def scan_backward(
         dc_next = _tile(c_grad, state, H, unit, live_u)
 
     for i in range(0, T):
-        row, on, cut = _place(T - 1 - i, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
+        row, here, on, cut = _place(T - 1 - i, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
         on_u, on_k = on[:, None] & has_u[None, :], on[:, None] & has_k[None, :]
+        here_u, here_k = here[:, None] & has_u[None, :], here[:, None] & has_k[None, :]
         local = direction * N + row
         dh = tl.where(on[:, None], dh_next, 0.0)
         if DY:
@@ -410,7 +437,7 @@ def scan_backward(
             dc += _tile(dseq, local, H, unit, on_u)
         if PROJECTED:
             m = dh.to(dg.dtype.element_ty)
-            tl.store(dmid + local[:, None] * P + column[None, :], m, mask=live_k if not PACKED else on_k)
+            tl.store(dmid + local[:, None] * P + column[None, :], m, mask=here_k)
             zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
             dh = _dot(m, projection, zero, OPERAND, PRECISION)
         h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
@@ -442,7 +469,7 @@ def scan_backward(
                 dh_new = rest
         for g in tl.static_range(GRADS):
             value = tl.where(on_u, grads[g], 0.0)
-            _put(dg, local, GRADS * H, g * H + unit, value, live_u if not PACKED else on_u)
+            _put(dg, local, GRADS * H, g * H + unit, value, here_u)
         for g in tl.static_range(GATES - 1 if MID else GATES):
             part = hidden[HIDDEN[g]].to(dg.dtype.element_ty)
             dh_new = _dot(part, R[g], dh_new, OPERAND, PRECISION)
@@ -464,8 +491,9 @@ def scan_backward(
 @triton.jit
 def _through_R(
     dg, row, stride, column, on, w, w_column, H, K, HH, has,
-    FIRST: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr,
-    BLOCK_K: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST: tl.constexpr, GATES: tl.constexpr, HIDDEN: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_U: tl.constexpr, BLOCK_K: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What gates FIRST to FIRST + GATES give to columns of h: the sum of their gradients times R."""
     acc = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
@@ -510,7 +538,6 @@ def step_backward(
     direction = d.to(tl.int64)
     state = direction * B + b
     w_hh = _of(d, w_hh_0, w_hh_1)
-    element = dg.dtype.element_ty
 
     # Columns of h; where nothing is projected, the units.
     has_k = u < K
@@ -520,7 +547,7 @@ def step_backward(
     if STAGE < 2:
         dh = _tile(h_grad, state, P, column, live_k)
         if step < T - 1:
-            row, on, cut = _place(step + 1, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
+            row, here, on, cut = _place(step + 1, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
             through = _through_R(
                 dg, direction * N + row, GRADS * H, head * HH, on, w_hh, u, H, K, HH, has_k,
                 0, GATES - 1 if MID else GATES, HIDDEN, BLOCK_B, BLOCK_U, BLOCK_K, OPERAND, PRECISION,
@@ -531,19 +558,20 @@ def step_backward(
     if FINAL:
         _put(h_grad, state, P, column, dh, live_k)
     else:
-        row, on, cut = _place(step, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
+        row, here, on, cut = _place(step, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
         local = direction * N + row
         has_u = u < HH
         unit = head * HH + u
         live_u, on_u = (b < B)[:, None] & has_u[None, :], on[:, None] & has_u[None, :]
         on_k = on[:, None] & has_k[None, :]
+        here_u, here_k = here[:, None] & has_u[None, :], here[:, None] & has_k[None, :]
         if STAGE < 2:
             past = tl.where(on[:, None], 0.0, dh)  # of sequences that do not run here
             dh = tl.where(on[:, None], dh, 0.0)
             if DY:
                 dh += _tile(dy, row, D * P, d * P + column, on_k)
         if PROJECTED and STAGE == 1:
-            _put(dmid, local, P, column, dh, live_k if not PACKED else on_k)
+            _put(dmid, local, P, column, dh, here_k)
             _put(h_grad, state, P, column, past, live_k)
         else:
             h = tl.zeros((BLOCK_B, BLOCK_U), tl.float32)
@@ -556,7 +584,7 @@ def step_backward(
                 )  # fmt: skip
                 r = _tile(gates, local, SAVED * H, unit, on_u)
                 dr, more = cells.reset_backward_first(r, h, through)
-                _put(dg, local, GRADS * H, unit, tl.where(on_u, dr, 0.0), live_u if not PACKED else on_u)
+                _put(dg, local, GRADS * H, unit, tl.where(on_u, dr, 0.0), here_u)
                 rest = _tile(h_grad, state, P, unit, live_u)
                 _put(h_grad, state, P, unit, tl.where(on_u, rest + more, rest), live_u)
             else:
@@ -565,8 +593,22 @@ def step_backward(
                     saved = saved + (_tile(gates, local, SAVED * H, g * H + unit, on_u),)
                 if MID:
                     dz, dn, rest = cells.reset_backward(saved[1], saved[2], h, dh)
-                    _put(dg, local, GRADS * H, H + unit, tl.where(on_u, dz, 0.0), live_u if not PACKED else on_u)
-                    _put(dg, local, GRADS * H, 2 * H + unit, tl.where(on_u, dn, 0.0), live_u if not PACKED else on_u)
+                    _put(
+                        dg,
+                        local,
+                        GRADS * H,
+                        H + unit,
+                        tl.where(on_u, dz, 0.0),
+                        here_u,
+                    )
+                    _put(
+                        dg,
+                        local,
+                        GRADS * H,
+                        2 * H + unit,
+                        tl.where(on_u, dn, 0.0),
+                        here_u,
+                    )
                     _put(h_grad, state, P, unit, rest + past, live_u)
                 else:
                     if PROJECTED:
@@ -587,7 +629,7 @@ def step_backward(
                     grads, rest, dc_new = cells.backward(CELL, saved, h, c, c_new, dh, dc)
                     for g in tl.static_range(GRADS):
                         value = tl.where(on_u, grads[g], 0.0)
-                        _put(dg, local, GRADS * H, g * H + unit, value, live_u if not PACKED else on_u)
+                        _put(dg, local, GRADS * H, g * H + unit, value, here_u)
                     if CELL_STATE:
                         if MASKED:
                             dc_new = tl.where(cut[:, None], 0.0, dc_new)

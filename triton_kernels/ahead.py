@@ -1,0 +1,82 @@
+"""Compiling the kernels for an architecture, whether or not such a GPU is there: what `fastrnn.explain` says
+of shared memory, and what the tests hold against the architectures' limits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from . import heuristics, layer, scan
+
+_FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Arguments that are float32 whatever the layer's type; others that are not of the layer's type.
+_FLOAT32 = ("seq", "h_state", "c_state", "dseq", "c_before", "h_grad", "c_grad")
+_OTHERS = {"offsets": "*i64", "flags": "*u8"}
+_SIZES = (*scan.FREE, "N", "H", "P", "D")
+
+
+def describe(cell: str, H: int, proj_size: int, B: int, x: Tensor) -> tuple[str, str]:
+    """Of a layer's forward pass: its kernel, and its tiles with the shared memory of a program."""
+    capability = layer.capability(x.device)
+    config = heuristics.configure(cell, H, proj_size or H, B, x.element_size(), proj_size > 0, capability)
+    launches = "one launch" if config.kernel == "scan" else "a launch a step"
+    if len(layer.stages(cell, config, proj_size > 0)) == 2:
+        launches = "two launches a step"
+    kernel = f"{cell} {config.kernel} in Triton, {launches}, {str(x.dtype).removeprefix('torch.')} products"
+    if layer.INTERPRETED:
+        return kernel, f"tiles of {config}, interpreted"
+    if type(x) is not Tensor or x.device.type == "meta":  # no GPU to compile for
+        return kernel, f"tiles of {config}"
+    target = triton.runtime.driver.active.get_current_target()
+    name, special = kernels(cell, config, projected=proj_size > 0)[0]
+    shared = layer.options(cell, config, x.dtype, layer.precision(x), projected=proj_size > 0)
+    compiled = compile(name, x.dtype, target, {**shared, **special})
+    return kernel, f"tiles of {config}, {compiled.metadata.shared / 1024:.0f} KB of shared memory"
+
+
+def precision(dtype: torch.dtype, target: GPUTarget) -> str:
+    """The most demanding one of the target's kernels."""
+    return "tf32x3" if dtype == torch.float32 and target.backend == "cuda" else "ieee"
+
+
+def kernels(
+    cell: str, config: heuristics.Config, *, projected: bool = False, **given: Any
+) -> list[tuple[str, dict[str, Any]]]:
+    """The kernels of a training step, by name, with the compile-time arguments that differ between them."""
+    saves = {"BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
+    backs = {**layer.backward_options(cell), "DY": True, "DSEQ": False, **given}
+    if config.kernel == "scan":
+        return [("scan_forward", saves), ("scan_backward", backs)]
+    launches = []
+    for stage in layer.stages(cell, config, projected):
+        launches.append(("step_forward", {**saves, "STAGE": stage}))
+        launches.append(("step_backward", {**backs, "STAGE": stage, "FINAL": False}))
+    return launches
+
+
+def compile(
+    name: str, dtype: torch.dtype, target: GPUTarget, options: dict[str, Any], aligned: bool = True
+) -> Any:
+    """Triton's CompiledKernel. options: all compile-time arguments; aligned: whether H and P are multiples of
+    16."""
+    kernel = getattr(scan, name)
+    options = dict(options)
+    compiler = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
+    signature, attributes, constants = {}, {}, {}
+    for i, argument in enumerate(kernel.arg_names):
+        if argument in _SIZES:
+            signature[argument] = "i32"
+        elif argument.isupper():
+            signature[argument], constants[argument] = "constexpr", options[argument]
+        else:
+            of = "fp32" if argument in _FLOAT32 else _FLOATS[dtype]
+            signature[argument] = _OTHERS.get(argument, f"*{of}")
+        if signature[argument].startswith("*") or (aligned and argument in ("H", "P")):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=compiler)
