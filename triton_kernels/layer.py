@@ -76,12 +76,8 @@ class Call:
         self.rows = x.reshape(-1, x.shape[-1])
         self.N = self.rows.shape[0]
         self.packed, self.masked = batch_sizes is not None, lengths is not None or reset is not None
-        # The first row of each step, and past the last one.
-        self.begins = (
-            [t * self.B for t in range(self.T + 1)]
-            if batch_sizes is None
-            else [0, *batch_sizes.cumsum(0).tolist()]
-        )
+        # Of packed rows the first of each step, and past the last one.
+        self.begins = [] if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
         self.config = heuristics.configure(
             cell,
             self.H // self.heads,
@@ -96,6 +92,10 @@ class Call:
     def empty(self) -> bool:
         return 0 in (self.N, self.B, self.H, self.P)
 
+    def begin(self, t: int) -> int:
+        """The first row of step t, or past the last one."""
+        return self.begins[t] if self.packed else t * self.B
+
     def of(self, name: str) -> tuple[Tensor, Tensor]:
         """A parameter of both directions; a pointer that no kernel reads where there is none."""
         found = [getattr(p, name) for p in self.params]
@@ -109,7 +109,7 @@ class Call:
             offsets = torch.tensor(self.begins, device=self.x.device)
         if self.masked:
             on, cuts = self.active(), self.cuts()
-            flags = torch.stack([on.to(torch.uint8) + 2 * cut for cut in cuts])
+            flags = torch.stack([on.to(torch.uint8) | cut.to(torch.uint8) << 1 for cut in cuts])
         return offsets, flags
 
     def active(self) -> Tensor:
@@ -256,10 +256,9 @@ def _forward(
     in_stages = stages(call.cell, call.config, call.projected)
     per_step = D * B * traits.saved * H * x.element_size()
     steps = T if save or per_step == 0 else max(1, min(T, CHUNK_BYTES // per_step))
-    begins = call.begins
     chunks = [(s, min(T, s + steps)) for s in range(0, T, steps or 1)]
     # The rows of a chunk, forward and in reverse.
-    spans = [((begins[s], begins[e]), (begins[T - e], begins[T - s])) for s, e in chunks]
+    spans = [((call.begin(s), call.begin(e)), (call.begin(T - e), call.begin(T - s))) for s, e in chunks]
     rows = max((end - begin for span in spans for begin, end in span[:D]), default=0)
     gates = x.new_empty(D, rows, traits.saved * H)
     mid = x.new_empty(D, rows, H) if call.projected or len(in_stages) == 2 else gates

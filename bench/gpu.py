@@ -1,0 +1,203 @@
+"""Speed on a GPU beside torch.nn (cuDNN): `python -m fastrnn.bench.gpu`, a part of `./run gpu`.
+
+Forward (inference) and training (forward, and backward to the parameters and the input) of one layer, in
+microseconds a step, medians of alternating samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastrnn
+
+SIZES, BATCHES, LENGTHS = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64, 128), (256, 1024)
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+ROUNDS, SAMPLE = 7, 0.02  # samples of each, and seconds that one should take
+# Microseconds that a step of an LSTM's forward pass takes at least on an H100 SXM, in 16 bits: the latency of
+# the exchange between multiprocessors, tensor cores' time, shared memory's and the cache's traffic.
+LIMITS = {
+    128: (0.5, 0.5, 0.5, 0.5),
+    256: (0.56, 0.56, 0.57, 0.57),
+    512: (0.69, 0.69, 0.92, 1.1),
+    1024: (1.1, 1.1, 1.8, 2.7),
+    2048: (1.7, 2.0, 4.7, 8.6),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """ours, theirs: microseconds a step; limit: its least, where that is known."""
+
+    cell: str
+    mode: str
+    dtype: str
+    T: int
+    B: int
+    H: int
+    ours: float
+    theirs: float
+    spread: float
+    limit: float | None
+    kernel: str
+
+    def text(self) -> str:
+        limit = "" if self.limit is None else f"{self.limit / self.ours:8.0%}"
+        return (
+            f"{self.cell:5}{self.mode:9}{self.dtype:9}{self.T:6}{self.B:5}{self.H:6}{self.ours:10.2f}"
+            f"{self.theirs:10.2f}{self.theirs / self.ours:8.2f}{limit:>8}  {self.kernel}"
+        )
+
+
+HEADER = "cell mode     type          T    B     H   ours us  cuDNN us   ratio   limit"
+
+
+def cases(quick: bool) -> Iterator[tuple[str, str, int, int, int]]:
+    """(cell, dtype, T, B, H), what tells most first."""
+    lengths = LENGTHS[:1] if quick else LENGTHS
+    for T in lengths:
+        for dtype in DTYPES:
+            for cell in ("lstm", "gru", "rnn"):
+                for H in SIZES:
+                    for B in BATCHES:
+                        if not quick or (B in (1, 64) and H in (128, 512)):
+                            yield cell, dtype, T, B, H
+
+
+class Timer:
+    """Seconds of calls on a device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).synchronize()
+
+    def sample(self, call: Callable[[], Any], calls: int) -> float:
+        self.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        self.synchronize()
+        return (time.perf_counter() - start) / calls
+
+    def alternate(self, ours: Callable[[], Any], theirs: Callable[[], Any]) -> tuple[float, float, float]:
+        """Medians of both, and the spread of their ratio: its interquartile range over its median."""
+        counts = []
+        for call in (ours, theirs):
+            call()  # compiles
+            counts.append(max(1, round(SAMPLE / max(self.sample(call, 1), 1e-6))))
+        pairs = [(self.sample(ours, counts[0]), self.sample(theirs, counts[1])) for _ in range(ROUNDS)]
+        low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+        return (
+            statistics.median(a for a, _ in pairs),
+            statistics.median(b for _, b in pairs),
+            (high - low) / middle,
+        )
+
+
+def calls(module: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
+    def forward() -> None:
+        with torch.no_grad():
+            module(x)
+
+    def training() -> None:
+        y = module(x)[0]
+        torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
+
+    return {"forward": forward, "training": training}
+
+
+def measure(case: tuple[str, str, int, int, int], device: torch.device) -> list[Row]:
+    cell, dtype, T, B, H = case
+    modules = []
+    for package in (fastrnn, torch.nn):
+        torch.manual_seed(0)
+        modules.append(getattr(package, cell.upper())(H, H).to(device, DTYPES[dtype]))
+    x = torch.randn(T, B, H, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    ours, theirs = (calls(module, x) for module in modules)
+    kernel = str(fastrnn.explain(modules[0], x).kernel)
+    rows = []
+    for mode in ours:
+        mine, other, spread = Timer(device).alternate(ours[mode], theirs[mode])
+        limit = None
+        if cell == "lstm" and mode == "forward" and dtype != "float32" and H in LIMITS and B in BATCHES:
+            limit = LIMITS[H][BATCHES.index(B)]
+        rows.append(Row(cell, mode, dtype, T, B, H, mine / T * 1e6, other / T * 1e6, spread, limit, kernel))
+    return rows
+
+
+def machine(device: torch.device) -> dict[str, str | None]:
+    found = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if device.type != "cuda":
+        return {"device": str(device), **found}
+    driver = subprocess.run(
+        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
+    ).stdout.strip()
+    import triton
+
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": driver or "unknown",
+        "cuda": torch.version.cuda,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "triton": triton.__version__,
+        **found,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m fastrnn.bench.gpu", description=__doc__, allow_abbrev=False
+    )
+    parser.add_argument("--quick", action="store_true", help="two sizes, two batches, one length")
+    parser.add_argument("--minutes", type=float, default=60, help="leave out what does not fit")
+    parser.add_argument("--json", type=Path, default=Path("out/gpu.json"), metavar="PATH")
+    parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
+    args = parser.parse_args(argv)
+    end = time.monotonic() + 60 * args.minutes
+    about = machine(args.device)
+    print(", ".join(f"{name} {value}" for name, value in about.items()))
+    print(HEADER)
+    rows: list[Row] = []
+    left = 0
+    for case in cases(args.quick):
+        if time.monotonic() > end:
+            left += 1
+            continue
+        for row in measure(case, args.device):
+            print(row.text(), flush=True)
+            rows.append(row)
+    if left:
+        print(f"{left} cases left out after {args.minutes:g} minutes")
+    for mode in ("forward", "training"):
+        ratios = [row.theirs / row.ours for row in rows if row.mode == mode]
+        if ratios:
+            print(
+                f"{mode}: geometric mean of torch.nn's time over ours {statistics.geometric_mean(ratios):.2f}"
+            )
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    args.json.write_text(
+        json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
+    print(f"written: {args.json}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
