@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from helpers import random_case
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
 from fastrnn import backends, functional
@@ -121,6 +122,20 @@ def test_explain():
     for stranger in (torch.nn.LSTM(2, 3), torch.nn.Linear(2, 3)):
         with pytest.raises(TypeError, match="explain takes a fastrnn layer or cell"):
             fastrnn.explain(stranger, x)
+
+
+@pytest.mark.skipif(backends.TRITON_MISSING is not None, reason="Triton is not installed")
+@pytest.mark.parametrize("device", backends.TRITON_DEVICES)
+def test_what_a_gpu_takes(device):
+    """Without one: of fake tensors, which have its name."""
+    with FakeTensorMode():
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert backends.choose(torch.empty(2, device=device, dtype=dtype)) == "triton"
+        for dtype in (torch.float64, torch.complex64, torch.complex128):
+            x = torch.empty(2, device=device, dtype=dtype)
+            assert backends.decide(x).backend == "reference"
+            with fastrnn.backend("triton"), pytest.raises(fastrnn.BackendError, match="it takes float32"):
+                backends.choose(x)
 
 
 def test_explain_tells_the_split():
