@@ -262,7 +262,8 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanati
         from .triton_kernels import describe
 
         H, B = layer.hidden_size, _sizes(layer, input)[1]
-        kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, x)
+        D = 2 if getattr(layer, "bidirectional", False) else 1
+        kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
         return Explanation("triton", kernel, decision.reason, split)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
     kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"
