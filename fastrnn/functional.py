@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, ops, reference, transforms
-from .backends import AUTOCAST_DTYPES, autocast_dtype, choose
+from . import fused, kernels, ops, reference, transforms
+from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
@@ -144,18 +144,24 @@ def rnn(
     return y, h
 
 
-def _narrow(x: Tensor, *tensors: Tensor | None) -> tuple[torch.dtype, list[Tensor | None]]:
-    """The type of the results, and the tensors in that of the arithmetic.
+def _narrow(flat: Sequence[Tensor | None]) -> tuple[torch.dtype, list[Tensor | None]]:
+    """The type of the results, that of the first tensor or autocast's, and all in that of the arithmetic.
 
     16 bits are for what is kept, as in `layer`: the arithmetic is float32's, rounded once.
     """
-    dtype = autocast_dtype(x) or x.dtype
-    cast = [t if t is None or t.dtype not in AUTOCAST_DTYPES else t.to(dtype) for t in tensors]
-    for t in cast:
-        if t is not None and t.dtype != dtype:
-            raise RuntimeError(f"all tensors must be {dtype} like the query, got {t.dtype}")
-    if dtype in (torch.float16, torch.bfloat16):
-        cast = [t if t is None else t.float() for t in cast]
+    first = flat[0]
+    assert first is not None
+    autocast = autocast_dtype(first)
+    dtype = autocast or first.dtype
+    cast: list[Tensor | None] = []
+    for t in flat:
+        if t is None or t.dtype == torch.bool:
+            cast.append(t)
+            continue
+        same = t.to(dtype) if autocast is not None and t.dtype in AUTOCAST_DTYPES else t
+        if same.dtype != dtype:
+            raise RuntimeError(f"all tensors must be {dtype} like the first, got {t.dtype}")
+        cast.append(same.float() if dtype in (torch.float16, torch.bfloat16) else same)
     return dtype, cast
 
 
@@ -177,10 +183,11 @@ def attention(
     returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero where
              a query may attend to nothing
     """
-    dtype, (q, k, m, u) = _narrow(query, query, keys, values, v)
-    assert q is not None and k is not None and m is not None
-    context, weights = reference.attention(q, k, m, u, mask, scale)
-    return context.to(dtype), weights.to(dtype) if need_weights else None
+    dtype, wide = _narrow([query, keys, values, v, mask])
+    call = fused.Attention(scale, need_weights)
+    on_cpu = choose_fused(query, "attention") == "cpu"
+    context, *weights = fused.run(call, wide) if on_cpu else call.reference(wide)
+    return context.to(dtype), weights[0].to(dtype) if need_weights else None
 
 
 def decoder(
@@ -199,19 +206,22 @@ def decoder(
     drops: Sequence[Tensor] = (),
     scale: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """All steps of Luong's decoder with input feeding: `fastrnn.reference.decoder` has arguments and results."""
-    flat = [x, *states, feed, *(p for layer in params for p in layer), w_h, keys, values, w_q, v, *drops]
-    dtype, wide = _narrow(x, *flat)
-    given = iter(wide)
-
-    def take(count: int) -> list[Any]:
-        return [next(given) for _ in range(count)]
-
-    x, *states = take(1 + len(states))
-    (feed,) = take(1)
-    params = [take(len(layer)) for layer in params]
-    w_h, keys, values, w_q, v, *drops = given
-    out, last, weights = reference.decoder(
-        cell, x, states, feed, params, w_h, keys, values, w_q, v, mask, drops, scale
-    )
+    """All steps of Luong's decoder with input feeding; `fastrnn.reference.decoder` has arguments and results."""
+    flat = [
+        x,
+        *states,
+        feed,
+        *(p for layer in params for p in layer),
+        w_h,
+        keys,
+        values,
+        w_q,
+        v,
+        mask,
+        *drops,
+    ]
+    dtype, wide = _narrow(flat)
+    call = fused.Decoder(cell, len(params), scale)
+    on_cpu = choose_fused(x, "the decoder") == "cpu"
+    out, *last, weights = fused.run(call, wide) if on_cpu else call.reference(wide)
     return out.to(dtype), tuple(s.to(dtype) for s in last), weights.to(dtype)
