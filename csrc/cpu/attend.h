@@ -1,5 +1,5 @@
-// Attention of one query over one sequence's memory: scores, their softmax, the weighted sum of the values, and
-// back.
+// Attention of one query over one sequence's memory: scores, their softmax, the weighted sum of the values,
+// and back.
 #pragma once
 
 #include <limits>
@@ -46,8 +46,9 @@ FASTRNN_HD void dots(const E* row, const E* rows, int64_t ld, int64_t S, int64_t
 template <class E>
 FASTRNN_HD void weighted_sum(const E* factor, const E* rows, int64_t ld, int64_t S, int64_t width, E* to) {
   using cpu::Weight;
-  product<1>(0, 1, 0, vectors<E>(width), width, InRows<E>{factor, 0}, Weight<E>{rows, Weight<E>::kColumns, ld},
-             S, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
+  product<1>(0, 1, 0, vectors<E>(width), width, InRows<E>{factor, 0},
+             Weight<E>{rows, Weight<E>::kColumns, ld}, S, static_cast<const E*>(nullptr), 0, false,
+             Reads<E>{},
              [&](int64_t, int64_t unit, int, const Vec<Simd<E>, 1>& v) { v[0].store(to + unit); });
 }
 
@@ -87,8 +88,8 @@ FASTRNN_HD E highest(const E* row, int64_t end, E least) {
   return top;
 }
 
-// row [S, whole vectors]: scores to weights. What the mask leaves out, and what pads the last vector, is 0; so
-// is all, where nothing is left.
+// row [S, whole vectors]: scores to weights. What the mask leaves out, and what pads the last vector, is 0;
+// so is all, where nothing is left.
 template <class E>
 FASTRNN_HD void softmax(E* row, int64_t count, const bool* mask) {
   using S = Simd<E>;

@@ -1,5 +1,5 @@
-// Attention of many queries over one sequence's memory, block by block of its positions with a running maximum
-// (online softmax: Milakov and Gimelshein, arXiv:1805.02867), and back by scores computed anew.
+// Attention of many queries over one sequence's memory, block by block of its positions with a running
+// maximum (online softmax: Milakov and Gimelshein, arXiv:1805.02867), and back by scores computed anew.
 #pragma once
 
 #include <cmath>
@@ -51,10 +51,9 @@ FASTRNN_HD cpu::Weight<E> pack_rows(const E* from, int64_t ld, int64_t S, int64_
 template <class A, class E, class Store>
 FASTRNN_HD void rows_by(int64_t rows, int64_t units, const A& a, const cpu::Weight<E>& w, int64_t K,
                         Store&& store) {
-  product<1>(0, rows, 0, vectors<E>(units), units, a, w, K, static_cast<const E*>(nullptr), 0, false,
-             Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<Simd<E>, 1>& v) {
-               store(i, unit, lanes, v[0]);
-             });
+  product<1>(
+      0, rows, 0, vectors<E>(units), units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
+      [&](int64_t i, int64_t unit, int lanes, const Vec<Simd<E>, 1>& v) { store(i, unit, lanes, v[0]); });
 }
 
 template <class E>
@@ -103,7 +102,8 @@ struct AttendForward {
             [&](int64_t i, int64_t s, int, const S& v) { (v * scale).store(score + i * kBlock + s); });
   }
 
-  // A row's scores to e^(score - top), for the top so far; shrink: what sums with the top before it are worth.
+  // A row's scores to e^(score - top), for the top so far; shrink: what sums with the top before it are
+  // worth.
   void exponentials(int64_t i, int64_t s0, int64_t count) const {
     E* row = score + i * kBlock;
     const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask + s0 : nullptr;
@@ -175,6 +175,7 @@ struct AttendBackward {
   using S = Simd<E>;
   using Weight = cpu::Weight<E>;
   static constexpr int64_t kRows = kAttendRows;
+  static constexpr int64_t kFew = 16;  // queries for which packing costs more than it gains
 
   static int64_t scratch(int64_t S_, int64_t K, int64_t V) {
     const int64_t wide = whole<E>(S_), k = whole<E>(K), v = whole<E>(V);
@@ -200,13 +201,16 @@ struct AttendBackward {
     row = scratch.take(wide);
     query = scratch.take(k);
     dquery = scratch.take(k);
-    copy_rows(p.keys, p.ld_keys, p.S, p.K, p.any, keys);
-    by_values = pack_rows(p.values, p.ld_values, p.S, p.V, values);
-    by_positions = {keys, Weight::kColumns, k, nullptr};
+    const bool few = p.Tq <= kFew, in_place = few && !p.any && !p.v && p.K % S::W == 0;
+    if (!in_place) copy_rows(p.keys, p.ld_keys, p.S, p.K, p.any, keys);
+    by_positions = {in_place ? p.keys : keys, Weight::kColumns, in_place ? p.ld_keys : k, nullptr};
+    by_values = few ? Weight{p.values, Weight::kRows, p.ld_values, nullptr}
+                    : pack_rows(p.values, p.ld_values, p.S, p.V, values);
     if (p.v) {
       std::fill_n(dkeys, p.S * k, E(0));
     } else {
-      by_keys = pack_rows(keys, k, p.S, p.K, packed);
+      by_keys = few ? Weight{p.keys, Weight::kRows, p.ld_keys, nullptr}
+                    : pack_rows(p.keys, p.ld_keys, p.S, p.K, packed);
     }
   }
 
@@ -240,7 +244,8 @@ struct AttendBackward {
     }
   }
 
-  // delta = sum of weights * their gradient, by way of the context where nothing came for the weights themselves.
+  // delta = sum of weights * their gradient, by way of the context where nothing came for the weights
+  // themselves.
   void sums(int64_t q0, int64_t rows) const {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t at = (q0 + i) * p.ld_context, to = (q0 + i) * p.ld_weights;

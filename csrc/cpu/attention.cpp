@@ -22,8 +22,8 @@ AttentionInputs check_attention(const Tensor& query, const Tensor& keys, const T
   STD_TORCH_CHECK(a.dtype == ScalarType::Float || a.dtype == ScalarType::Double,
                   "attention takes float32 and float64");
   STD_TORCH_CHECK(query.dim() == 3 && keys.dim() == 3 && values.dim() == 3,
-                  "query, keys and values must have 3 dimensions, got ", query.dim(), ", ", keys.dim(), " and ",
-                  values.dim());
+                  "query, keys and values must have 3 dimensions, got ", query.dim(), ", ", keys.dim(),
+                  " and ", values.dim());
   a.Tq = query.size(0);
   a.B = query.size(1);
   a.K = query.size(2);
@@ -92,14 +92,17 @@ class AttentionCall {
     const auto& k = attention_kernels<E>();
     const int64_t B = in_.B, Tq = in_.Tq, S = in_.S, K = in_.K, V = in_.V;
     const Shape shape{Tq, B, V};
-    const Tensor dc = dcontext ? expect("dcontext", *dcontext, shape, in_.dtype, true)
-                               : zeros(in_.query, shape, in_.dtype);
+    const Tensor dc =
+        dcontext ? expect("dcontext", *dcontext, shape, in_.dtype, true) : zeros(in_.query, shape, in_.dtype);
     const Tensor c = expect("context", context, shape, in_.dtype, true);
     const Tensor l = expect("lse", lse, {B, Tq}, in_.dtype, true);
     const Tensor dw = dweights ? expect("dweights", *dweights, {B, Tq, S}, in_.dtype, true) : Tensor();
     Tensor dquery = empty({Tq, B, K}, in_.dtype);
-    // Zeros stay where nothing may be attended to, or no query attends.
-    Tensor dkeys = zeros(in_.query, {S, B, K}, in_.dtype), dvalues = zeros(in_.query, {S, B, V}, in_.dtype);
+    // Zeros stay where no query attends.
+    const auto fresh = [&](const Shape& sizes) {
+      return in_.mask || Tq == 0 ? zeros(in_.query, sizes, in_.dtype) : empty(sizes, in_.dtype);
+    };
+    Tensor dkeys = fresh({S, B, K}), dvalues = fresh({S, B, V});
     const int64_t ld_v = padded<E>(K);
     E* dv = in_.v ? arena_.template zeros<E>(B * ld_v) : nullptr;
     for (int64_t b = 0; b < B; ++b) {
@@ -172,14 +175,14 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor query, Tensor keys, Tensor v
                                         : AttentionCall<float>(in).forward(need_weights);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor dcontext, OptionalTensor dweights,
-                                                              Tensor query, Tensor keys, Tensor values,
-                                                              OptionalTensor v, OptionalTensor mask,
-                                                              double scale, Tensor context, Tensor lse) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor dcontext,
+                                                              OptionalTensor dweights, Tensor query,
+                                                              Tensor keys, Tensor values, OptionalTensor v,
+                                                              OptionalTensor mask, double scale,
+                                                              Tensor context, Tensor lse) {
   const AttentionInputs in = check_attention(query, keys, values, v, mask, scale);
-  return in.dtype == ScalarType::Double
-             ? AttentionCall<double>(in).backward(dcontext, dweights, context, lse)
-             : AttentionCall<float>(in).backward(dcontext, dweights, context, lse);
+  return in.dtype == ScalarType::Double ? AttentionCall<double>(in).backward(dcontext, dweights, context, lse)
+                                        : AttentionCall<float>(in).backward(dcontext, dweights, context, lse);
 }
 
 }  // namespace

@@ -6,8 +6,8 @@
 
 namespace fastrnn::cpu {
 
-// One sequence's memory, in rows of scratch: batch first, so that a query walks through memory in order, padded
-// with zeros to whole vectors.
+// One sequence's memory, in rows of scratch: batch first, so that a query walks through memory in order,
+// padded with zeros to whole vectors.
 template <class E>
 struct Memory {
   const E *keys, *values;  // [S][ld_keys], [S][ld_values]; zeros where it may not be attended to
@@ -17,17 +17,18 @@ struct Memory {
   E scale;
 };
 
-// A decoder with input feeding, see decode.h. Rows are t*B + b unless said otherwise; layers count from below.
+// A decoder with input feeding, see decode.h. Rows are t*B + b unless said otherwise; layers count from
+// below.
 template <class E>
 struct Decoder {
   int layers;
-  Scan<E>* scan;                // [layers], of one direction each: cells, weights, states and their scratch
-  int64_t B, S, K;              // S of the longest memory, K the width of a query
-  const Memory<E>* memory;      // [B]
-  E* row;                       // [B][ld_row] scratch: of one query's scores, backward of two such rows
-  E* out;                       // [N][H] a
-  E* weights;                   // [B][T][S]
-  const E* const* drops;        // [layers - 1] of [N][H], what outputs are multiplied with; null: none
+  Scan<E>* scan;            // [layers], of one direction each: cells, weights, states and their scratch
+  int64_t B, S, K;          // S of the longest memory, K the width of a query
+  const Memory<E>* memory;  // [B]
+  E* row;                   // [B][ld_row] scratch: of one query's scores, backward of two such rows
+  E* out;                   // [N][H] a
+  E* weights;               // [B][T][S]
+  const E* const* drops;    // [layers - 1] of [N][H], what outputs are multiplied with; null: none
   int64_t ld_row, ld_feed, ld_query;
 
   // Forward.
@@ -41,17 +42,18 @@ struct Decoder {
 
   // Backward. Panels as gradients.h has them; those "by sequence" have rows b*T + t.
   Weight<E> w_feed_t, w_h_t, w_query_t;
-  const Weight<E>* w_below_t;  // [layers] of the input of each layer but the first
-  const E *dout, *dweights;    // [N][H], [B][T][S]; null: none
-  E *dz[2], *dfeed;            // [B][ld_feed]: of what tanh is taken of, in turns; of the first a
-  E* dquery;                   // [B][ld_query] of the additive score
-  E *dz_panels, *dquery_panels;        // by sequence; the second of the additive score
-  E *ds_panels, *weights_panels;       // [B] of [S/W][T][W]: of the scores, and their softmax
-  int64_t panel, sequence_panel;       // rows of a panel; of one sequence's, where that has its own
-  E *dkeys, *dv;                       // [B][S][ld_query], [B][ld_query]: sums of the additive score
+  const Weight<E>* w_below_t;     // [layers] of the input of each layer but the first
+  const E *dout, *dweights;       // [N][H], [B][T][S]; null: none
+  E *dz[2], *dfeed;               // [B][ld_feed]: of what tanh is taken of, in turns; of the first a
+  E* dquery;                      // [B][ld_query] of the additive score
+  E *dz_panels, *dquery_panels;   // by sequence; the second of the additive score
+  E *ds_panels, *weights_panels;  // [B] of [S/W][T][W]: of the scores, and their softmax
+  int64_t panel, sequence_panel;  // rows of a panel; of one sequence's, where that has its own
+  E *dkeys, *dv;                  // [B][S][ld_query], [B][ld_query]: sums of the additive score
 };
 
-// All queries of one sequence, for the operator `attention`; see attend_rows.h. Rows of a tensor lie ld apart.
+// All queries of one sequence, for the operator `attention`; see attend_rows.h. Rows of a tensor lie ld
+// apart.
 template <class E>
 struct Attend {
   const E *query, *keys, *values;  // [Tq][K], [S][K], [S][V]

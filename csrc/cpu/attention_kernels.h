@@ -14,16 +14,16 @@ const cpu::AttentionKernels<E>* attention_kernels() {
   static constexpr cpu::DecoderKernels<E> decoders[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
 #undef FASTRNN_ENTRY
   static constexpr cpu::AttentionKernels<E> kernels{decoders, &AttendForward<E>::run, &AttendBackward<E>::run,
-                                                     &AttendForward<E>::scratch, &AttendBackward<E>::scratch};
+                                                    &AttendForward<E>::scratch, &AttendBackward<E>::scratch};
   return &kernels;
 }
 
 }  // namespace fastrnn::FASTRNN_ISA
 
-#define FASTRNN_ATTENTION(NAME)                                            \
-  namespace fastrnn::cpu {                                                 \
-  void attention_##NAME(InstructionSet& set) {                             \
+#define FASTRNN_ATTENTION(NAME)                                              \
+  namespace fastrnn::cpu {                                                   \
+  void attention_##NAME(InstructionSet& set) {                               \
     set.attention_f32 = ::fastrnn::FASTRNN_ISA::attention_kernels<float>();  \
     set.attention_f64 = ::fastrnn::FASTRNN_ISA::attention_kernels<double>(); \
-  }                                                                        \
+  }                                                                          \
   }

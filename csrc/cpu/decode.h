@@ -2,8 +2,8 @@
 //   h = cell(W x_t + W_feed a_{t-1}, h), and the layers above it on what they get from below
 //   weights = softmax(scores of h, or W_query h, against the keys)
 //   a_t = tanh(sum of weights * values + W_h h)
-// Members share out the rows of the batch, or the units of every product and, for the attention, the rows: then
-// they meet wherever one reads what others have made.
+// Members share out the rows of the batch, or the units of every product and, for the attention, the rows:
+// then they meet wherever one reads what others have made.
 #pragma once
 
 #include "attend.h"
@@ -20,10 +20,10 @@ struct DecodeShare {
   using S = Simd<E>;
   const cpu::Decoder<E>& p;
   const Share& share;
-  const Direction<E>& top;    // the layer whose h attends
+  const Direction<E>& top;  // the layer whose h attends
   int64_t T, H;
-  int64_t block0, block1;     // own blocks of H units
-  int64_t row0, row1;         // own rows for the attention
+  int64_t block0, block1;  // own blocks of H units
+  int64_t row0, row1;      // own rows for the attention
 
   DecodeShare(const cpu::Decoder<E>& decoder, const Share& s)
       : p(decoder), share(s), top(p.scan[p.layers - 1].dir[0]), T(p.scan->rows.T), H(p.scan->H) {
@@ -35,12 +35,13 @@ struct DecodeShare {
 
   // Rows [from, to) of a times w, for own units among `width`.
   template <class A, class Epilogue>
-  FASTRNN_HD void units(int64_t from, int64_t to, int64_t width, const A& a, const cpu::Weight<E>& w, int64_t K,
-                        int64_t t, Epilogue&& epilogue) const {
+  FASTRNN_HD void units(int64_t from, int64_t to, int64_t width, const A& a, const cpu::Weight<E>& w,
+                        int64_t K, int64_t t, Epilogue&& epilogue) const {
     int64_t b0, b1;
     my_blocks<E>(share, width, b0, b1);
-    product<1>(from, to, b0, b1, width, a, w, K, static_cast<const E*>(nullptr), 0, (t & 1) != 0, Reads<E>{},
-               [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
+    product<1>(
+        from, to, b0, b1, width, a, w, K, static_cast<const E*>(nullptr), 0, (t & 1) != 0, Reads<E>{},
+        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
   }
 
   // f(row, unit, lanes) for own units of rows of the batch.
@@ -119,7 +120,8 @@ struct DecodeShare {
 
   // Whole vectors of a row, into one sequence's own panels.
   FASTRNN_HD void keep(const E* row, int64_t count, E* panels, int64_t t) const {
-    for (int64_t s = 0; s < count; s += S::W) S::load(row + s).store(panels + s * p.sequence_panel + t * S::W);
+    for (int64_t s = 0; s < count; s += S::W)
+      S::load(row + s).store(panels + s * p.sequence_panel + t * S::W);
   }
 
   FASTRNN_HD E* dh(int64_t row, int64_t unit) const {
@@ -258,8 +260,16 @@ struct DecodeBackward {
       for (int l = p.layers - 1; l >= 0; --l) {
         const Scan<E>& scan = p.scan[l];
         const Direction<E>& d = scan.dir[0];
-        const Layer b{scan, d, share, step_at(scan, d, t), step_at(scan, d, t + 1), step_at(scan, d, t - 1),
-                      d.ring[k & 1], d.ring[(k + 1) & 1], k, 0};
+        const Layer b{scan,
+                      d,
+                      share,
+                      step_at(scan, d, t),
+                      step_at(scan, d, t + 1),
+                      step_at(scan, d, t - 1),
+                      d.ring[k & 1],
+                      d.ring[(k + 1) & 1],
+                      k,
+                      0};
         b.step(share.row1);
         f.below(l, t, Cell::kGates);
       }

@@ -1,5 +1,5 @@
-// fastrnn::decoder and its backward pass: what they share. Arguments as ops.cpp has them; dimensions T, B, I, H as
-// in scan.h, S memory, K query, L layers.
+// fastrnn::decoder and its backward pass: what they share. Arguments as ops.cpp has them; dimensions T, B, I,
+// H as in scan.h, S memory, K query, L layers.
 #pragma once
 
 #include "attention.h"
@@ -31,12 +31,13 @@ struct DecoderInputs {
   }
 };
 
-// Raises a RuntimeError that says what was expected and what came. params: (w_ih, w_hh, b_ih, b_hh) of each layer;
-// the first w_ih is [G*H, I + H].
-DecoderInputs check_decoder(const CellShape& cell, const Tensor& x, const TensorList& states, const Tensor& feed,
-                            const TensorList& params, const Tensor& w_h, const Tensor& keys,
-                            const Tensor& values, const OptionalTensor& w_q, const OptionalTensor& v,
-                            const OptionalTensor& mask, const TensorList& drops, double scale);
+// Raises a RuntimeError that says what was expected and what came. params: (w_ih, w_hh, b_ih, b_hh) of each
+// layer; the first w_ih is [G*H, I + H].
+DecoderInputs check_decoder(const CellShape& cell, const Tensor& x, const TensorList& states,
+                            const Tensor& feed, const TensorList& params, const Tensor& w_h,
+                            const Tensor& keys, const Tensor& values, const OptionalTensor& w_q,
+                            const OptionalTensor& v, const OptionalTensor& mask, const TensorList& drops,
+                            double scale);
 
 // A call's scratch, and what both directions of it begin with.
 template <class E>
@@ -116,8 +117,9 @@ class DecoderCall {
       const bool* own = mask ? mask + b * S : nullptr;
       int64_t length = S;
       while (own && length > 0 && !own[length - 1]) --length;
-      memory_[b] = {keys + b * S * ld_keys, values + b * S * ld_values, ld_keys, ld_values, length, K, H, own, v,
-                    static_cast<E>(in_.scale)};
+      memory_[b] = {
+          keys + b * S * ld_keys,   values + b * S * ld_values, ld_keys, ld_values, length, K, H, own, v,
+          static_cast<E>(in_.scale)};
     }
     for_rows(B, S * (K + H), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

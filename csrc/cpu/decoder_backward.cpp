@@ -5,15 +5,16 @@ namespace fastrnn::cpu {
 namespace {
 
 struct DecoderGradients {
-  Tensor dx, dfeed, dw_h, dkeys, dvalues, dw_q, dv;  // the last two without elements where there is no such input
+  Tensor dx, dfeed, dw_h, dkeys, dvalues, dw_q,
+      dv;  // the last two without elements where there is no such input
   TensorList dstates, dparams;
 };
 
 template <class E>
 class DecoderBackward : DecoderCall<E> {
   using Base = DecoderCall<E>;
-  using Base::arena_, Base::cell_, Base::cells_, Base::data, Base::in_, Base::kernels_, Base::p_, Base::scans_,
-      Base::table_, Base::weights_, Base::memory_;
+  using Base::arena_, Base::cell_, Base::cells_, Base::data, Base::in_, Base::kernels_, Base::p_,
+      Base::scans_, Base::table_, Base::weights_, Base::memory_;
 
  public:
   DecoderBackward(const CellKernels<E>& cell, const DecoderInputs& in, const OptionalTensor& dout,
@@ -36,8 +37,7 @@ class DecoderBackward : DecoderCall<E> {
     for (const Tensor& t : dlast) dlast_.push_back(get("dlast", t, {in.L, B, H}));
     for (size_t i = 0; i < saved.size(); ++i) {
       const bool gates = i < each * in.L && i % each == each - 1;
-      saved_.push_back(
-          get("saved", saved[i], {N, i == each * in.L ? in.K : gates ? cell.saved * H : H}));
+      saved_.push_back(get("saved", saved[i], {N, i == each * in.L ? in.K : gates ? cell.saved * H : H}));
     }
   }
 
@@ -194,7 +194,8 @@ class DecoderBackward : DecoderCall<E> {
       const E *x = data(in_.x), *a = data(out_), *feed = data(in_.feed);
       to_panels(I, input, false, [&](int64_t t, int64_t b) { return x + (t * B + b) * I; });
       outer(s.dg, H, input, I, data(dw_ih), width, G);
-      to_panels(H, input, false, [&](int64_t t, int64_t b) { return t ? a + ((t - 1) * B + b) * H : feed + b * H; });
+      to_panels(H, input, false,
+                [&](int64_t t, int64_t b) { return t ? a + ((t - 1) * B + b) * H : feed + b * H; });
       outer(s.dg, H, input, H, data(dw_ih) + I, width, G);
     } else {
       const E *y = saved(k - 1, 0), *drop = p_.drops ? p_.drops[k - 1] : nullptr;
@@ -226,7 +227,8 @@ class DecoderBackward : DecoderCall<E> {
 
   void input_gradient(int64_t G, int64_t H, int64_t I) {
     g_.dx = empty({in_.T, in_.B, I}, in_.dtype);
-    const InputGradient<E> p{scans_[0].dir[0].dg, rows_ * W_, G, H, w_x_t_, I, {data(g_.dx), I, false}, false};
+    const InputGradient<E> p{scans_[0].dir[0].dg,     rows_ * W_, G, H, w_x_t_, I,
+                             {data(g_.dx), I, false}, false};
     for_rows(in_.N, G * H * I, [&](int64_t begin, int64_t end) { cells_.input_gradient(p, begin, end); });
   }
 
@@ -251,8 +253,8 @@ class DecoderBackward : DecoderCall<E> {
           const int64_t i = j / blocks, block = j % blocks;
           const int lanes = static_cast<int>(std::min<int64_t>(S - block * W_, W_));
           cells_.outer_product({a + i * sequence_block() + block * W_ * sequence_rows_, b + i * T * W_,
-                                rows_ * W_, T, 128, lanes, columns,
-                                data(to) + (block * W_ * B + i) * columns, B * columns, false});
+                                rows_ * W_, T, 128, lanes, columns, data(to) + (block * W_ * B + i) * columns,
+                                B * columns, false});
         }
       });
     };
@@ -298,8 +300,9 @@ std::tuple<Tensor, TensorList, Tensor, TensorList, Tensor, Tensor, Tensor, Tenso
     return DecoderBackward<E>(k, in, dout, dlast, dweights, out, weights, saved).run();
   };
   DecoderGradients g = dtype_of(x) == ScalarType::Double ? run(double{}) : run(float{});
-  return {std::move(g.dx),    std::move(g.dstates), std::move(g.dfeed), std::move(g.dparams), std::move(g.dw_h),
-          std::move(g.dkeys), std::move(g.dvalues), std::move(g.dw_q),  std::move(g.dv)};
+  return {std::move(g.dx),      std::move(g.dstates), std::move(g.dfeed),
+          std::move(g.dparams), std::move(g.dw_h),    std::move(g.dkeys),
+          std::move(g.dvalues), std::move(g.dw_q),    std::move(g.dv)};
 }
 
 }  // namespace

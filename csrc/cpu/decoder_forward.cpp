@@ -3,10 +3,11 @@
 
 namespace fastrnn::cpu {
 
-DecoderInputs check_decoder(const CellShape& cell, const Tensor& x, const TensorList& states, const Tensor& feed,
-                            const TensorList& params, const Tensor& w_h, const Tensor& keys,
-                            const Tensor& values, const OptionalTensor& w_q, const OptionalTensor& v,
-                            const OptionalTensor& mask, const TensorList& drops, double scale) {
+DecoderInputs check_decoder(const CellShape& cell, const Tensor& x, const TensorList& states,
+                            const Tensor& feed, const TensorList& params, const Tensor& w_h,
+                            const Tensor& keys, const Tensor& values, const OptionalTensor& w_q,
+                            const OptionalTensor& v, const OptionalTensor& mask, const TensorList& drops,
+                            double scale) {
   DecoderInputs a;
   a.dtype = dtype_of(x);
   STD_TORCH_CHECK(a.dtype == ScalarType::Float || a.dtype == ScalarType::Double,
@@ -69,8 +70,8 @@ struct DecoderOutputs {
 template <class E>
 class DecoderForward : DecoderCall<E> {
   using Base = DecoderCall<E>;
-  using Base::arena_, Base::cell_, Base::cells_, Base::data, Base::in_, Base::kernels_, Base::p_, Base::scans_,
-      Base::weights_;
+  using Base::arena_, Base::cell_, Base::cells_, Base::data, Base::in_, Base::kernels_, Base::p_,
+      Base::scans_, Base::weights_;
 
  public:
   using Base::Base;

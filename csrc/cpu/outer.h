@@ -13,8 +13,8 @@ struct Outer {
 
   int64_t panel() const { return panel_rows * kernels.panel; }
 
-  // So many columns as stay in the second-level cache while the panels of the first factor pass. By AMX all at
-  // once: a panel is transposed for each sweep.
+  // So many columns as stay in the second-level cache while the panels of the first factor pass. By AMX all
+  // at once: a panel is transposed for each sweep.
   int64_t columns_at_once(int64_t columns) const {
     if (kDepth<A> > 1) return columns;
     const int64_t tiles = 6 * kernels.panel;  // whole ones, of any instruction set
@@ -23,12 +23,13 @@ struct Outer {
   }
 
   // The block-th panel of gradients of `units`, a, by `columns` of b: to those rows of out, or added to them.
-  void operator()(const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out, int64_t ld_out,
-                  bool add) const {
+  void operator()(const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out,
+                  int64_t ld_out, bool add) const {
     // A piece costs a pass over the weight, so that large ones take more rows.
     const int64_t longest = ld_out * units * gates <= kSmallWeight ? kSmallPiece : kLargePiece;
     const int lanes = static_cast<int>(std::min<int64_t>(units - block * kernels.panel, kernels.panel));
-    kernels.outer_product({a, b, panel(), rows, longest, lanes, columns, out + block * kernels.panel * ld_out, ld_out, add});
+    kernels.outer_product(
+        {a, b, panel(), rows, longest, lanes, columns, out + block * kernels.panel * ld_out, ld_out, add});
   }
 
   static constexpr int64_t kSmallWeight = 1 << 16, kSmallPiece = 64, kLargePiece = 128;
