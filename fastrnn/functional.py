@@ -165,6 +165,11 @@ def _narrow(flat: Sequence[Tensor | None]) -> tuple[torch.dtype, list[Tensor | N
     return dtype, cast
 
 
+def _has_kernel(x: Tensor, what: str) -> bool:
+    """Whether the call goes to the kernels; an exported model has plain operations."""
+    return choose_fused(x, what) == "cpu" and RECORDER.take is None
+
+
 def attention(
     query: Tensor,
     keys: Tensor,
@@ -180,13 +185,15 @@ def attention(
     query    [Tq, B, K], keys [S, B, K], values [S, B, V]
     v        None: score = query . key; [K]: score = v . tanh(query + key). Either times scale
     mask     bool [B, S] or [B, Tq, S], True where a query may attend; what none may attend to is not read
-    returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero where
-             a query may attend to nothing
+    returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero
+             where a query may attend to nothing
+    Raises ValueError for sizes that do not agree, RuntimeError for dtypes and devices that differ,
+    BackendError where the backend asked for has no such kernel.
     """
     dtype, wide = _narrow([query, keys, values, v, mask])
     call = fused.Attention(scale, need_weights)
-    on_cpu = choose_fused(query, "attention") == "cpu"
-    context, *weights = fused.run(call, wide) if on_cpu else call.reference(wide)
+    kernel = _has_kernel(query, "attention")
+    context, *weights = fused.run(call, wide) if kernel else call.reference(wide)
     return context.to(dtype), weights[0].to(dtype) if need_weights else None
 
 
@@ -206,7 +213,11 @@ def decoder(
     drops: Sequence[Tensor] = (),
     scale: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """All steps of Luong's decoder with input feeding; `fastrnn.reference.decoder` has arguments and results."""
+    """All steps of Luong's decoder with input feeding; arguments and results as of `reference.decoder`.
+
+    Raises RuntimeError for sizes, dtypes and devices that do not agree, BackendError where the backend asked
+    for has no such kernel.
+    """
     flat = [
         x,
         *states,
@@ -222,6 +233,6 @@ def decoder(
     ]
     dtype, wide = _narrow(flat)
     call = fused.Decoder(cell, len(params), scale)
-    on_cpu = choose_fused(x, "the decoder") == "cpu"
-    out, *last, weights = fused.run(call, wide) if on_cpu else call.reference(wide)
+    kernel = _has_kernel(x, "the decoder")
+    out, *last, weights = fused.run(call, wide) if kernel else call.reference(wide)
     return out.to(dtype), tuple(s.to(dtype) for s in last), weights.to(dtype)

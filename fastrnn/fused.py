@@ -1,9 +1,9 @@
 """Attention and its decoder by the compiled operators, and these operators' derivatives.
 
-An operator's arguments are a *call*, which knows the kernels, the formula behind them (`reference`) and how a flat
-list of tensors falls into both. Eager, a call goes through `FusedFunction`; in a graph stands the operator, whose
-Autograd key holds the same Function; under torch.func's transforms and forward-mode AD all is the formula, and so
-is every derivative after the first.
+A *call* knows its kernels, the formula behind them (`reference`) and how a flat list of tensors falls into
+the arguments of both. Eager, it goes through `FusedFunction`; in a graph stands the operator, whose Autograd
+key holds the same Function; under torch.func's transforms and forward-mode AD all is the formula, and so is
+every derivative after the first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from . import reference, transforms
 from ._checks import same_device
 from .kernels import LOADED
-from .ops import is_batched, no_transforms, below_autograd, register_flops, wants_grad
+from .ops import below_autograd, is_batched, no_transforms, register_flops, wants_grad
 from .reference import CELLS
 
 Flat = Sequence[Tensor | None]
@@ -35,7 +35,7 @@ def _dense(grads: Flat, outputs: Sequence[Tensor]) -> list[Tensor]:
 
 @dataclass(frozen=True)
 class Attention:
-    """flat: query, keys, values, v; then mask, which has no gradient. Outputs: context and, with need_weights,
+    """flat: query, keys, values, v; then mask, without a gradient. Outputs: context and, with need_weights,
     weights."""
 
     scale: float
@@ -76,7 +76,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Decoder:
-    """flat: x, *states, feed, *params, w_h, keys, values, w_q, v; then mask, *drops, which have no gradient.
+    """flat: x, *states, feed, *params, w_h, keys, values, w_q, v; then mask, *drops, without gradients.
     Outputs: out, *last, weights."""
 
     cell: str
@@ -96,9 +96,10 @@ class Decoder:
         return [x, states, feed, params, w_h, keys, values, w_q, v, mask, drops]
 
     def reference(self, flat: Flat) -> tuple[Tensor, ...]:
-        x, states, feed, params, *rest = self.arguments(flat)
+        x, states, feed, params, *rest, mask, drops = self.arguments(flat)
         by_layer = [params[4 * k : 4 * k + 4] for k in range(self.layers)]
-        out, last, weights = reference.decoder(self.cell, x, states, feed, by_layer, *rest, self.scale)
+        run: Any = reference.decoder
+        out, last, weights = run(self.cell, x, states, feed, by_layer, *rest, mask, drops, self.scale)
         return (out, *last, weights)
 
     def forward(self, flat: Flat, save: bool) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -107,8 +108,8 @@ class Decoder:
         return (out, *last, weights), saved
 
     def shaped(self, flat: Flat, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Tensors shaped like the outputs, those that `backward` reads among them. The last states are not: callers
-        edit them in place."""
+        """Tensors shaped like the outputs, with those that `backward` reads. It does not read the last
+        states: callers edit them in place."""
         return (kept[0], *self.arguments(flat)[1], kept[1])
 
     def kept(self, outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -207,68 +208,36 @@ def run(call: Any, flat: Flat) -> tuple[Tensor, ...]:
 # --- fakes and the registered rules
 
 
-def _fake_decoder(
-    cell: str,
-    x: Tensor,
-    states: list[Tensor],
-    feed: Tensor,
-    params: list[Tensor],
-    w_h: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    w_q: Tensor | None,
-    v: Tensor | None,
-    mask: Tensor | None,
-    drops: list[Tensor],
-    scale: float,
-    save: bool,
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-    same_device(x, [*states, feed, keys, values, *drops], [*params, w_h, *_present((w_q, v))], (mask,))
-    spec, (T, B, _), H = CELLS[cell], x.shape, feed.shape[1]
-    out, weights = x.new_empty(T, B, H), x.new_empty(B, T, keys.shape[0])
+def _decoder_device(x: Tensor, rows: Sequence[Any], weights: Sequence[Any], mask: Tensor | None) -> None:
+    same_device(x, _present(rows), _present(weights), (mask,))
+
+
+def _fake_decoder(cell: str, *args: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    x, states, feed, params, w_h, keys, values, w_q, v, mask, drops, _, save = args
+    _decoder_device(x, (*states, feed, keys, values, *drops), (*params, w_h, w_q, v), mask)
+    (T, B, _), H = x.shape, feed.shape[1]
     saved = []
     if save:
         for _ in range(len(params) // 4):
-            saved += [x.new_empty(T * B, H) for _ in states] + [x.new_empty(T * B, spec.saved * H)]
+            saved += [x.new_empty(T * B, H) for _ in states]
+            saved.append(x.new_empty(T * B, CELLS[cell].saved * H))
         if w_q is not None:
             saved.append(x.new_empty(T * B, keys.shape[2]))
-    return out, [s.new_empty(s.shape) for s in states], weights, saved
+    last = [s.new_empty(s.shape) for s in states]
+    return x.new_empty(T, B, H), last, x.new_empty(B, T, keys.shape[0]), saved
 
 
-def _fake_decoder_backward(
-    cell: str,
-    dout: Tensor | None,
-    dlast: list[Tensor],
-    dweights: Tensor | None,
-    x: Tensor,
-    states: list[Tensor],
-    feed: Tensor,
-    params: list[Tensor],
-    w_h: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    w_q: Tensor | None,
-    v: Tensor | None,
-    mask: Tensor | None,
-    drops: list[Tensor],
-    scale: float,
-    out: Tensor,
-    weights: Tensor,
-    saved: list[Tensor],
-) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor], Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = [*states, feed, keys, values, out, weights, *saved, *dlast, *_present((dout, dweights))]
-    same_device(x, rows, [*params, w_h, *_present((w_q, v))], (mask,))
+def _fake_decoder_backward(cell: str, *args: Any) -> Any:
+    dout, dlast, dweights, x, states, feed, params, w_h, keys, values, w_q, v, mask, _, _, *kept, saved = args
+    rows = (*states, feed, keys, values, *kept, *saved, *dlast, dout, dweights)
+    _decoder_device(x, rows, (*params, w_h, w_q, v), mask)
 
     def like(t: Tensor | None) -> Tensor:
-        return x.new_empty(0 if t is None else t.shape)
+        empty: Tensor = x.new_empty(0 if t is None else t.shape)
+        return empty
 
-    return (
-        like(x),
-        [like(s) for s in states],
-        like(feed),
-        [like(p) for p in params],
-        *(like(t) for t in (w_h, keys, values, w_q, v)),
-    )
+    rest = (like(t) for t in (w_h, keys, values, w_q, v))
+    return like(x), [like(s) for s in states], like(feed), [like(p) for p in params], *rest
 
 
 def _fake_attention(
@@ -316,7 +285,7 @@ def _autograd_attention(keyset: Any, *args: Any) -> Any:
 
 def _autograd_attention_backward(keyset: Any, *args: Any) -> Any:
     no_transforms()
-    dcontext, dweights, *flat, scale, context, lse = args
+    dcontext, dweights, *flat, scale, context, _ = args
     if not wants_grad(*_present((*flat, dcontext, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.attention_backward.default, *args)
     call = Attention(scale, True)
@@ -338,7 +307,7 @@ def _autograd_decoder(keyset: Any, cell: str, *args: Any) -> Any:
 
 def _autograd_decoder_backward(keyset: Any, cell: str, *args: Any) -> Any:
     no_transforms()
-    dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights, saved = args
+    dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights, _ = args
     flat = [x, *states, feed, *params, *rest, mask, *drops]
     if not wants_grad(*_present((*flat, dout, *dlast, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.decoder_backward.default, cell, *args)
@@ -353,31 +322,20 @@ def _autograd_decoder_backward(keyset: Any, cell: str, *args: Any) -> Any:
 
 def _attention_flops(query: Any, keys: Any, values: Any, *rest: Any, **options: Any) -> int:
     """Of the products, for torch.utils.flop_counter."""
-    return 2 * query[0] * query[1] * keys[0] * (keys[2] + values[2])
+    return int(2 * query[0] * query[1] * keys[0] * (keys[2] + values[2]))
 
 
 def _attention_backward_flops(dcontext: Any, dweights: Any, *inputs: Any, **options: Any) -> int:
     """Those of the forward pass, its scores again, and twice each for its factors."""
     query, keys, values = inputs[:3]
-    return 2 * query[0] * query[1] * keys[0] * (3 * keys[2] + 2 * values[2])
+    return int(2 * query[0] * query[1] * keys[0] * (3 * keys[2] + 2 * values[2]))
 
 
-def _decoder_flops(
-    cell: Any,
-    x: Any,
-    states: Any,
-    feed: Any,
-    params: Any,
-    w_h: Any,
-    keys: Any,
-    values: Any,
-    w_q: Any,
-    *rest: Any,
-    **options: Any,
-) -> int:
+def _decoder_flops(cell: Any, *args: Any, **options: Any) -> int:
     """Of the products, for torch.utils.flop_counter."""
-    weights = sum(math.prod(shape) for shape in (*params, w_h, *([w_q] if w_q else [])) if len(shape) == 2)
-    return 2 * x[0] * x[1] * (weights + keys[0] * (keys[2] + values[2]))
+    (T, B, _), _, _, params, w_h, keys, values, w_q = args[:8]
+    weights = sum(math.prod(shape) for shape in (*params, w_h, w_q or ()) if len(shape) == 2)
+    return int(2 * T * B * (weights + keys[0] * (keys[2] + values[2])))
 
 
 def _decoder_backward_flops(

@@ -1,4 +1,4 @@
-"""fastrnn.AttentionDecoder beside a Python loop over torch.nn's cells, in float64, and beside its own steps."""
+"""fastrnn.AttentionDecoder beside a Python loop over torch.nn's cells, in float64, and its own steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ each_cell = pytest.mark.parametrize("cell", CELLS)
 each_score = pytest.mark.parametrize("score", SCORES)
 each_feeding = pytest.mark.parametrize("feeding", [True, False], ids=["feeding", "plain"])
 # T, B, S, I, H, M; M of "dot" is H. Vectors that are whole and not, rows of more than one tile.
-SHAPES = [(1, 1, 1, 1, 1, 1), (4, 3, 5, 2, 6, 7), (3, 2, 20, 5, 33, 12), (6, 17, 9, 8, 48, 40)]
+SHAPES = [
+    (1, 1, 1, 1, 1, 1),
+    (4, 3, 5, 2, 6, 7),
+    (3, 2, 20, 5, 33, 12),
+    (6, 17, 9, 8, 48, 40),
+    (2, 3, 4, 3, 16, 16),
+]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
@@ -43,24 +49,21 @@ def textbook(decoder, x, memory, states, lengths):
     """A loop over torch.nn's cells and single sequences."""
     T, B, _ = x.shape
     H, L, two = decoder.hidden_size, decoder.num_layers, decoder.cell == "lstm"
-    cells = []
-    for k in range(L):
-        kind = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}[decoder.cell]
-        w = [getattr(decoder, f"{n}_l{k}") for n in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        made = kind(w[0].shape[1], H, dtype=F64)
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        cells.append(
-            lambda v, s, made=made, w=w: torch.func.functional_call(
-                made, dict(zip(names, w, strict=True)), (v, s)
-            )
-        )
+    kind = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}[decoder.cell]
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+    def cell(k, v, state):
+        w = {name: getattr(decoder, f"{name}_l{k}") for name in names}
+        made = kind(w["weight_ih"].shape[1], H, dtype=F64)
+        return torch.func.functional_call(made, w, (v, state))
+
     layers = [tuple(s[k] for s in states[: 1 + two]) for k in range(L)]
     a = states[-1] if decoder.input_feeding else None
     outs, columns = [], []
     for t in range(T):
         v = torch.cat([x[t], a], -1) if decoder.input_feeding else x[t]
         for k in range(L):
-            new = cells[k](v, layers[k] if two else layers[k][0])
+            new = cell(k, v, layers[k] if two else layers[k][0])
             layers[k] = new if two else (new,)
             v = layers[k][0]
         contexts, rows = [], []
@@ -255,6 +258,18 @@ def test_dropout_draws_what_torch_draws(feeding):
         assert_same(results[0][0][1], theirs)
     decoder.eval()
     assert torch.equal(decoder(x, memory)[0], decoder(x, memory)[0])
+
+
+@each_feeding
+def test_an_empty_batch_trains(feeding):
+    decoder, x, memory, _, _ = case("lstm", "dot", (3, 0, 4, 2, 6, 6), feeding)
+    out = decoder(x, memory)
+    assert out[0].shape == (3, 0, 6)
+    assert not any(g.any() for g in grads(out, list(decoder.parameters())))
+    decoder, x, _, _, _ = case("gru", "dot", (3, 2, 4, 2, 6, 6), feeding)
+    out, _, weights = decoder(x, x.new_empty(0, 2, 6))  # no memory at all
+    assert weights.shape == (2, 3, 0)
+    assert grads(out, [x])[0].isfinite().all()
 
 
 def test_layouts():

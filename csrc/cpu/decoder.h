@@ -117,6 +117,7 @@ class DecoderCall {
       const bool* own = mask ? mask + b * S : nullptr;
       int64_t length = S;
       while (own && length > 0 && !own[length - 1]) --length;
+      if (own && std::find(own, own + length, false) == own + length) own = nullptr;
       memory_[b] = {
           keys + b * S * ld_keys,   values + b * S * ld_values, ld_keys, ld_values, length, K, H, own, v,
           static_cast<E>(in_.scale)};

@@ -173,6 +173,7 @@ class DecoderBackward : DecoderCall<E> {
   void outer(const E* a, int64_t units, const E* b, int64_t columns, E* out, int64_t ld, int64_t gates) {
     const Outer<E> product{cells_, rows_, in_.N, gates};
     const int64_t share = product.columns_at_once(columns), blocks = ceil_div(units, W_);
+    for (int64_t i = 0; i < gates * units && in_.N == 0; ++i) std::fill_n(out + i * ld, columns, E(0));
     for_rows(gates * blocks, in_.N * W_ * columns, [&](int64_t begin, int64_t end) {
       for (int64_t c = 0; c < columns; c += share) {
         for (int64_t j = begin; j < end; ++j) {
@@ -200,7 +201,9 @@ class DecoderBackward : DecoderCall<E> {
     } else {
       const E *y = saved(k - 1, 0), *drop = p_.drops ? p_.drops[k - 1] : nullptr;
       E* dropped = drop ? arena_.template get<E>(in_.N * H) : nullptr;
-      for (int64_t i = 0; dropped && i < in_.N * H; ++i) dropped[i] = y[i] * drop[i];
+      for_rows(dropped ? in_.N * H : 0, 1, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) dropped[i] = y[i] * drop[i];
+      });
       to_panels(H, input, false,
                 [&](int64_t t, int64_t b) { return (dropped ? dropped : y) + (t * B + b) * H; });
       outer(s.dg, H, input, H, data(dw_ih), width, G);

@@ -18,7 +18,8 @@ struct Outer {
   int64_t columns_at_once(int64_t columns) const {
     if (kDepth<A> > 1) return columns;
     const int64_t tiles = 6 * kernels.panel;  // whole ones, of any instruction set
-    const int64_t sweeps = ceil_div(columns * rows * sizeof(A), second_level_cache() / 8 * 3);
+    const int64_t bytes = std::max<int64_t>(columns * rows, 1) * sizeof(A);
+    const int64_t sweeps = ceil_div(bytes, second_level_cache() / 8 * 3);
     return ceil_div(ceil_div(columns, sweeps), tiles) * tiles;
   }
 
