@@ -65,7 +65,7 @@ def calls(case: Case, functions: dict[str, Function], leaves: list[Tensor]) -> d
     def call(function: Function) -> list[Tensor]:
         with torch.set_grad_enabled(training):
             y = function(x, memory)
-            return [y, *(torch.autograd.grad(y.sum(), leaves) if training else ())]
+            return [y.detach(), *(torch.autograd.grad(y.sum(), leaves) if training else ())]
 
     ours, theirs = (call(function) for function in functions.values())
     for a, b in zip(ours, theirs, strict=True):

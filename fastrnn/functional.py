@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import fused, kernels, ops, reference, transforms
+from . import _checks, fused, kernels, ops, reference, transforms
 from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
@@ -190,6 +190,7 @@ def attention(
     Raises ValueError for sizes that do not agree, RuntimeError for dtypes and devices that differ,
     BackendError where the backend asked for has no such kernel.
     """
+    _checks.attention_sizes(query, keys, values, v, mask)
     dtype, wide = _narrow([query, keys, values, v, mask])
     call = fused.Attention(scale, need_weights)
     kernel = _has_kernel(query, "attention")
@@ -216,7 +217,7 @@ def decoder(
     """All steps of Luong's decoder with input feeding; arguments and results as of `reference.decoder`.
 
     Raises RuntimeError for sizes, dtypes and devices that do not agree, BackendError where the backend asked
-    for has no such kernel.
+    for has no such kernel. `fastrnn.AttentionDecoder` checks before it, in its own words.
     """
     flat = [
         x,

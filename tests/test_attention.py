@@ -388,9 +388,7 @@ def poisoned():
     for score in SCORES:
         for mask in MASKS:
             for shape in SHAPES[1:4]:
-                test_kernels_equal_the_reference.__wrapped__(score, shape, mask) if hasattr(
-                    test_kernels_equal_the_reference, "__wrapped__"
-                ) else test_kernels_equal_the_reference(score, shape, mask)
+                test_kernels_equal_the_reference(score, shape, mask)
 
 
 def test_every_element_is_written():
@@ -432,6 +430,21 @@ def test_bad_input(name):
     attn, (query, memory, _) = case("dot", (3, 5, 2, 4, 4, 4), grad=False)
     with pytest.raises(error, match=text):
         attn(*make(query, memory), **options)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_bad_input_of_the_function(backend):
+    q, k, m, v = randn(3, 2, 4), randn(5, 2, 4), randn(5, 2, 6), randn(4)
+    with fastrnn.backend(backend):
+        for args, options, text in (
+            ((q, k[..., :3], m), {}, r"keys must be \[S, B, K\] = \[5, 2, 4\], got \[5, 2, 3\]"),
+            ((q, k, m[:4]), {}, r"values must be \[S, B, V\]"),
+            ((q, k, m, v[:3]), {}, r"v must be \[K\]"),
+            ((q, k[0], m), {}, "keys must have 3 dimensions, got 2"),
+            ((q, k, m), {"mask": torch.ones(2, 1, 5).bool()}, r"\[2, 3, 5\], got \[2, 1, 5\]"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                functional.attention(*args, **options)
 
 
 @pytest.mark.parametrize(
