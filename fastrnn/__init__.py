@@ -7,8 +7,10 @@ lstm = fastrnn.LSTM(256, 512, num_layers=2)   # torch.nn.LSTM's signature, param
 from . import functional
 from ._version import __version__
 from .backends import BackendError, Explanation, backend, explain
+from .bidirectional import Bidirectional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .generation import generate
 from .inference import freeze, quantize
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
@@ -20,6 +22,7 @@ __all__ = [
     "LSTM",
     "RNN",
     "BackendError",
+    "Bidirectional",
     "Explanation",
     "GRUCell",
     "GRUFunction",
@@ -36,6 +39,7 @@ __all__ = [
     "export_onnx",
     "freeze",
     "functional",
+    "generate",
     "quantize",
     "revert",
 ]
