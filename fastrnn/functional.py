@@ -142,3 +142,76 @@ def rnn(
     cell = f"rnn_{nonlinearity}"
     y, (h,), _ = layer(cell, x, (h0,), params, lengths=lengths, batch_sizes=batch_sizes, reset=reset)
     return y, h
+
+
+def _narrow(x: Tensor, *tensors: Tensor | None) -> tuple[torch.dtype, list[Tensor | None]]:
+    """The type of the results, and the tensors in that of the arithmetic.
+
+    16 bits are for what is kept, as in `layer`: the arithmetic is float32's, rounded once.
+    """
+    dtype = autocast_dtype(x) or x.dtype
+    cast = [t if t is None or t.dtype not in AUTOCAST_DTYPES else t.to(dtype) for t in tensors]
+    for t in cast:
+        if t is not None and t.dtype != dtype:
+            raise RuntimeError(f"all tensors must be {dtype} like the query, got {t.dtype}")
+    if dtype in (torch.float16, torch.bfloat16):
+        cast = [t if t is None else t.float() for t in cast]
+    return dtype, cast
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of every query over all keys, after the products with weights that make them.
+
+    query    [Tq, B, K], keys [S, B, K], values [S, B, V]
+    v        None: score = query . key; [K]: score = v . tanh(query + key). Either times scale
+    mask     bool [B, S] or [B, Tq, S], True where a query may attend; what none may attend to is not read
+    returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero where
+             a query may attend to nothing
+    """
+    dtype, (q, k, m, u) = _narrow(query, query, keys, values, v)
+    assert q is not None and k is not None and m is not None
+    context, weights = reference.attention(q, k, m, u, mask, scale)
+    return context.to(dtype), weights.to(dtype) if need_weights else None
+
+
+def decoder(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    feed: Tensor,
+    params: Sequence[Sequence[Tensor]],
+    w_h: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    w_q: Tensor | None = None,
+    v: Tensor | None = None,
+    mask: Tensor | None = None,
+    drops: Sequence[Tensor] = (),
+    scale: float = 1.0,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """All steps of Luong's decoder with input feeding: `fastrnn.reference.decoder` has arguments and results."""
+    flat = [x, *states, feed, *(p for layer in params for p in layer), w_h, keys, values, w_q, v, *drops]
+    dtype, wide = _narrow(x, *flat)
+    given = iter(wide)
+
+    def take(count: int) -> list[Any]:
+        return [next(given) for _ in range(count)]
+
+    x, *states = take(1 + len(states))
+    (feed,) = take(1)
+    params = [take(len(layer)) for layer in params]
+    w_h, keys, values, w_q, v, *drops = given
+    out, last, weights = reference.decoder(
+        cell, x, states, feed, params, w_h, keys, values, w_q, v, mask, drops, scale
+    )
+    return out.to(dtype), tuple(s.to(dtype) for s in last), weights.to(dtype)
