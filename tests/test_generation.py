@@ -277,6 +277,38 @@ def test_an_empty_batch():
         assert tokens.shape[0] == 0
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("input_feeding", [True, False])
+def test_with_the_attention_decoder(cell, input_feeding):
+    """Beams by `step`, memory and lengths among the state, score what teacher forcing gives them."""
+    torch.manual_seed(5)
+    K, H, S = 4, 6, 5
+    decoder = fastrnn.AttentionDecoder(
+        3, H, H, cell=cell, num_layers=2, input_feeding=input_feeding, dtype=F64
+    )
+    embed, head = nn.Embedding(V, 3, dtype=F64), nn.Linear(H, V, dtype=F64)
+    memory, lengths = torch.randn(S, B, H, dtype=F64), torch.tensor([5, 2, 3])
+    h = torch.randn(2, B, H, dtype=F64)
+    first = (h, h.flip(0)) if cell == "lstm" else h
+
+    def step(token, state):
+        hidden, memory, lengths = state
+        output, hidden, _ = decoder.step(embed(token), memory, hidden, lengths=lengths)
+        return 5 * head(output), (hidden, memory, lengths)
+
+    # The decoder's own state: it must go through `generate` whatever is in it.
+    hidden = decoder.step(embed(START), memory, first, lengths=lengths)[1]
+    tokens, scores = fastrnn.generate(
+        step, START, (hidden, memory, lengths), max_steps=STEPS, end=END, strategy="beam", beam_size=K
+    )
+    for k in range(K):
+        before = torch.cat([START[:, None], tokens[:, k, :-1]], 1).T  # [T, B]
+        output, _, _ = decoder(embed(before), memory, hidden, lengths=lengths)
+        gained = torch.log_softmax(5 * head(output), -1).gather(2, tokens[:, k].T[..., None])[..., 0]
+        live = torch.cat([torch.ones(1, B, dtype=torch.bool), (before[1:] != END)])
+        torch.testing.assert_close(scores[:, k], (gained * live).sum(0))
+
+
 BAD_OPTIONS = [
     ({"strategy": "best"}, ValueError, "strategy must be one of greedy, sample, beam, got 'best'"),
     ({"max_steps": -1}, ValueError, "max_steps must be 0 or more, got -1"),
