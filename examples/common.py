@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,21 +66,21 @@ def main(name: str, example: Example, description: str | None) -> int:
 class Symbols:
     """Characters or words as numbers from 1 on. 0 is padding, and whatever was not there to be numbered."""
 
-    def __init__(self, sequences: Iterable[Sequence[Hashable]]) -> None:
-        self.names = sorted({symbol for sequence in sequences for symbol in sequence})
-        self.number = {symbol: i for i, symbol in enumerate(self.names, start=1)}
+    def __init__(self, sequences: Iterable[Sequence[str]]) -> None:
+        self.names = ["\ufffd", *sorted({symbol for sequence in sequences for symbol in sequence})]
+        self.number = {symbol: i for i, symbol in enumerate(self.names)}
 
     def __len__(self) -> int:
-        return 1 + len(self.names)
+        return len(self.names)
 
-    def encode(self, sequences: Iterable[Sequence[Hashable]]) -> tuple[Tensor, Tensor]:
+    def encode(self, sequences: Iterable[Sequence[str]]) -> tuple[Tensor, Tensor]:
         """Tokens [T, B] and lengths [B]."""
         rows = [torch.tensor([self.number.get(symbol, 0) for symbol in row]) for row in sequences]
         return pad_sequence(rows), torch.tensor([len(row) for row in rows])
 
-    def decode(self, tokens: Tensor, end: Hashable = None) -> list[Hashable]:
+    def decode(self, tokens: Tensor, end: str | None = None) -> list[str]:
         """The symbols of tokens [T] before the end."""
-        found = [self.names[i - 1] if i else None for i in tokens.tolist()]
+        found = [self.names[i] for i in tokens.tolist()]
         return found[: found.index(end)] if end in found else found
 
 

@@ -16,6 +16,7 @@ from datetime import date, timedelta
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 from num2words import num2words
 from torch import Tensor, nn
 
@@ -54,6 +55,7 @@ class Translator(nn.Module):
         output, _, weights = self.decoder(self.write(before), memory, state, lengths=lengths)
         return self.head(output), weights
 
+    @torch.no_grad()
     def translate(
         self, source: Tensor, lengths: Tensor, start: int, end: int, **options
     ) -> tuple[Tensor, Tensor]:
@@ -71,19 +73,14 @@ class Translator(nn.Module):
 
 def heat_map(path: Path, source: str, target: str, weights: Tensor) -> None:
     """weights [T, S] as a picture: each row shows where the decoder looked to write one character."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(0.2 * len(source) + 1.2, 0.2 * len(target) + 1))
+    figure = Figure(figsize=(0.2 * len(source) + 1.2, 0.2 * len(target) + 1))
+    axes = figure.subplots()
     axes.imshow(weights, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     axes.set_xticks(range(len(source)), source.replace(" ", "\u2423"), family="monospace")
     axes.set_yticks(range(len(target)), target, family="monospace")
     axes.set(xlabel="read", ylabel="written", title="attention")
     figure.tight_layout()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def translation(quick: bool, out: Path) -> common.Figure:
@@ -109,7 +106,7 @@ def translation(quick: bool, out: Path) -> common.Figure:
     start, end = targets.number[START], targets.number[END]
     tokens, _ = model.translate(source, lengths, start, end)
     found = ["".join(targets.decode(row, END)) for row in tokens]
-    right = sum(f + END == iso for f, iso in zip(found, isos, strict=False))
+    right = sum(f + END == iso for f, iso in zip(found, isos[:held], strict=True))
     shown = max(range(held), key=lambda i: len(texts[i]))
     for i in (0, 1, 2, shown):
         print(f"{texts[i]:65s} {found[i]}")
