@@ -77,8 +77,8 @@ def _with_lengths(layer: RNNBase, x: Tensor, hx: Any, lengths: Tensor) -> Any:
     some = lengths > 0  # [B]
     held = some.view(-1, 1, 1) if layer.batch_first else some.view(-1, 1)
     ends = lengths.clamp(min=1).cpu()
-    zero = x.new_zeros(())
-    packed = pack_padded_sequence(torch.where(held, x, zero), ends, layer.batch_first, enforce_sorted=False)
+    x = torch.where(held, x, x.new_zeros(()))
+    packed = pack_padded_sequence(x, ends, layer.batch_first, enforce_sorted=False)
     output, last = layer(packed, hx)
     output, _ = pad_packed_sequence(output, layer.batch_first, total_length=T)
     output = torch.where(held, output, output.new_zeros(()))
@@ -86,7 +86,7 @@ def _with_lengths(layer: RNNBase, x: Tensor, hx: Any, lengths: Tensor) -> Any:
     given = (hx if two else (hx,)) if hx is not None else (None, None)
     # The states have their batch in dimension 1.
     kept = tuple(
-        torch.where(some[:, None], h, h.new_zeros(()) if h0 is None else h0)
+        torch.where(some[:, None], h, h.new_zeros(()) if h0 is None else h0.to(h.dtype))
         for h, h0 in zip(last if two else (last,), given, strict=False)
     )
     return output, kept if two else kept[0]

@@ -69,8 +69,15 @@ def _check(
 
 def _step(step_fn: StepFn, token: Tensor, state: Any, end: int | None) -> tuple[Tensor, Tensor, Any]:
     """(logits [N, V], their log_softmax in float32 or wider, state) of one checked call."""
-    logits, state = step_fn(token, state)
+    made = step_fn(token, state)
     N = token.size(0)
+    if not isinstance(made, tuple | list) or len(made) != 2 or not isinstance(made[0], Tensor):
+        entries = made if isinstance(made, tuple | list) else (made,)
+        kinds = ", ".join(type(entry).__name__ for entry in entries)
+        raise TypeError(f"step_fn must return (logits [N, V], state), got ({kinds})")
+    logits, state = made
+    if not logits.is_floating_point():
+        raise ValueError(f"step_fn must give logits of a floating-point type, got {logits.dtype}")
     if logits.dim() != 2 or logits.size(0) != N:
         raise ValueError(f"step_fn must give logits [N, V] with N = {N}, got {list(logits.shape)}")
     if logits.device != token.device:

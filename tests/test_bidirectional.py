@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import F64, assert_same, grads, hidden, pair, randn, tensors
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
@@ -219,6 +220,30 @@ def test_compiled(kind):
         assert_same(found, expected)
         wanted = list(bi.parameters())
         assert_same(grads(found, wanted), grads(expected, wanted))
+
+
+def test_sizes_compile_once_each():
+    """T and B become dynamic at their second value; nothing is compiled after that."""
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    bi = wrapped("gru")
+    compiled = torch.compile(bi, fullgraph=True, backend=counter)
+    for steps, batch in ((10, 3), (50, 3), (7, 5), (12, 2), (9, 7)):
+        x, lengths = randn(steps, batch, IN), torch.arange(batch)
+        assert_same(compiled(x, lengths=lengths), bi(x, lengths=lengths))
+    assert counter.frame_count == 3
+
+
+@each_library
+def test_autocast(kind):
+    """With lengths the results are of the types that a PackedSequence gives."""
+    bi = wrapped(kind, dtype=torch.float32)
+    x, hx = randn(T, B, IN).float(), tuple(each(lambda h: h.float(), s) for s in states(bi))
+    packed = pack_padded_sequence(x, torch.tensor([3, 2, 5, 1]), enforce_sorted=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = bi(packed, hx), bi(x, hx, lengths=torch.tensor(ENDS))
+    assert found[0].dtype == expected[0].data.dtype
+    assert [t.dtype for t in tensors(found[1])] == [t.dtype for t in tensors(expected[1])]
 
 
 def test_compiled_lengths_out_of_range_stay_in_bounds():

@@ -345,5 +345,21 @@ def test_logits_that_are_no_distribution(strategy, value):
     for logits in (torch.full((3, V), value), torch.full((3, V), -torch.inf)):
         with pytest.raises(ValueError, match="logits"):
             fastrnn.generate(lambda token, state, x=logits: (x, state), START, max_steps=2, strategy=strategy)
-    with pytest.raises(ValueError, match=r"N = 3, got \[2, 4\]"):
-        fastrnn.generate(lambda token, state: (torch.zeros(2, V), state), START, max_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "text"),
+    [
+        ((torch.zeros(2, V), None), ValueError, r"N = 3, got \[2, 4\]"),
+        (
+            (torch.zeros(3, V), None, None),
+            TypeError,
+            r"\(logits \[N, V\], state\), got \(Tensor, NoneType, NoneType\)",
+        ),
+        (torch.zeros(3, V), TypeError, r"got \(Tensor\)"),
+        ((torch.zeros(3, V, dtype=torch.long), None), ValueError, "floating-point type, got torch.int64"),
+    ],
+)
+def test_what_a_step_must_return(made, error, text):
+    with pytest.raises(error, match=text):
+        fastrnn.generate(lambda token, state: made, START, max_steps=2)
