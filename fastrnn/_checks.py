@@ -249,6 +249,21 @@ def float_like(name: str, tensor: Tensor, weight: Tensor, owner: str) -> None:
         raise RuntimeError(f"{name} must be on {weight.device} like {owner}, got {tensor.device}")
 
 
+def attention_sizes(
+    query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, mask: Tensor | None
+) -> None:
+    """query [Tq, B, K], keys [S, B, K], values [S, B, V], v [K], mask bool [B, S] or [B, Tq, S]."""
+    for name, tensor in (("query", query), ("keys", keys), ("values", values)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must have 3 dimensions, got {tensor.dim()}")
+    (Tq, B, K), (S, _, _) = query.shape, keys.shape
+    shape("keys", keys, "[S, B, K]", (S, B, K))
+    shape("values", values, "[S, B, V]", (S, B, values.shape[2]))
+    if v is not None:
+        shape("v", v, "[K]", (K,))
+    attention_mask(None, mask, (B, Tq, S), query.device, True)
+
+
 def attention_mask(
     lengths: Tensor | None,
     mask: Tensor | None,

@@ -63,8 +63,8 @@ class Attention(nn.Module):
     """Attention of queries over a memory: softmax over s of a score, context = weighted sum of the values.
 
         "dot"       score = q . m (Luong 2015, arXiv:1508.04025, eq. 8)
-        "general"   score = q^T W m (the same)                             weight [Q, M]
-        "additive"  score = v^T tanh(W_q q + W_m m)                        weight_q [Q, Q], weight_m [Q, M], v [Q]
+        "general"   score = q^T W m (the same), weight [Q, M]
+        "additive"  score = v^T tanh(W_q q + W_m m), weight_q [Q, Q], weight_m [Q, M], v [Q]
                     (Bahdanau 2015, arXiv:1409.0473, appendix A.1.2)
 
     query_size, memory_size  Q and M; M = Q where None
@@ -72,9 +72,11 @@ class Attention(nn.Module):
                              dot-product attention of Vaswani 2017
     batch_first              the batch is the first dimension of query, memory, values and context
 
-    Parameters are drawn from U(-1/sqrt(n), 1/sqrt(n)) for n inputs, as torch.nn.Linear's. Raises ValueError for
-    an unknown score, sizes <= 0 and for "dot" with Q != M; TypeError for sizes that are no int and a
-    batch_first that is no bool. See `forward` for shapes and errors.
+    Parameters are drawn from U(-1/sqrt(n), 1/sqrt(n)) for n inputs, as torch.nn.Linear's. See `forward` for
+    shapes and errors.
+
+    Raises ValueError for an unknown score, sizes <= 0 and for "dot" with Q != M; TypeError for sizes that are
+    no int and a batch_first that is no bool.
     """
 
     def __init__(
@@ -224,8 +226,10 @@ class AttentionDecoder(nn.Module):
     Parameters: weight_ih_l{k} [G*H, I + H] (layer 0 without input_feeding [G*H, I], the others [G*H, H]),
     weight_hh_l{k} [G*H, H], bias_ih_l{k}, bias_hh_l{k} [G*H] as in torch.nn, drawn from
     U(-1/sqrt(H), 1/sqrt(H)); weight_c [H, M + H], drawn as torch.nn.Linear's; and those of `attention`.
-    Raises ValueError for an unknown cell or score, sizes <= 0 and a dropout outside [0, 1], TypeError for sizes
-    that are no int and options that are no bool. See `forward` for shapes and errors.
+    See `forward` for shapes and errors.
+
+    Raises ValueError for an unknown cell or score, sizes <= 0 and a dropout outside [0, 1], TypeError for
+    sizes that are no int and options that are no bool.
     """
 
     def __init__(
@@ -292,16 +296,17 @@ class AttentionDecoder(nn.Module):
 
         inputs   [Tq, B, I], [B, Tq, I] with batch_first, [Tq, I] unbatched
         memory   [S, B, M] likewise
-        state    an encoder's h_n [L, B, H], for the LSTM (h_n, c_n), or what the decoder returned; zeros where None
+        state    an encoder's h_n [L, B, H], for the LSTM (h_n, c_n), or what the decoder returned; zeros
+                 where None
         lengths  LongTensor [B], each memory's own length
         returns  (output [Tq, B, H] as the inputs lie: every a_t; state; weights [B, Tq, S])
 
-        The state is (h_n, c_n, a) for the LSTM, (h_n, a) for the others, with a [B, H] the last output; without
-        input_feeding what an encoder has. Padding is read as little as by `Attention`.
+        The state is (h_n, c_n, a) for the LSTM, (h_n, a) for the others, with a [B, H] the last output;
+        without input_feeding what an encoder has. Padding is read as little as by `Attention`.
 
         Raises ValueError for shapes that do not agree and lengths outside [0, S] (on the CPU; elsewhere they
-        are clamped), TypeError for a state of another kind, RuntimeError for Tq = 0 and for dtypes and devices
-        that differ.
+        are clamped), TypeError for a state of another kind, RuntimeError for Tq = 0 and for dtypes and
+        devices that differ.
         """
         if inputs.dim() not in (2, 3):
             raise ValueError(f"inputs must have 3 dimensions, or unbatched 2, got {inputs.dim()}")

@@ -190,6 +190,14 @@ def choose(x: Tensor) -> str:
     return decision.backend
 
 
+def choose_fused(x: Tensor, what: str) -> str:
+    """ "cpu" or "reference": the backend of what has kernels for the CPU alone."""
+    backend = choose(x)
+    if backend == "triton" and current_backend() == "triton":
+        raise BackendError(f'backend="triton" cannot serve this call: it has no kernel for {what}')
+    return "cpu" if backend == "cpu" else "reference"
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: `backend` and `kernel` would run, split so over threads or programs, because of

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, ops, reference, transforms
-from .backends import AUTOCAST_DTYPES, autocast_dtype, choose
+from . import _checks, fused, kernels, ops, reference, transforms
+from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
@@ -144,19 +144,30 @@ def rnn(
     return y, h
 
 
-def _narrow(x: Tensor, *tensors: Tensor | None) -> tuple[torch.dtype, list[Tensor | None]]:
-    """The type of the results, and the tensors in that of the arithmetic.
+def _narrow(flat: Sequence[Tensor | None]) -> tuple[torch.dtype, list[Tensor | None]]:
+    """The type of the results, that of the first tensor or autocast's, and all in that of the arithmetic.
 
     16 bits are for what is kept, as in `layer`: the arithmetic is float32's, rounded once.
     """
-    dtype = autocast_dtype(x) or x.dtype
-    cast = [t if t is None or t.dtype not in AUTOCAST_DTYPES else t.to(dtype) for t in tensors]
-    for t in cast:
-        if t is not None and t.dtype != dtype:
-            raise RuntimeError(f"all tensors must be {dtype} like the query, got {t.dtype}")
-    if dtype in (torch.float16, torch.bfloat16):
-        cast = [t if t is None else t.float() for t in cast]
+    first = flat[0]
+    assert first is not None
+    autocast = autocast_dtype(first)
+    dtype = autocast or first.dtype
+    cast: list[Tensor | None] = []
+    for t in flat:
+        if t is None or t.dtype == torch.bool:
+            cast.append(t)
+            continue
+        same = t.to(dtype) if autocast is not None and t.dtype in AUTOCAST_DTYPES else t
+        if same.dtype != dtype:
+            raise RuntimeError(f"all tensors must be {dtype} like the first, got {t.dtype}")
+        cast.append(same.float() if dtype in (torch.float16, torch.bfloat16) else same)
     return dtype, cast
+
+
+def _has_kernel(x: Tensor, what: str) -> bool:
+    """Whether the call goes to the kernels; an exported model has plain operations."""
+    return choose_fused(x, what) == "cpu" and RECORDER.take is None
 
 
 def attention(
@@ -174,13 +185,17 @@ def attention(
     query    [Tq, B, K], keys [S, B, K], values [S, B, V]
     v        None: score = query . key; [K]: score = v . tanh(query + key). Either times scale
     mask     bool [B, S] or [B, Tq, S], True where a query may attend; what none may attend to is not read
-    returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero where
-             a query may attend to nothing
+    returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero
+             where a query may attend to nothing
+    Raises ValueError for sizes that do not agree, RuntimeError for dtypes and devices that differ,
+    BackendError where the backend asked for has no such kernel.
     """
-    dtype, (q, k, m, u) = _narrow(query, query, keys, values, v)
-    assert q is not None and k is not None and m is not None
-    context, weights = reference.attention(q, k, m, u, mask, scale)
-    return context.to(dtype), weights.to(dtype) if need_weights else None
+    _checks.attention_sizes(query, keys, values, v, mask)
+    dtype, wide = _narrow([query, keys, values, v, mask])
+    call = fused.Attention(scale, need_weights)
+    kernel = _has_kernel(query, "attention")
+    context, *weights = fused.run(call, wide) if kernel else call.reference(wide)
+    return context.to(dtype), weights[0].to(dtype) if need_weights else None
 
 
 def decoder(
@@ -199,19 +214,26 @@ def decoder(
     drops: Sequence[Tensor] = (),
     scale: float = 1.0,
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """All steps of Luong's decoder with input feeding: `fastrnn.reference.decoder` has arguments and results."""
-    flat = [x, *states, feed, *(p for layer in params for p in layer), w_h, keys, values, w_q, v, *drops]
-    dtype, wide = _narrow(x, *flat)
-    given = iter(wide)
+    """All steps of Luong's decoder with input feeding; arguments and results as of `reference.decoder`.
 
-    def take(count: int) -> list[Any]:
-        return [next(given) for _ in range(count)]
-
-    x, *states = take(1 + len(states))
-    (feed,) = take(1)
-    params = [take(len(layer)) for layer in params]
-    w_h, keys, values, w_q, v, *drops = given
-    out, last, weights = reference.decoder(
-        cell, x, states, feed, params, w_h, keys, values, w_q, v, mask, drops, scale
-    )
+    Raises RuntimeError for sizes, dtypes and devices that do not agree, BackendError where the backend asked
+    for has no such kernel. `fastrnn.AttentionDecoder` checks before it, in its own words.
+    """
+    flat = [
+        x,
+        *states,
+        feed,
+        *(p for layer in params for p in layer),
+        w_h,
+        keys,
+        values,
+        w_q,
+        v,
+        mask,
+        *drops,
+    ]
+    dtype, wide = _narrow(flat)
+    call = fused.Decoder(cell, len(params), scale)
+    kernel = _has_kernel(x, "the decoder")
+    out, *last, weights = fused.run(call, wide) if kernel else call.reference(wide)
     return out.to(dtype), tuple(s.to(dtype) for s in last), weights.to(dtype)
