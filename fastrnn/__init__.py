@@ -8,8 +8,10 @@ from . import functional
 from ._version import __version__
 from .attention import Attention, AttentionDecoder
 from .backends import BackendError, Explanation, backend, explain
+from .bidirectional import Bidirectional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .generation import generate
 from .inference import freeze, quantize
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
@@ -23,6 +25,7 @@ __all__ = [
     "Attention",
     "AttentionDecoder",
     "BackendError",
+    "Bidirectional",
     "Explanation",
     "GRUCell",
     "GRUFunction",
@@ -39,6 +42,7 @@ __all__ = [
     "export_onnx",
     "freeze",
     "functional",
+    "generate",
     "quantize",
     "revert",
 ]

@@ -228,17 +228,6 @@ def test_generate_repeats_by_seed(corpus):
     assert generate.generate(model, corpus.vocabulary, 0, prompt="ab") == "ab"
 
 
-def test_choose():
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
-    assert int(generate.choose(logits, 0.0, 0, generator)) == 1
-    assert int(generate.choose(logits, 1e-30, 0, generator)) == 1  # no overflow
-    drawn = {int(generate.choose(logits, 5.0, 2, generator)) for _ in range(100)}
-    assert drawn == {1, 2}
-    drawn = {int(generate.choose(logits, 5.0, 99, generator)) for _ in range(200)}
-    assert drawn == {0, 1, 2, 3}
-
-
 def test_outcome_of_the_demo():
     losses = {"fastrnn": [2.0, 1.0, 1.1], "torch": [2.0, 1.0, 1.0]}
     outcome = demo.Outcome([1.0, 3.0, 1.5], losses)

@@ -1,0 +1,1 @@
+"""Small programs on fastrnn's layers: `./run examples`, `python -m examples.translation`. See README.md."""

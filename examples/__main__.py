@@ -1,0 +1,46 @@
+"""python -m examples [NAME ...] [--quick] [--out DIR]: all examples or those named, and their figures."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import torch
+
+import fastrnn
+
+from . import common
+from .captioning import captioning
+from .sentiment import sentiment
+from .speech import speech
+from .tagging import tagging
+from .translation import translation
+
+EXAMPLES = {example.__name__: example for example in (translation, captioning, sentiment, tagging, speech)}
+
+
+def main() -> int:
+    """Exit code 1 where a figure was not reached."""
+    parser = common.options("Train the examples, and check what each reaches.")
+    parser.prog = "python -m examples"
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(EXAMPLES))
+    args = parser.parse_args()
+    unknown = set(args.names) - set(EXAMPLES)
+    if unknown:
+        parser.error(f"no example is named {', '.join(sorted(unknown))}: there are {', '.join(EXAMPLES)}")
+    print(
+        f"fastrnn {fastrnn.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
+        f"Python {sys.version.split()[0]}\n"
+    )
+    began = time.perf_counter()
+    figures = {
+        name: common.run(name, EXAMPLES[name], args.quick, args.out) for name in args.names or EXAMPLES
+    }
+    for name, figure in figures.items():
+        print(f"{name:12s} {figure}")
+    print(f"in {time.perf_counter() - began:.0f} s")
+    return 0 if all(figure.reached for figure in figures.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

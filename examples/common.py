@@ -1,0 +1,107 @@
+"""What the examples share: options, training, symbols as numbers, and the verdict."""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import trange
+
+SEED = 0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What an example reached on data it was not trained on, in [0, 1], and what it must reach."""
+
+    name: str
+    value: float
+    expected: float
+
+    @property
+    def reached(self) -> bool:
+        return self.value >= self.expected
+
+    def __str__(self) -> str:
+        verdict = "reached" if self.reached else "NOT REACHED"
+        return f"{self.name} {self.value:.2%}, expected {self.expected:.1%} or more: {verdict}"
+
+
+Example = Callable[[bool, Path], Figure]
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of every example."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser.add_argument("--quick", action="store_true", help="a few seconds of training, and a lower figure")
+    parser.add_argument("--out", type=Path, default=Path("out"), help="for pictures (default %(default)s)")
+    return parser
+
+
+def run(name: str, example: Example, quick: bool, out: Path) -> Figure:
+    """Trains one example from its seed, and says what came of it."""
+    print(f"=== {name}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+    began = time.perf_counter()
+    figure = example(quick, out)
+    print(f"{figure} ({time.perf_counter() - began:.0f} s)\n", flush=True)
+    return figure
+
+
+def main(name: str, example: Example, description: str | None) -> int:
+    """The command line of one example: its exit code says whether the figure was reached."""
+    args = options(description).parse_args()
+    return 0 if run(name, example, args.quick, args.out).reached else 1
+
+
+class Symbols:
+    """Characters or words as numbers from 1 on. 0 is padding, and whatever was not there to be numbered."""
+
+    def __init__(self, sequences: Iterable[Sequence[str]]) -> None:
+        self.names = ["\ufffd", *sorted({symbol for sequence in sequences for symbol in sequence})]
+        self.number = {symbol: i for i, symbol in enumerate(self.names)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def encode(self, sequences: Iterable[Sequence[str]]) -> tuple[Tensor, Tensor]:
+        """Tokens [T, B] and lengths [B]."""
+        rows = [torch.tensor([self.number.get(symbol, 0) for symbol in row]) for row in sequences]
+        return pad_sequence(rows), torch.tensor([len(row) for row in rows])
+
+    def decode(self, tokens: Tensor, end: str | None = None) -> list[str]:
+        """The symbols of tokens [T] before the end."""
+        found = [self.names[i] for i in tokens.tolist()]
+        return found[: found.index(end)] if end in found else found
+
+
+def batches(count: int, size: int) -> Iterator[Tensor]:
+    """Indices [size] of a training set, epoch after epoch, each in a new order."""
+    while True:
+        yield from torch.randperm(count).split(size)
+
+
+def fit(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float) -> None:
+    """Adam, a learning rate that falls to nothing, and gradients of a norm of at most 1."""
+    optimizer = torch.optim.Adam(model.parameters(), lr)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    model.train()
+    with trange(steps, disable=None) as progress:  # None: silent where there is no terminal
+        for _ in progress:
+            optimizer.zero_grad()
+            value = loss()
+            value.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            progress.set_postfix_str(f"loss {value.item():.4f}", refresh=False)
+    model.eval()
