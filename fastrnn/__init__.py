@@ -9,26 +9,32 @@ from ._version import __version__
 from .backends import BackendError, Explanation, backend, explain
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .forest import Forest
 from .inference import freeze, quantize
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
 from .onnx import export_onnx
 from .ops import GRUFunction, LSTMFunction, RNNFunction
+from .tree import ChildSumTreeLSTM, NaryTreeLSTM, TreeRNN
 
 __all__ = [
     "GRU",
     "LSTM",
     "RNN",
     "BackendError",
+    "ChildSumTreeLSTM",
     "Explanation",
+    "Forest",
     "GRUCell",
     "GRUFunction",
     "LSTMCell",
     "LSTMFunction",
     "MarkovModel",
+    "NaryTreeLSTM",
     "RNNCell",
     "RNNFunction",
     "States",
+    "TreeRNN",
     "__version__",
     "backend",
     "convert",

@@ -35,7 +35,7 @@ from .reference import CELLS, rounded
 from .transforms import MASKS, backward_reference
 
 
-def _is_batched(t: Tensor | None) -> bool:
+def is_batched(t: Tensor | None) -> bool:
     """True under the vmap of torch.autograd.grad(..., is_grads_batched=True); it knows no rule of ours."""
     return t is not None and bool(torch._C._functorch.is_legacy_batchedtensor(t))
 
@@ -78,7 +78,7 @@ def _composed(
         torch.zeros_like(o, dtype=dtype) if g is None else g.to(dtype)
         for o, g in zip(outputs, grads, strict=True)
     ]
-    if any(map(_is_batched, dense)):
+    if any(map(is_batched, dense)):
         return backward_reference(plan, flat[:MASKS], *dense, *flat[MASKS:])
     return transforms.gradients(plan, needs, flat, dense)
 
@@ -109,7 +109,7 @@ class _LayerFunction(torch.autograd.Function):
             return (None,) * (5 + S + plan.params)
         needs = ctx.needs_input_grad[1:]
         inputs, outputs, saved = _unpack(plan, flat)
-        if torch.is_grad_enabled() or transforms.active() or any(map(_is_batched, grads)):
+        if torch.is_grad_enabled() or transforms.active() or any(map(is_batched, grads)):
             given = _composed(plan, needs, flat[: 4 + S + plan.params], grads, outputs)
         else:
             given = run_backward(
