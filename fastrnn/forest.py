@@ -6,8 +6,8 @@ Dimensions: N nodes, L levels, E edges.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -160,8 +160,21 @@ class Forest:
                     f"{int(slots[node])}",
                 )[kind - 1]
             )
-        self._parents, self._slots = parents, slots
-        self._device = torch.device("cpu")
+        children = parents[parents >= 0]
+        inner = torch.zeros(parents.numel(), dtype=torch.bool).index_fill(0, children, True)
+        # LongTensor [N], -1 at a root.
+        self.parents = parents
+        # LongTensor [N]: which child of its parent a node is.
+        self.slots = slots
+        # LongTensor [trees]: the roots' rows, in increasing order.
+        self.roots = (parents < 0).nonzero().squeeze(1)
+        # LongTensor [leaves]: the rows of nodes without children, in increasing order.
+        self.leaves = (~inner).nonzero().squeeze(1)
+        # What arity a cell needs at least: one more than the highest slot; 0 where all nodes are roots.
+        self.arity = int(slots[parents >= 0].max()) + 1 if children.numel() else 0
+        # Where the inputs of a call are expected.
+        self.device = torch.device("cpu")
+        self._own = parents, slots  # on the CPU
         # By direction, and by (direction, device).
         self._schedules: dict[str, Tensor] = {}
         self._steps: dict[tuple[str, torch.device], Steps] = {}
@@ -238,11 +251,11 @@ class Forest:
                 raise ValueError(f"forest {i} is on {forest.device}, forest 0 on {forests[0].device}")
         parents, start = [], 0
         for forest in forests:
-            own = forest._parents
+            own = forest._own[0]
             parents.append(torch.where(own < 0, own, own + start))
             start += own.numel()
         none = torch.empty(0, dtype=torch.int64)
-        batched = Forest(torch.cat([none, *parents]), torch.cat([none, *(f._slots for f in forests)]))
+        batched = Forest(torch.cat([none, *parents]), torch.cat([none, *(f._own[1] for f in forests)]))
         return batched.to(forests[0].device) if forests else batched
 
     def to(self, device: torch.device | str) -> Forest:
@@ -253,67 +266,38 @@ class Forest:
         device = torch.device(device)
         if device.type == "cuda" and device.index is None:
             device = torch.device("cuda", torch.cuda.current_device())
-        if device == self._device:
+        if device == self.device:
             return self
-        moved = object.__new__(Forest)
-        moved._parents, moved._slots, moved._device = self._parents, self._slots, device
-        moved._schedules, moved._steps = self._schedules, self._steps
+        moved = copy(self)
+        moved.device = device
+        for name in ("parents", "slots", "roots", "leaves"):
+            setattr(moved, name, getattr(self, name).to(device))
         return moved
 
     @property
-    def device(self) -> torch.device:
-        """Where the inputs of a call are expected."""
-        return self._device
-
-    @property
     def num_nodes(self) -> int:
-        return self._parents.numel()
+        return self.parents.shape[0]
 
     @property
     def num_trees(self) -> int:
-        return self.roots.numel()
+        return self.roots.shape[0]
 
-    @cached_property
-    def parents(self) -> Tensor:
-        """LongTensor [N], -1 at a root."""
-        return self._parents.to(self._device)
-
-    @cached_property
-    def slots(self) -> Tensor:
-        """LongTensor [N]: which child of its parent a node is."""
-        return self._slots.to(self._device)
-
-    @cached_property
-    def roots(self) -> Tensor:
-        """LongTensor [trees]: the roots' rows, in increasing order."""
-        return (self._parents < 0).nonzero().squeeze(1).to(self._device)
-
-    @cached_property
-    def leaves(self) -> Tensor:
-        """LongTensor [leaves]: the rows of nodes without children, in increasing order."""
-        inner = torch.zeros(self.num_nodes, dtype=torch.bool)
-        inner[self._parents[self._parents >= 0]] = True
-        return (~inner).nonzero().squeeze(1).to(self._device)
-
-    @cached_property
+    @property
     def levels(self) -> list[Tensor]:
         """The nodes by height, a LongTensor a level: the leaves first, then those whose highest child is one
         below."""
-        return self.steps("up").nodes
-
-    @cached_property
-    def arity(self) -> int:
-        """One more than the highest slot: what `arity` a cell needs at least; 0 where all nodes are roots."""
-        own = self._slots[self._parents >= 0]
-        return int(own.max()) + 1 if own.numel() else 0
+        schedule = self.schedule("up")
+        sizes = torch.unique(schedule[1]).diff().tolist()
+        return list(schedule[0, :-1].to(self.device).split(sizes)) if sizes else []
 
     def check_arity(self, arity: int) -> None:
         """ValueError, naming the node, where a node has a child in slot `arity` or higher."""
         if self.arity <= arity:
             return
-        child = int(((self._slots >= arity) & (self._parents >= 0)).nonzero()[0])
+        parents, slots = self._own
+        child = int(((slots >= arity) & (parents >= 0)).nonzero()[0])
         raise ValueError(
-            f"node {int(self._parents[child])} has a child, node {child}, in slot {int(self._slots[child])}; "
+            f"node {int(parents[child])} has a child, node {child}, in slot {int(slots[child])}; "
             f"a cell of arity {arity} has slots 0 to {arity - 1}"
         )
 
@@ -338,24 +322,29 @@ class Forest:
         """LongTensor [5, N + 1] on the CPU, as csrc/tree.h lays it out; computed at the first call."""
         if direction not in self._schedules:
             down = is_direction(direction) == "down"
-            self._schedules[direction] = torch.ops.fastrnn.tree_schedule(self._parents, self._slots, down)
+            self._schedules[direction] = torch.ops.fastrnn.tree_schedule(*self._own, down)
         return self._schedules[direction]
 
     def steps(self, direction: str) -> Steps:
         """The schedule as the plain reference reads it, on this forest's device."""
-        key = (direction, self._device)
+        key = (direction, self.device)
         if key not in self._steps:
-            self._steps[key] = schedule_steps(self.schedule(direction), self._device)
+            self._steps[key] = schedule_steps(self.schedule(direction), self.device)
         return self._steps[key]
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is computed."""
-        return {"parents": self._parents, "slots": self._slots, "device": self._device}
+    def __reduce__(self) -> Any:
+        return _restored, (*self._own, self.device)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["parents"], state["slots"])  # type: ignore[misc]
-        self._device = state["device"]
+    def __copy__(self) -> Forest:
+        other = object.__new__(Forest)
+        other.__dict__.update(self.__dict__)
+        return other
 
     def __repr__(self) -> str:
-        device = "" if self._device.type == "cpu" else f", device='{self._device}'"
+        device = "" if self.device.type == "cpu" else f", device='{self.device}'"
         return f"Forest(num_trees={self.num_trees}, num_nodes={self.num_nodes}{device})"
+
+
+def _restored(parents: Tensor, slots: Tensor, device: torch.device) -> Forest:
+    """What pickle makes of a forest: what it computes is computed again."""
+    return Forest(parents, slots).to(device)

@@ -8,6 +8,7 @@ import random
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
 from trees import CELLS, F64, binary, derivatives, forest, make, random_tree, recursion, states
 
@@ -126,8 +127,10 @@ def test_opcheck(cell, with_x):
         torch.library.opcheck(torch.ops.fastrnn.tree.default, arguments)
     with torch.no_grad():
         h, others, saved = torch.ops.fastrnn.tree(*arguments[:-1], True)
-    given = (layer._cell, torch.ones_like(h), [torch.ones_like(c) for c in others], *arguments[1:4])
-    arguments = (*given, h, others, saved, with_x, True)
+    # Without gradients of their own: a second derivative is taken level by level, which no graph could be.
+    params = [p.detach() for p in layer.parameters()]
+    own = (None if x is None else x.detach(), params, trees.schedule("up"), h, others, saved, with_x, True)
+    arguments = (layer._cell, torch.ones_like(h), [torch.ones_like(c) for c in others], *own)
     torch.library.opcheck(torch.ops.fastrnn.tree_backward.default, arguments)
     torch.library.opcheck(torch.ops.fastrnn.tree_schedule.default, (trees.parents, trees.slots, True))
     torch.library.opcheck(torch.ops.fastrnn.tree_slots.default, (trees.parents, None))
@@ -165,7 +168,7 @@ def test_compiled_fullgraph(backend):
 def test_the_graph_holds_one_operator_a_layer():
     """However deep the tree."""
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(Tagger(), fullgraph=True, backend=counter)
     compiled(torch.randn(400, 4), forest([*range(1, 400), -1]))
     (graph,) = counter.graphs
@@ -283,6 +286,7 @@ def test_backends_without_recursive_cells_say_so(asked):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @directions
 @cells
 def test_on_the_gpu(cell, direction):

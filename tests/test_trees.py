@@ -37,14 +37,15 @@ def inputs(n, width, grad=True):
 def agree(ours, theirs, leaves, **tolerance):
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, **(tolerance or TIGHT))
-    for a, b in zip(derivatives(ours, leaves), derivatives(theirs, leaves), strict=True):
+    # One side may be looked at again.
+    for a, b in zip(derivatives(ours, leaves, True), derivatives(theirs, leaves), strict=True):
         torch.testing.assert_close(a, b, **(tolerance or TIGHT))
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @directions
 @cells
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(shape=forests(), bias=st.booleans(), with_x=st.booleans(), H=st.sampled_from([1, 3, 9]))
 @example(shape=([], []), bias=True, with_x=True, H=3)
 @example(shape=([-1], [0]), bias=True, with_x=False, H=3)
@@ -62,7 +63,7 @@ def test_parity_with_recursion(cell, direction, backend, shape, bias, with_x, H)
 
 @directions
 @cells
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shape=forests(), rng=st.randoms(use_true_random=False))
 def test_numbering_does_not_matter(cell, direction, shape, rng):
     """Nodes renumbered with their slots get the same states."""
@@ -163,7 +164,7 @@ def test_many_nodes(cell, direction):
     """10^5 nodes in trees of every shape: all beside the reference, some trees beside the recursion."""
     rng, lengths, parents, slots = random.Random(5), [], [], []
     while len(parents) < 100_000:
-        n = rng.randrange(1, 30)
+        n = rng.randrange(1, 20)
         own = rng.choice([*SHAPES.values(), lambda n: random_tree(n, rng)])(n)
         lengths.append(n)
         parents += own[0]
@@ -178,7 +179,7 @@ def test_many_nodes(cell, direction):
         theirs = states(layer, x, trees)
     agree(ours, theirs, [*layer.parameters(), x], rtol=1e-12, atol=1e-9)  # sums of 10^5 terms
     starts = torch.tensor(lengths).cumsum(0) - torch.tensor(lengths)
-    for tree in rng.sample(range(len(lengths)), 20):
+    for tree in rng.sample(range(len(lengths)), 5):
         rows = slice(int(starts[tree]), int(starts[tree]) + lengths[tree])
         alone = recursion(layer, x[rows], parents[rows], slots[rows])
         agree([s[rows] for s in ours], alone, [*layer.parameters(), x])
@@ -191,7 +192,7 @@ def a_long_chain(direction):
     trees = fastrnn.Forest.from_parents(torch.where(steps < n - 1, steps + 1, -1))
     layer = fastrnn.ChildSumTreeLSTM(1, 2, direction=direction)
     h, c = layer(torch.randn(n, 1), trees)
-    assert len(trees.levels) == n
+    assert torch.equal(trees.schedule(direction)[1], torch.arange(n + 1))  # a level each
     (h.sum() + c.sum()).backward()
     assert all(p.grad.isfinite().all() for p in layer.parameters())
 

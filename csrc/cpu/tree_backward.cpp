@@ -151,38 +151,62 @@ class TreeBackwardPass : TreeCall<E> {
 
   // out(gate) [H][columns], rows of ld, += the sum over `rows` of left(row, gate)^T right(row, buffer);
   // left gives H values, or null for zeros, right `columns` of them, with a buffer to make them in. bias:
-  // [gates][H, whole vectors], += the sums of left; or null.
+  // [gates][H, whole vectors], += the sums of left; or null. The panels of left and of right are shared out,
+  // never the rows: nobody waits, and the bits do not depend on the threads.
   template <class Left, class Right, class Out>
   void outer(int64_t rows, int64_t gates, int64_t columns, int64_t ld, Left&& left, Right&& right, Out&& out,
              double* bias = nullptr) {
     constexpr int64_t kRows = 256, kPiece = 128;
     const int64_t W = kernels_.width, H = t_.H, blocks = ceil_div(H, W), panel = (kRows | 1) * W;
-    E* lefts = arena_.template get<E>(gates * blocks * panel);
-    E* rights = arena_.template get<E>(ceil_div(columns, W) * panel);
-    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-      const int64_t n = std::min(kRows, rows - r0);
-      for_rows(n, gates * H + columns, [&](int64_t begin, int64_t end) {
-        std::vector<E> buffer(columns);
-        for (int64_t r = begin; r < end; ++r) {
-          for (int64_t g = 0; g < gates; ++g) {
-            kernels_.to_panels({const_cast<E*>(left(r0 + r, g)), 0, false}, H,
-                               lefts + g * blocks * panel + r * W, panel);
+    const int64_t all_left = gates * blocks, all_right = ceil_div(columns, W);
+    const int64_t work = rows * gates * H * std::max<int64_t>(columns, 1);
+    const int threads = static_cast<int>(
+        std::clamp<int64_t>(work / 200000, 1, std::min<int64_t>(torch::stable::get_num_threads(), all_left)));
+    std::vector<E*> memory(threads);
+    for (E*& m : memory) m = arena_.template get<E>((all_left + all_right) * panel + columns);
+    run_team(threads, [&](const Team& team) {
+      const int parts = left_parts(team.size, all_left, all_right);
+      const int i = team.member % parts, j = team.member / parts, others = team.size / parts;
+      const int64_t left0 = all_left * i / parts, left1 = all_left * (i + 1) / parts;
+      const int64_t column0 = all_right * j / others * W;
+      const int64_t mine = std::min(columns, all_right * (j + 1) / others * W) - column0;
+      E *lefts = memory[team.member], *rights = lefts + all_left * panel,
+        *buffer = rights + all_right * panel;
+      for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
+        const int64_t n = std::min(kRows, rows - r0);
+        for (int64_t r = 0; r < n; ++r) {
+          for (int64_t k = left0, k1; k < left1; k = k1) {  // a gate at a time
+            k1 = std::min(left1, (k / blocks + 1) * blocks);
+            const int64_t unit = k % blocks * W, units = std::min(H - unit, (k1 - k) * W);
+            const E* from = left(r0 + r, k / blocks);
+            kernels_.to_panels({const_cast<E*>(from ? from + unit : from), 0, false}, units,
+                               lefts + k * panel + r * W, panel);
           }
-          if (columns == 0) continue;
-          kernels_.to_panels({const_cast<E*>(right(r0 + r, buffer.data())), 0, false}, columns,
+          if (mine <= 0) continue;
+          kernels_.to_panels({const_cast<E*>(right(r0 + r, buffer) + column0), 0, false}, mine,
                              rights + r * W, panel);
         }
-      });
-      for_rows(gates * blocks, n * W * std::max<int64_t>(columns, 1), [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) {
-          const int64_t block = j % blocks;
+        for (int64_t k = left0; k < left1; ++k) {
+          const int64_t block = k % blocks;
           const int lanes = static_cast<int>(std::min<int64_t>(H - block * W, W));
-          kernels_.outer_product({lefts + j * panel, rights, panel, n, kPiece, lanes, columns,
-                                  out(j / blocks) + block * W * ld, ld, true});
-          if (bias) kernels_.add_rows(lefts + j * panel, n, bias + j * W);
+          if (mine > 0) {
+            kernels_.outer_product({lefts + k * panel, rights, panel, n, kPiece, lanes, mine,
+                                    out(k / blocks) + block * W * ld + column0, ld, true});
+          }
+          if (bias && j == 0) kernels_.add_rows(lefts + k * panel, n, bias + k * W);
         }
-      });
+      }
+    });
+  }
+
+  // Into how many parts left falls, and right into as many as are then left: so that the least is copied.
+  static int left_parts(int members, int64_t left, int64_t right) {
+    int best = members;
+    const auto copied = [&](int parts) { return left / parts + right / (members / parts); };
+    for (int parts = 1; parts < members; ++parts) {
+      if (members % parts == 0 && right >= members / parts && copied(parts) < copied(best)) best = parts;
     }
+    return best;
   }
 
   TensorList param_gradients() {
