@@ -147,6 +147,7 @@ GOALS: tuple[Goal, ...] = (
     *goal("peak memory", MEMORY, 0.6, 0.55, section="memory", at_most=True),
     *goal("one busy neighbour a core", "quiet times", 3.0, None, section="crowded", at_most=True),
     *goal("two threads", "one thread's speed", 1.7, 1.7, section="scaling"),
+    *goal("recursive cells", "a Python recursion's speed", 20.0, 15.0, section="trees"),
 )
 
 

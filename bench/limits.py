@@ -127,9 +127,9 @@ def of_memory(case: Case) -> Limit:
     return Limit(4 * sum(parts.values()), count)
 
 
-def of_probe(section: str, case: Case) -> Limit:
+def of_probe(section: str, case: Case) -> Limit | None:
     if section == "crowded":
         return Limit(2, "with a busy neighbour on each core half of the CPU time is left")
     if section == "scaling":
         return Limit(2, "two cores do twice one's operations and read twice its bytes")
-    return of_memory(case)
+    return of_memory(case) if section == "memory" else None

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastrnn.bench import memory, rivals
+from fastrnn.bench import memory, rivals, trees
 from fastrnn.bench.grid import LARGE, MODES, WIDE, Case
 from fastrnn.bench.machine import CpuClock
 from fastrnn.bench.records import Probe
@@ -90,11 +90,12 @@ def scaling(cells: tuple[str, ...], seconds: float = SECONDS) -> list[Probe]:
     return probes
 
 
-SECTIONS = {"memory": memory.measure, "crowded": crowded, "scaling": scaling}
+SECTIONS = {"memory": memory.measure, "crowded": crowded, "scaling": scaling, "trees": trees.measure}
 UNITS = {
     "memory": ("peak memory of a call, MiB", 2**20),
     "crowded": ("a call's time with one busy neighbour process per core, over its quiet time", 1),
     "scaling": ("speed on two threads over that on one", 1),
+    "trees": ("recursive cells: speed over that of a Python recursion over torch.nn modules", 1),
 }
 
 

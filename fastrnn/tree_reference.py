@@ -139,7 +139,8 @@ def tree(cell: str, x: Tensor | None, params: Sequence[Tensor], steps: Steps) ->
         row = w_ih.new_zeros(w_ih.shape[0]) if bias is None else bias
         gx = row.expand(N, w_ih.shape[0])
     if N == 0:
-        return tuple(gx[:, :H] for _ in range(spec.states))
+        nothing = gx[:, :H] + linear(gx.new_zeros(0, R.shape[1]), R[:H])  # gradients of zeros all the same
+        return (nothing,) * spec.states
     levels: list[tuple[Tensor, ...]] = []
     arrived: list[list[tuple[Tensor, ...]]] = [[] for _ in steps.nodes]
     for level, nodes in enumerate(steps.nodes):

@@ -13,7 +13,7 @@ import fastrnn
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from fastrnn.bench import compare, goals, grid, limits, machine, memory, records, report, rivals, sections
+from fastrnn.bench import compare, goals, grid, limits, machine, memory, records, report, rivals, sections, trees
 from fastrnn.bench.goals import Goal
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions
@@ -207,6 +207,7 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
         for case in grid.rows()
     ]
     shapes = {"memory": (memory.SHAPE,), "crowded": sections.CROWDED, "scaling": (sections.SCALING,)}
+    shapes["trees"] = (trees.SHAPE,)
     assert shapes.keys() == sections.SECTIONS.keys() == sections.UNITS.keys()
     rows += [
         Probe(section, Case("gru", mode, shape), 1.0, 1.0)

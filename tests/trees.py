@@ -90,10 +90,11 @@ def recursion(layer, x, parents, slots):
             target, source = (parent, node) if layer.direction == "up" else (node, parent)
             sources[target].append((slots[node], source))
     H, known = layer.hidden_size, {}
+    zero = layer.weight_hh.sum() * torch.zeros(H, dtype=F64)  # even one node alone has a gradient, of zeros
 
     def part(node, gate):
         rows = slice(gate * H, (gate + 1) * H)
-        total = layer.weight_ih.new_zeros(H)
+        total = zero
         if x is not None:
             total = total + layer.weight_ih[rows] @ x[node]
         if layer.bias:
@@ -140,7 +141,7 @@ def recursion(layer, x, parents, slots):
     rows = [state(node) for node in range(len(parents))]
     count = 1 if isinstance(layer, fastrnn.TreeRNN) else 2
     if not rows:
-        return (layer.weight_hh.sum() * torch.zeros(0, H, dtype=F64),) * count
+        return (zero.expand(0, H),) * count
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
