@@ -16,9 +16,9 @@ struct Indices {
 };
 
 Indices indices(const char* name, const Tensor& t, int64_t count) {
-  STD_TORCH_CHECK(t.is_cpu() && t.dim() == 1 && dtype_of(t) == ScalarType::Long &&
-                      (count < 0 || t.size(0) == count),
-                  name, " must be a LongTensor [N] on the CPU");
+  STD_TORCH_CHECK(
+      t.is_cpu() && t.dim() == 1 && dtype_of(t) == ScalarType::Long && (count < 0 || t.size(0) == count),
+      name, " must be a LongTensor [N] on the CPU");
   Tensor owner = dense(t);
   const int64_t* data = static_cast<const int64_t*>(owner.const_data_ptr());
   return {std::move(owner), data};
@@ -218,8 +218,8 @@ Schedule check_schedule(const Tensor& schedule, int64_t slots) {
   for (int64_t l = 0; l < s.L; ++l) {
     for (int64_t p = s.levels[l]; p < s.levels[l + 1]; ++p) {
       const int64_t n = s.order[p];
-      STD_TORCH_CHECK(n >= 0 && n < N && level[n] < 0 && s.first[p] <= s.first[p + 1] && s.first[p + 1] <= s.E,
-                      broken);
+      STD_TORCH_CHECK(
+          n >= 0 && n < N && level[n] < 0 && s.first[p] <= s.first[p + 1] && s.first[p + 1] <= s.E, broken);
       level[n] = l;
       for (int64_t e = s.first[p]; e < s.first[p + 1]; ++e) {
         const int64_t from = s.source[e];

@@ -1,5 +1,5 @@
-"""What the two examples of recursive networks share: a classifier of trees, its training, and the same layer as
-a Python recursion beside it."""
+"""What the examples of recursive networks share: a classifier of trees, its training, and the same layer as a
+Python recursion beside it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def train(
 
 
 def beside_recursion(model: Classifier, trees: Sequence[Tree], rounds: int = 3) -> None:
-    """The same layer as a Python recursion over torch.nn modules: the same numbers, and how long both take for
+    """The layer beside a Python recursion over torch.nn modules: the same numbers, and how long both take for
     forward and backward. Raises AssertionError where the numbers differ."""
     batch = Batch.of(trees)
     x = model.embedding(batch.tokens).detach().requires_grad_()
@@ -141,5 +141,6 @@ def finish(accuracy: float, expected: float, quick: bool) -> int:
     if quick:
         print(f"quick: accuracy {accuracy:.3f}; a full run should reach {expected}")
         return 0
-    print(f"accuracy {accuracy:.3f}, expected at least {expected}: {'as' if accuracy >= expected else 'NOT as'} expected")
+    verdict = "reached" if accuracy >= expected else "NOT reached"
+    print(f"accuracy {accuracy:.3f}, expected at least {expected}: {verdict}")
     return int(accuracy < expected)

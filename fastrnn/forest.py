@@ -1,4 +1,4 @@
-"""Forests: any number of trees of any shape as flat arrays, and the order in which recursive cells visit them.
+"""Forests: any number of trees of any shape as flat arrays, and the order in which cells visit their nodes.
 
 Dimensions: N nodes, L levels, E edges.
 """
@@ -310,8 +310,7 @@ class Forest:
         return h.index_select(0, self.leaves)
 
     def from_leaves(self, x: Tensor) -> Tensor:
-        """[leaves, ...] in the order of `leaves` -> [N, ...], zeros at inner nodes: an input that leaves alone
-        have."""
+        """[leaves, ...] in the order of `leaves` -> [N, ...], zeros at inner nodes."""
         if x.dim() == 0 or x.shape[0] != self.leaves.numel():
             raise ValueError(
                 f"from_leaves takes a row for each of {self.leaves.numel()} leaves, got {list(x.shape)}"

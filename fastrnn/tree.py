@@ -81,7 +81,7 @@ class _Tree(nn.Module):
             raise TypeError(f"forest must be a fastrnn.Forest, got {type(forest).__name__}")
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"x must be a Tensor or None, got {type(x).__name__}")
-        params = [self.weight_ih, self.weight_hh]
+        params: list[Tensor] = [self.weight_ih, self.weight_hh]
         if self.bias_ih is not None:
             params += [self.bias_ih, self.bias_hh]
         cell, N = TREE_CELLS[self._cell], forest.num_nodes
@@ -167,7 +167,8 @@ class ChildSumTreeLSTM(_TreeLSTM):
 
 
 class NaryTreeLSTM(_TreeLSTM):
-    r"""The N-ary Tree-LSTM (Tai, Socher & Manning 2015, arXiv:1503.00075, eq. 9 to 14): weights for each slot.
+    r"""The N-ary Tree-LSTM (Tai, Socher & Manning 2015, arXiv:1503.00075, eq. 9 to 14), with weights for each
+    slot.
 
     Children stand in slots 1 .. A (`Forest.from_parents(slots=)` counts from 0); h_l = c_l = 0 where slot l
     is empty. With b = b_ih + b_hh

@@ -91,7 +91,13 @@ class _TreeBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, cell: str, with_x: bool, need_x: bool, schedule: Tensor, kept: Sequence[Tensor], *flat: Tensor
+        ctx: Any,
+        cell: str,
+        with_x: bool,
+        need_x: bool,
+        schedule: Tensor,
+        kept: Sequence[Tensor],
+        *flat: Tensor,
     ) -> Any:
         S = TREE_CELLS[cell].states
         ctx.cell, ctx.with_x = cell, with_x
@@ -138,11 +144,10 @@ class TreeFunction(torch.autograd.Function):
         need_x = x is not None and needs[0]
         plain = transforms.active() or any(map(is_batched, given))
         if plain or torch.is_grad_enabled():
-            dense = [
-                torch.zeros_like(k) if g is None else g for g, k in zip(given, kept[:S], strict=True)
-            ]
+            dense = [torch.zeros_like(k) if g is None else g for g, k in zip(given, kept[:S], strict=True)]
             with_x = x is not None
             primals = [x, *params] if with_x else params
+            found: Any
             if plain:
                 found = _backward_reference(cell, schedule, with_x, dense, primals)
             else:
@@ -234,8 +239,9 @@ def _autograd_tree(
         unchanged: tuple[Tensor, list[Tensor], list[Tensor]]
         unchanged = below_autograd(keyset, torch.ops.fastrnn.tree.default, cell, x, params, schedule, save)
         return unchanged
-    S, apply = TREE_CELLS[cell].states, TreeFunction.apply
-    out: Any = apply(cell, schedule, x, *params)
+    S = TREE_CELLS[cell].states
+    apply: Any = TreeFunction.apply
+    out = apply(cell, schedule, x, *params)
     return out[0], list(out[1:S]), list(out[S:]) if save else []
 
 

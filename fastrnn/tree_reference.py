@@ -72,7 +72,7 @@ def _by_slot(values: Tensor, edges: _Edges, count: int, arity: int) -> Tensor:
 
 
 def _lstm(gx: Tensor, gates: Tensor, forget: Tensor, edges: _Edges | None) -> tuple[Tensor, ...]:
-    """Tai 2015, eq. 3 to 8 and 9 to 14: h, c. gates [n, 3*H]: the recurrent parts of i, g, o; forget [E, H]."""
+    """Tai 2015, eq. 3 to 8, 9 to 14: h, c. Recurrent parts: gates [n, 3*H] of i, g, o; forget [E, H]."""
     xi, xf, xg, xo = gx.chunk(4, -1)
     i, g, o = (torch.stack((xi, xg, xo)) + gates.unflatten(1, (3, -1)).movedim(1, 0)).unbind()
     c = i.sigmoid() * g.tanh()
@@ -139,8 +139,7 @@ def tree(cell: str, x: Tensor | None, params: Sequence[Tensor], steps: Steps) ->
         row = w_ih.new_zeros(w_ih.shape[0]) if bias is None else bias
         gx = row.expand(N, w_ih.shape[0])
     if N == 0:
-        nothing = gx[:, :H] + linear(gx.new_zeros(0, R.shape[1]), R[:H])  # gradients of zeros all the same
-        return (nothing,) * spec.states
+        return (gx[:, :H],) * spec.states
     levels: list[tuple[Tensor, ...]] = []
     arrived: list[list[tuple[Tensor, ...]]] = [[] for _ in steps.nodes]
     for level, nodes in enumerate(steps.nodes):

@@ -13,7 +13,19 @@ import fastrnn
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from fastrnn.bench import compare, goals, grid, limits, machine, memory, records, report, rivals, sections, trees
+from fastrnn.bench import (
+    compare,
+    goals,
+    grid,
+    limits,
+    machine,
+    memory,
+    records,
+    report,
+    rivals,
+    sections,
+    trees,
+)
 from fastrnn.bench.goals import Goal
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions

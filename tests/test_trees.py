@@ -175,6 +175,8 @@ def test_many_nodes(cell, direction):
     layer, x = make(cell, 3, 4, direction=direction), inputs(len(parents), 3)
     assert trees.num_trees == len(lengths)
     ours = states(layer, x, trees)
+    with torch.no_grad():  # chunk by chunk, nothing kept
+        assert all(torch.equal(a, b) for a, b in zip(states(layer, x, trees), ours, strict=True))
     with fastrnn.backend("reference"):
         theirs = states(layer, x, trees)
     agree(ours, theirs, [*layer.parameters(), x], rtol=1e-12, atol=1e-9)  # sums of 10^5 terms
@@ -218,7 +220,7 @@ def peak_memory(n):
 
 def test_memory_is_linear_in_nodes():
     few, many = (int(Fresh("test_trees.peak_memory", n).finish()) for n in (40_000, 160_000))
-    # h, c, their gradients, gates, forget gates and all of their gradients: 20 values of H a node, some twice.
+    # h, c, gates, forget gates and the gradients of all: 20 values of H a node, some of them twice.
     assert many < 160_000 * 16 * 4 * 40
     assert many < 5 * max(few, 40_000 * 16 * 4 * 15)
 
@@ -234,7 +236,9 @@ def test_bits_do_not_depend_on_threads(cell, direction):
         try:
             own = x.clone().requires_grad_()
             out = states(layer, own, trees)
-            found.append([*out, *derivatives(out, [own, *layer.parameters()])])
+            with torch.no_grad():
+                inference = states(layer, own, trees)
+            found.append([*out, *inference, *derivatives(out, [own, *layer.parameters()])])
         finally:
             torch.set_num_threads(before)
     for other in found[1:]:

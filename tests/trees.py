@@ -90,11 +90,10 @@ def recursion(layer, x, parents, slots):
             target, source = (parent, node) if layer.direction == "up" else (node, parent)
             sources[target].append((slots[node], source))
     H, known = layer.hidden_size, {}
-    zero = layer.weight_hh.sum() * torch.zeros(H, dtype=F64)  # even one node alone has a gradient, of zeros
 
     def part(node, gate):
         rows = slice(gate * H, (gate + 1) * H)
-        total = zero
+        total = torch.zeros(H, dtype=F64)
         if x is not None:
             total = total + layer.weight_ih[rows] @ x[node]
         if layer.bias:
@@ -112,7 +111,7 @@ def recursion(layer, x, parents, slots):
 
     def nary(node):
         A = layer.arity
-        U = [[block for block in rows.split(H, 1)] for rows in layer.weight_hh.split(H)]
+        U = [list(rows.split(H, 1)) for rows in layer.weight_hh.split(H)]
         states = {slot: state(k) for slot, k in sources[node]}
 
         def recurrent(row):
@@ -131,7 +130,9 @@ def recursion(layer, x, parents, slots):
         total = part(node, 0) + sum(W[slot] @ state(k)[0] for slot, k in sources[node])
         return (torch.tanh(total) if layer.nonlinearity == "tanh" else torch.relu(total),)
 
-    step = {fastrnn.ChildSumTreeLSTM: child_sum, fastrnn.NaryTreeLSTM: nary, fastrnn.TreeRNN: rnn}[type(layer)]
+    step = {fastrnn.ChildSumTreeLSTM: child_sum, fastrnn.NaryTreeLSTM: nary, fastrnn.TreeRNN: rnn}[
+        type(layer)
+    ]
 
     def state(node):
         if node not in known:
@@ -141,7 +142,7 @@ def recursion(layer, x, parents, slots):
     rows = [state(node) for node in range(len(parents))]
     count = 1 if isinstance(layer, fastrnn.TreeRNN) else 2
     if not rows:
-        return (zero.expand(0, H),) * count
+        return (torch.zeros(0, H, dtype=F64),) * count
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
@@ -152,7 +153,9 @@ def states(layer, x, forest):
 
 
 def derivatives(outputs, leaves, retain_graph=False):
-    """Gradients of a loss that weighs every number differently; zeros where there is none."""
+    """Gradients of a loss that weighs every number differently; zeros where there is none, even of a node
+    alone, which uses no recurrent weight."""
     loss = sum((s * torch.linspace(-1, 2, s.numel(), dtype=s.dtype).view(s.shape)).sum() for s in outputs)
+    loss = loss + sum(0 * leaf.sum() for leaf in leaves)
     options = {"allow_unused": True, "materialize_grads": True, "retain_graph": retain_graph}
     return torch.autograd.grad(loss, leaves, **options)

@@ -136,30 +136,30 @@ struct TreeForward {
 
   static void lstm(const Tree<E>& p, const TreeScratch<E>& s, const TreePart& part) {
     const TreeForward f{p, s, part};
-    each_run(part.begin, part.end, p.lo, p.hi, p.at_once,
-             [&](int64_t r0, int64_t r1, int64_t lo, int64_t hi) {
-               f.clear(s.fc, r1 - r0);
-               if (hi > 0) p.summed ? f.forget_summed(r0, r1) : f.forget_slots(r0, r1, lo, hi);
-               const int64_t K = (hi - lo) * p.H;
-               const InRows<E> rows{p.summed ? s.sums : s.rows, p.summed ? p.ld : s.ld_rows};
-               product<3>(0, r1 - r0, part.block0, part.block1, p.H, rows, from_k<3>(p.w, lo * p.H), K,
-                          static_cast<const E*>(nullptr), 0, part.backwards, Reads<E>{},
-                          [&](int64_t i, int64_t unit, int lanes, const Vec<S, 3>& gh) {
-                            E* g = f.gates(r0 + i, TreeLstm::kGates) + unit;
-                            const Vec<S, 3> gx{{S::load(g, lanes), S::load(g + 2 * p.H, lanes),
-                                                S::load(g + 3 * p.H, lanes)}};
-                            Vec<S, 3> saved;
-                            S h, c;
-                            TreeLstm::forward(gx, gh, S::load(s.fc + i * p.ld + unit), h, c, saved);
-                            const int64_t to = p.order[r0 + i] * p.H + unit;
-                            h.store(p.h + to, lanes);
-                            c.store(p.c + to, lanes);
-                            if (!p.forget) return;
-                            saved[0].store(g, lanes);
-                            saved[1].store(g + 2 * p.H, lanes);
-                            saved[2].store(g + 3 * p.H, lanes);
-                          });
-             });
+    each_run(
+        part.begin, part.end, p.lo, p.hi, p.at_once, [&](int64_t r0, int64_t r1, int64_t lo, int64_t hi) {
+          f.clear(s.fc, r1 - r0);
+          if (hi > 0) p.summed ? f.forget_summed(r0, r1) : f.forget_slots(r0, r1, lo, hi);
+          const int64_t K = (hi - lo) * p.H;
+          const InRows<E> rows{p.summed ? s.sums : s.rows, p.summed ? p.ld : s.ld_rows};
+          product<3>(0, r1 - r0, part.block0, part.block1, p.H, rows, from_k<3>(p.w, lo * p.H), K,
+                     static_cast<const E*>(nullptr), 0, part.backwards, Reads<E>{},
+                     [&](int64_t i, int64_t unit, int lanes, const Vec<S, 3>& gh) {
+                       E* g = f.gates(r0 + i, TreeLstm::kGates) + unit;
+                       const Vec<S, 3> gx{
+                           {S::load(g, lanes), S::load(g + 2 * p.H, lanes), S::load(g + 3 * p.H, lanes)}};
+                       Vec<S, 3> saved;
+                       S h, c;
+                       TreeLstm::forward(gx, gh, S::load(s.fc + i * p.ld + unit), h, c, saved);
+                       const int64_t to = p.order[r0 + i] * p.H + unit;
+                       h.store(p.h + to, lanes);
+                       c.store(p.c + to, lanes);
+                       if (!p.forget) return;
+                       saved[0].store(g, lanes);
+                       saved[1].store(g + 2 * p.H, lanes);
+                       saved[2].store(g + 3 * p.H, lanes);
+                     });
+        });
   }
 
   template <class Cell>
@@ -256,8 +256,8 @@ struct TreeBackward {
           S dc = b.arriving(p.dc, node, unit, lanes);
           for (int64_t i = p.out_first[node]; i < p.out_first[node + 1]; ++i) {
             const int64_t e = p.out_edge[i];
-            dc = dc + S::load(p.forget + e * H + unit, lanes) *
-                          S::load(p.dc_all + p.target[e] * H + unit, lanes);
+            dc = dc +
+                 S::load(p.forget + e * H + unit, lanes) * S::load(p.dc_all + p.target[e] * H + unit, lanes);
           }
           const E* saved = p.gates + position * 4 * H + unit;
           const Vec<S, 3> igo{
@@ -309,10 +309,10 @@ const cpu::TreeKernels<E>* tree_kernels() {
   static constexpr cpu::TreeKernels<E> all[] = {
       {"child_sum_lstm", 4, 2, true, &tree_input<4, E>, &F::lstm, &B::lstm, &tree_input_gradient<4, E>},
       {"nary_lstm", 4, 2, false, &tree_input<4, E>, &F::lstm, &B::lstm, &tree_input_gradient<4, E>},
-      {"tree_rnn_tanh", 1, 1, false, &tree_input<1, E>, &F::template rnn<RnnTanh>,
-       &B::template rnn<RnnTanh>, &tree_input_gradient<1, E>},
-      {"tree_rnn_relu", 1, 1, false, &tree_input<1, E>, &F::template rnn<RnnRelu>,
-       &B::template rnn<RnnRelu>, &tree_input_gradient<1, E>},
+      {"tree_rnn_tanh", 1, 1, false, &tree_input<1, E>, &F::template rnn<RnnTanh>, &B::template rnn<RnnTanh>,
+       &tree_input_gradient<1, E>},
+      {"tree_rnn_relu", 1, 1, false, &tree_input<1, E>, &F::template rnn<RnnRelu>, &B::template rnn<RnnRelu>,
+       &tree_input_gradient<1, E>},
       {nullptr, 0, 0, false, nullptr, nullptr, nullptr, nullptr}};
   return all;
 }
