@@ -16,23 +16,13 @@ from torch import Tensor
 
 from . import transforms, tree_reference
 from ._checks import same_device
-from .backends import BackendError, choose, current_backend
+from .backends import choose, decide_tree
 from .forest import Forest, schedule_steps
 from .kernels import LOADED
 from .ops import below_autograd, is_batched, wants_grad
 from .tree_reference import TREE_CELLS
 
 Grads = Sequence[Tensor | None]
-
-
-def backend_of(w: Tensor) -> str:
-    """ "cpu" or "reference"; raises BackendError where the backend asked for has no recursive cells."""
-    asked = current_backend()
-    if asked in ("cuda", "triton"):
-        raise BackendError(f'backend="{asked}" cannot serve this call: it has no recursive cells')
-    if asked == "auto" and w.device.type not in ("cpu", "meta"):
-        return "reference"
-    return choose(w)
 
 
 def _run(
@@ -162,7 +152,7 @@ def tree(
     cell: str, x: Tensor | None, params: Sequence[Tensor], forest: Forest, direction: str
 ) -> tuple[Tensor, ...]:
     """h and, by cell, c, each [N, H], on the backend in force; the arguments are checked already."""
-    if backend_of(params[0]) == "reference" or transforms.active():
+    if choose(params[0], decide_tree) == "reference" or transforms.active():
         return tree_reference.tree(cell, x, params, forest.steps(direction))
     dtype = params[0].dtype
     if dtype in (torch.float16, torch.bfloat16):

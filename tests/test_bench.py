@@ -213,6 +213,14 @@ def test_sections_have_goals_of_their_own():
     assert "ratio 0.59" in sections.table(probes)
 
 
+@pytest.mark.parametrize("mode", grid.MODES)
+@pytest.mark.parametrize("cell", trees.CELLS)
+def test_a_recursion_gives_the_numbers_of_a_forest(cell, mode):
+    made = trees.calls(Case(cell, mode, Shape(9, 3, 4, 5), "trees"))
+    torch.testing.assert_close(made[rivals.OURS](), made[trees.RECURSION]())
+    torch.testing.assert_close(made[rivals.OURS].x.grad, made[trees.RECURSION].x.grad)
+
+
 def test_every_goal_meets_a_row_and_every_row_a_goal():
     rows = [
         Record(case, 11, 1e-3, dict.fromkeys((rivals.TORCH, rivals.ONNX, rivals.FLOAT32), 1.0))

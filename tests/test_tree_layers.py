@@ -281,8 +281,22 @@ def test_a_replaced_weight_of_the_wrong_shape():
 
 @pytest.mark.parametrize("asked", ["triton", "cuda"])
 def test_backends_without_recursive_cells_say_so(asked):
+    layer = fastrnn.TreeRNN(2, 3)
     with fastrnn.backend(asked), pytest.raises(fastrnn.BackendError, match="it has no recursive cells"):
-        fastrnn.TreeRNN(2, 3)(X, forest(PATH))
+        layer(X, forest(PATH))
+    with fastrnn.backend(asked):
+        assert fastrnn.explain(layer, X).backend is None
+
+
+def test_explain():
+    layer = fastrnn.NaryTreeLSTM(2, 3)
+    assert "nary_lstm levels in C++" in repr(fastrnn.explain(layer, X))
+    assert fastrnn.explain(layer, None).backend == "cpu"
+    assert fastrnn.explain(layer, X.to(torch.complex64)).backend == "reference"
+    with fastrnn.backend("reference"):
+        assert fastrnn.explain(layer, X).reason == "asked for"
+    with pytest.raises(TypeError, match="a LSTM needs an input"):
+        fastrnn.explain(fastrnn.LSTM(2, 3), None)
 
 
 @pytest.mark.gpu
