@@ -76,12 +76,12 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="a smoke test: few expressions, one epoch")
     quick = parser.parse_args().quick
     torch.manual_seed(0)
-    trees, held_out = data(500, 100) if quick else data(30_000, 2_000)
+    trees, held_out = data(500, 100) if quick else data(100_000, 2_000)
     nodes = sum(len(tree.parents) for tree in trees)
     print(f"{len(trees)} expressions of {nodes / len(trees):.1f} nodes, the first: {text(trees[0])}")
     print(f"its value: {trees[0].labels[0]}")
     model = Classifier(13, 10, 32 if quick else 128)
-    accuracy = train(model, trees, held_out, 1 if quick else 12, 100, 4e-3)
+    accuracy = train(model, trees, held_out, 1 if quick else 10, 100, 3e-3)
     beside_recursion(model, trees[: 20 if quick else 100])
     return finish(accuracy, EXPECTED, quick)
 

@@ -249,7 +249,7 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
 
 
 def _explain_tree(layer: torch.nn.Module, input: Any) -> Explanation:
-    x = layer.weight_ih if input is None else input
+    x: Any = layer.weight_ih if input is None else input
     decision, cell = decide_tree(x), layer._cell
     if decision.backend is None:
         return Explanation(None, None, decision.reason)
