@@ -17,6 +17,7 @@ ALL = tuple(GATES)
 OTHERS = ("gru", "rnn")
 # Figures beside the ratios to a rival, which go by its name.
 MICROSECONDS, PEAK, MEMORY = "us a call", "of the FMA peak", "of torch.nn's memory"
+SPEED = "the speed of torch's operations"
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class Goal:
 
     def of(self, row: Record | Probe, peaks: limits.Peaks | None) -> float | None:
         """The row's figure; None where it has none."""
+        if isinstance(row, Probe) and self.figure == SPEED:
+            return row.theirs / row.ours
         if isinstance(row, Probe):
             return row.ours / row.theirs if self.figure == MEMORY else row.ours
         if self.figure == MICROSECONDS:
@@ -147,13 +150,15 @@ GOALS: tuple[Goal, ...] = (
     *goal("peak memory", MEMORY, 0.6, 0.55, section="memory", at_most=True),
     *goal("one busy neighbour a core", "quiet times", 3.0, None, section="crowded", at_most=True),
     *goal("two threads", "one thread's speed", 1.7, 1.7, section="scaling"),
+    *goal("decoder with attention, teacher forcing", SPEED, 1.0, 3.0, section="decoder"),
+    *goal("attention without weights", SPEED, 1.0, 1.0, section="attention", cells=("dot",)),
     *goal("recursive cells", "a Python recursion's speed", 20.0, 15.0, section="trees"),
 )
 
 
 def limit(row: Record | Probe, peaks: limits.Peaks | None) -> limits.Limit | None:
     if isinstance(row, Probe):
-        return limits.of_probe(row.section, row.case)
+        return limits.of_probe(row.section, row.case, peaks)
     return limits.of(row.case, peaks) if peaks else None
 
 

@@ -127,9 +127,25 @@ def of_memory(case: Case) -> Limit:
     return Limit(4 * sum(parts.values()), count)
 
 
-def of_probe(section: str, case: Case) -> Limit | None:
+def of_attention(section: str, case: Case, peaks: Peaks) -> Limit:
+    """The operations of a decoder's products, three of each in training, or of attention's two, in training
+    seven in all. Memory is as long as the queries, and as wide as I."""
+    T, B, I, H = case.shape.T, case.shape.B, case.shape.I, case.shape.H
+    attention = 2 * T * B * T * 2 * H
+    if section == "decoder":
+        layer = 2 * T * B * (GATES[case.cell] * H * (I + 2 * H) + H * (I + H))
+        operations = (layer + attention) * (3 if case.mode in TRAINING else 1)
+    else:
+        operations = attention * 7 // 2 if case.mode in TRAINING else attention
+    seconds = operations / peaks.gflops[case.dtype] / 1e9
+    return Limit(seconds, f"{si(operations)}FLOP at {peaks.gflops[case.dtype]:.0f} GFLOP/s, {si(seconds)}s")
+
+
+def of_probe(section: str, case: Case, peaks: Peaks | None) -> Limit | None:
     if section == "crowded":
         return Limit(2, "with a busy neighbour on each core half of the CPU time is left")
     if section == "scaling":
         return Limit(2, "two cores do twice one's operations and read twice its bytes")
+    if section in ("decoder", "attention"):
+        return of_attention(section, case, peaks) if peaks else None
     return of_memory(case) if section == "memory" else None

@@ -1,4 +1,5 @@
-"""What the report measures beside the rows: peak memory, a crowded machine, and one thread beside two."""
+"""What the report measures beside the rows: peak memory, a crowded machine, one thread beside two, and
+the decoder and attention."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastrnn.bench import memory, rivals, trees
+from fastrnn.bench import attention, memory, rivals, trees
 from fastrnn.bench.grid import LARGE, MODES, WIDE, Case
 from fastrnn.bench.machine import CpuClock
 from fastrnn.bench.records import Probe
@@ -90,11 +91,20 @@ def scaling(cells: tuple[str, ...], seconds: float = SECONDS) -> list[Probe]:
     return probes
 
 
-SECTIONS = {"memory": memory.measure, "crowded": crowded, "scaling": scaling, "trees": trees.measure}
+SECTIONS = {
+    "memory": memory.measure,
+    "crowded": crowded,
+    "scaling": scaling,
+    "decoder": attention.decoder,
+    "attention": attention.attention,
+    "trees": trees.measure,
+}
 UNITS = {
     "memory": ("peak memory of a call, MiB", 2**20),
     "crowded": ("a call's time with one busy neighbour process per core, over its quiet time", 1),
     "scaling": ("speed on two threads over that on one", 1),
+    "decoder": ("a decoder with attention and a loop over torch.nn's cells, ms a call", 1e-3),
+    "attention": ("attention and scaled_dot_product_attention, ms a call", 1e-3),
     "trees": ("recursive cells: speed over that of a Python recursion over torch.nn modules", 1),
 }
 
@@ -120,5 +130,6 @@ def table(probes: list[Probe]) -> str:
         for p in (p for p in probes if p.section == section):
             line = f"  {p.case.id:36}ours {p.ours / unit:9.2f}   torch.nn {p.theirs / unit:9.2f}"
             line += f"   ratio {p.ours / p.theirs:.2f}" * (section == "memory")
+            line += f"   times as fast {p.theirs / p.ours:.2f}" * (section in ("decoder", "attention"))
             lines.append(line + p.conditions.text())
     return "\n".join(lines)

@@ -68,6 +68,36 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   // What the forward pass of such a layer would do on the CPU: threads, the parts into which directions, rows
   // and units fall, and the bytes of second-level cache that the choice rests on. x: its type and last size.
   m.def("plan(str cell, Tensor x, int T, int B, int N, int H, int P, int D, bool int8) -> int[]");
+  // Attention after the products with weights; fastrnn.reference.attention has the arguments. weights has no
+  // elements unless need_weights; lse [B, Tq], the logarithm of each softmax's sum, is for
+  // attention_backward.
+  m.def(
+      "attention(Tensor query, Tensor keys, Tensor values, Tensor? v, Tensor? mask, float scale, bool "
+      "need_weights) -> (Tensor context, Tensor weights, Tensor lse)");
+  // dv has no elements where v is not given.
+  m.def(
+      "attention_backward(Tensor? dcontext, Tensor? dweights, Tensor query, Tensor keys, Tensor values, "
+      "Tensor? "
+      "v, Tensor? mask, float scale, Tensor context, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor "
+      "dvalues, "
+      "Tensor dv)");
+  // All steps of Luong's decoder with input feeding; fastrnn.reference.decoder has the arguments, with the
+  // parameters of all layers in one list. saved: what decoder_backward needs, empty unless save.
+  m.def(
+      "decoder(str cell, Tensor x, Tensor[] states, Tensor feed, Tensor[] params, Tensor w_h, Tensor keys, "
+      "Tensor values, Tensor? w_q, Tensor? v, Tensor? mask, Tensor[] drops, float scale, bool save) -> "
+      "(Tensor "
+      "out, Tensor[] last, Tensor weights, Tensor[] saved)");
+  // dout, dlast, dweights: gradients of decoder's outputs; none counts as zeros. dw_q and dv have no elements
+  // where those are not given.
+  m.def(
+      "decoder_backward(str cell, Tensor? dout, Tensor[] dlast, Tensor? dweights, Tensor x, Tensor[] states, "
+      "Tensor feed, Tensor[] params, Tensor w_h, Tensor keys, Tensor values, Tensor? w_q, Tensor? v, Tensor? "
+      "mask, Tensor[] drops, float scale, Tensor out, Tensor weights, Tensor[] saved) -> (Tensor dx, "
+      "Tensor[] "
+      "dstates, Tensor dfeed, Tensor[] dparams, Tensor dw_h, Tensor dkeys, Tensor dvalues, Tensor dw_q, "
+      "Tensor "
+      "dv)");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");

@@ -13,13 +13,6 @@ std::string text(const Sizes& sizes) {
   return s.empty() ? "[]" : s + "]";
 }
 
-Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
-  STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(t.sizes()));
-  STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have the input's dtype");
-  STD_TORCH_CHECK(t.is_cpu() == on_cpu, name, " must be on the input's device");
-  return dense(t);
-}
-
 const int64_t* check_indices(const char* name, const Tensor& t, int64_t count) {
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == count && dtype_of(t) == ScalarType::Long && t.is_cpu(), name,
                   " must be a LongTensor [", count, "] on the CPU");
@@ -27,6 +20,13 @@ const int64_t* check_indices(const char* name, const Tensor& t, int64_t count) {
 }
 
 }  // namespace
+
+Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
+  STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(t.sizes()));
+  STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have the input's dtype");
+  STD_TORCH_CHECK(t.is_cpu() == on_cpu, name, " must be on the input's device");
+  return dense(t);
+}
 
 bool has_shape(const Tensor& t, const Shape& shape) {
   const auto sizes = t.sizes();

@@ -47,6 +47,9 @@ class Shape {
 
 bool has_shape(const Tensor& t, const Shape& shape);
 
+// The tensor, contiguous; raises where it is of another shape, type or device.
+Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu);
+
 // t's type. Tensor::scalar_type() asks torch about one type after another, which a short call would notice.
 inline ScalarType dtype_of(const Tensor& t) {
   int32_t dtype = 0;

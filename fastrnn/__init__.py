@@ -6,6 +6,7 @@ lstm = fastrnn.LSTM(256, 512, num_layers=2)   # torch.nn.LSTM's signature, param
 
 from . import functional
 from ._version import __version__
+from .attention import Attention, AttentionDecoder
 from .backends import BackendError, Explanation, backend, explain
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
@@ -21,6 +22,8 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Attention",
+    "AttentionDecoder",
     "BackendError",
     "ChildSumTreeLSTM",
     "Explanation",

@@ -1,4 +1,4 @@
-"""`python -m fastrnn info|bench|lm`."""
+"""`python -m fastrnn info|bench|tune|lm`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ def _parser() -> Parser:
         prog="python -m fastrnn", description="Faster LSTM, GRU and RNN for PyTorch.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,lm}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,tune,lm}")
     info = commands.add_parser("info", help="versions, build, instruction sets, GPUs, kernels")
     info.set_defaults(run=_info)
     # The benchmark reads its own options, --help included.
     bench = commands.add_parser("bench", help="speed against torch.nn on this machine", add_help=False)
     bench.set_defaults(run=_bench)
+    tune = commands.add_parser("tune", help="the fastest Triton configuration of given layers on this GPU")
+    tune.set_defaults(run=_tune)
+    _tune_options(tune)
     add_parser(commands)
     return parser
 
@@ -49,6 +52,29 @@ def _bench(args: argparse.Namespace) -> int:
     if not hasattr(bench, "main"):  # an empty folder imports as a namespace package
         raise UserError("this installation of fastrnn has no benchmarks")
     return int(bench.main(args.rest))
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    from .reference import CELLS
+
+    parser.add_argument("--cell", choices=CELLS, default="lstm")
+    parser.add_argument("--hidden", type=int, nargs="+", required=True, metavar="H", help="hidden sizes")
+    parser.add_argument("--batch", type=int, nargs="+", default=[16], metavar="B")
+    parser.add_argument("--steps", type=int, default=256, metavar="T", help="length to measure with")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--proj-size", type=int, default=0, metavar="P")
+    parser.add_argument("--bidirectional", action="store_true")
+    parser.add_argument("--forward", action="store_true", help="for inference, else for training")
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from .backends import TRITON_MISSING
+
+    if TRITON_MISSING is not None:
+        raise UserError(f"tune needs the triton backend: {TRITON_MISSING}")
+    tune = importlib.import_module("fastrnn.triton_kernels.tune")
+    tune.run(args)
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -168,7 +168,9 @@ def _values_readable(tensor: Tensor) -> bool:
     )
 
 
-def sequence_lengths(lengths: Tensor, T: int, B: int, device: torch.device, batched: bool) -> Tensor:
+def sequence_lengths(
+    lengths: Tensor, T: int, B: int, device: torch.device, batched: bool, symbol: str = "T"
+) -> Tensor:
     """Checks `lengths` ([B], integers in [0, T]) and returns it as int64 on the input's device.
 
     The range is checked where that is free: for a CPU tensor outside of any trace. Elsewhere the
@@ -185,7 +187,7 @@ def sequence_lengths(lengths: Tensor, T: int, B: int, device: torch.device, batc
     if B > 0 and _values_readable(lengths):
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > T:
-            raise ValueError(f"lengths must lie in [0, T] = [0, {T}], got {low if low < 0 else high}")
+            raise ValueError(f"lengths must lie in [0, {symbol}] = [0, {T}], got {low if low < 0 else high}")
     return lengths.to(device, torch.int64)
 
 
@@ -229,3 +231,52 @@ def cell_sizes(x: Tensor, hx: Sequence[Tensor], input_size: int, hidden_size: in
         if h.dim() != 2 or h.size(1) != hidden_size:
             found = h.size(1) if h.dim() > 1 and h.size(1) != hidden_size else list(h.shape)
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {found}, expected {hidden_size}")
+
+
+def shape(name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:
+    """The tensor has the expected shape, named by its symbols in the message."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} must be {symbols} = {list(expected)}, got {list(tensor.shape)}")
+
+
+def float_like(name: str, tensor: Tensor, weight: Tensor, owner: str) -> None:
+    """The tensor is floating point and, outside autocast, of the weight's (or query's) dtype; same device."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name} must be a floating point tensor, got {tensor.dtype}")
+    if tensor.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+        raise RuntimeError(f"{name} must be {weight.dtype} like {owner}, got {tensor.dtype}")
+    if tensor.device != weight.device:
+        raise RuntimeError(f"{name} must be on {weight.device} like {owner}, got {tensor.device}")
+
+
+def attention_mask(
+    lengths: Tensor | None,
+    mask: Tensor | None,
+    sizes: tuple[int, int, int],
+    device: torch.device,
+    batched: bool,
+) -> Tensor | None:
+    """lengths [B] and mask [B, S] or [B, Tq, S] (unbatched [S], [Tq, S]) as one mask, by "and"; None: all may
+    be attended to. sizes: B, Tq, S."""
+    B, Tq, S = sizes
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"mask must be a BoolTensor, got {type(mask).__name__}")
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"mask must be a BoolTensor, True where memory may be attended to, got {mask.dtype}"
+            )
+        wanted = ((B, S), (B, Tq, S)) if batched else ((S,), (Tq, S))
+        if tuple(mask.shape) not in wanted:
+            symbols = "[B, S] or [B, Tq, S]" if batched else "[S] or [Tq, S]"
+            raise ValueError(
+                f"mask must be {symbols} = {list(wanted[0])} or {list(wanted[1])}, got {list(mask.shape)}"
+            )
+        mask = (mask if batched else mask.unsqueeze(0)).to(device)
+    if lengths is None:
+        return mask
+    lengths = sequence_lengths(lengths, S, B, device, batched, "S")
+    within = torch.arange(S, device=device) < lengths[:, None]  # [B, S]
+    if mask is None:
+        return within
+    return mask & (within if mask.dim() == 2 else within[:, None])

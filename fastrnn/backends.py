@@ -203,6 +203,14 @@ def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
     return decision.backend
 
 
+def choose_fused(x: Tensor, what: str) -> str:
+    """ "cpu" or "reference": the backend of what has kernels for the CPU alone."""
+    backend = choose(x)
+    if backend == "triton" and current_backend() == "triton":
+        raise BackendError(f'backend="triton" cannot serve this call: it has no kernel for {what}')
+    return "cpu" if backend == "cpu" else "reference"
+
+
 @dataclass(frozen=True)
 class Explanation:
     """What `explain` found: `backend` and `kernel` would run, split so over threads or programs, because of
@@ -291,7 +299,8 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         from .triton_kernels import describe
 
         H, B = layer.hidden_size, _sizes(layer, input)[1]
-        kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, x)
+        D = 2 if getattr(layer, "bidirectional", False) else 1
+        kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
         return Explanation("triton", kernel, decision.reason, split)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
     kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"

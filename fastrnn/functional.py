@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import kernels, ops, reference, transforms
-from .backends import AUTOCAST_DTYPES, autocast_dtype, choose
+from . import fused, kernels, ops, reference, transforms
+from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
@@ -142,3 +142,97 @@ def rnn(
     cell = f"rnn_{nonlinearity}"
     y, (h,), _ = layer(cell, x, (h0,), params, lengths=lengths, batch_sizes=batch_sizes, reset=reset)
     return y, h
+
+
+def _narrow(flat: Sequence[Tensor | None]) -> tuple[torch.dtype, list[Tensor | None]]:
+    """The type of the results, that of the first tensor or autocast's, and all in that of the arithmetic.
+
+    16 bits are for what is kept, as in `layer`: the arithmetic is float32's, rounded once.
+    """
+    first = flat[0]
+    assert first is not None
+    autocast = autocast_dtype(first)
+    dtype = autocast or first.dtype
+    cast: list[Tensor | None] = []
+    for t in flat:
+        if t is None or t.dtype == torch.bool:
+            cast.append(t)
+            continue
+        same = t.to(dtype) if autocast is not None and t.dtype in AUTOCAST_DTYPES else t
+        if same.dtype != dtype:
+            raise RuntimeError(f"all tensors must be {dtype} like the first, got {t.dtype}")
+        cast.append(same.float() if dtype in (torch.float16, torch.bfloat16) else same)
+    return dtype, cast
+
+
+def _has_kernel(x: Tensor, what: str) -> bool:
+    """Whether the call goes to the kernels; an exported model has plain operations."""
+    return choose_fused(x, what) == "cpu" and RECORDER.take is None
+
+
+def attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
+    need_weights: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of every query over all keys, after the products with weights that make them.
+
+    query    [Tq, B, K], keys [S, B, K], values [S, B, V]
+    v        None: score = query . key; [K]: score = v . tanh(query + key). Either times scale
+    mask     bool [B, S] or [B, Tq, S], True where a query may attend; what none may attend to is not read
+    returns  (context [Tq, B, V], weights [B, Tq, S]; None unless need_weights): softmax over S, and zero
+             where a query may attend to nothing
+    Raises ValueError for sizes that do not agree, RuntimeError for dtypes and devices that differ,
+    BackendError where the backend asked for has no such kernel.
+    """
+    dtype, wide = _narrow([query, keys, values, v, mask])
+    call = fused.Attention(scale, need_weights)
+    kernel = _has_kernel(query, "attention")
+    context, *weights = fused.run(call, wide) if kernel else call.reference(wide)
+    return context.to(dtype), weights[0].to(dtype) if need_weights else None
+
+
+def decoder(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    feed: Tensor,
+    params: Sequence[Sequence[Tensor]],
+    w_h: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    w_q: Tensor | None = None,
+    v: Tensor | None = None,
+    mask: Tensor | None = None,
+    drops: Sequence[Tensor] = (),
+    scale: float = 1.0,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """All steps of Luong's decoder with input feeding; arguments and results as of `reference.decoder`.
+
+    Raises RuntimeError for sizes, dtypes and devices that do not agree, BackendError where the backend asked
+    for has no such kernel.
+    """
+    flat = [
+        x,
+        *states,
+        feed,
+        *(p for layer in params for p in layer),
+        w_h,
+        keys,
+        values,
+        w_q,
+        v,
+        mask,
+        *drops,
+    ]
+    dtype, wide = _narrow(flat)
+    call = fused.Decoder(cell, len(params), scale)
+    kernel = _has_kernel(x, "the decoder")
+    out, *last, weights = fused.run(call, wide) if kernel else call.reference(wide)
+    return out.to(dtype), tuple(s.to(dtype) for s in last), weights.to(dtype)

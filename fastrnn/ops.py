@@ -262,7 +262,7 @@ class _OperatorFunction(_LayerFunction):
         return _LayerFunction.backward(ctx, *grads[: ctx.plan.outputs])
 
 
-def _no_transforms() -> None:
+def no_transforms() -> None:
     if transforms.active():  # forward-mode AD would drop the tangents without a word
         raise RuntimeError(
             "torch.ops.fastrnn knows no transforms of torch.func and no forward-mode AD. A fastrnn module "
@@ -289,7 +289,7 @@ def _autograd_layer(
     save: bool,
     return_states: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    _no_transforms()
+    no_transforms()
     inputs = Inputs(cell, x, states, params, lengths, batch_sizes, reset)
     if not wants_grad(x, *states, *params):
         unchanged: tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
@@ -322,7 +322,7 @@ def _autograd_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    _no_transforms()
+    no_transforms()
     given = [g for g in (dy, *dlast, *dseq) if g is not None]
     if not wants_grad(*given, x, *states, *params):
         args = (dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved)
@@ -352,7 +352,8 @@ def _backward_flops(
     return 2 * _layer_flops(cell, x, states, params)
 
 
-def _register_flops() -> None:
+def register_flops(name: str, formula: Any) -> None:
+    """For torch.utils.flop_counter."""
     log = logging.getLogger("torch.utils.flop_counter")
     level = log.level
     log.setLevel(logging.ERROR)  # torch 2.11 warns on import where triton is missing
@@ -360,9 +361,7 @@ def _register_flops() -> None:
         from torch.utils.flop_counter import register_flop_formula
     finally:
         log.setLevel(level)
-    for prefix in PREFIXES.values():
-        register_flop_formula(getattr(torch.ops.fastrnn, prefix + "layer"))(_layer_flops)
-        register_flop_formula(getattr(torch.ops.fastrnn, prefix + "layer_backward"))(_backward_flops)
+    register_flop_formula(getattr(torch.ops.fastrnn, name))(formula)
 
 
 def _triton_layer(*args: Any) -> Any:
@@ -378,15 +377,15 @@ def _triton_backward(*args: Any) -> Any:
 
 
 if LOADED:
-    _register_flops()
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
     for _backend, _prefix in PREFIXES.items():
-        for _name, _fake, _rule in (
-            ("layer", partial(_fake_layer, _backend), partial(_autograd_layer, _backend)),
-            ("layer_backward", _fake_backward, partial(_autograd_backward, _backend)),
+        for _name, _fake, _rule, _flops in (
+            ("layer", partial(_fake_layer, _backend), partial(_autograd_layer, _backend), _layer_flops),
+            ("layer_backward", _fake_backward, partial(_autograd_backward, _backend), _backward_flops),
         ):
             torch.library.register_fake(f"fastrnn::{_prefix}{_name}", _fake)
             _LIBRARY.impl(_prefix + _name, _rule, "Autograd", with_keyset=True)
+            register_flops(_prefix + _name, _flops)
     _LIBRARY.impl("triton_layer", _triton_layer, "CompositeExplicitAutograd")
     _LIBRARY.impl("triton_layer_backward", _triton_backward, "CompositeExplicitAutograd")
     # Torch's own fallback for operators without a rule takes time to find that there is no gradient.

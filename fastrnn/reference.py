@@ -128,6 +128,11 @@ def rounded(
     return y.to(dtype), tuple(s.to(dtype) for s in last), tuple(s.to(dtype) for s in seq)
 
 
+def _own_precision(x: Tensor) -> bool:
+    """Whether autocast is on for x's device: it would round the products of the reference."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -148,9 +153,8 @@ def layer(
     returns     y [T, B, D*P] (packed: [N, D*P]), the last states [D, B, .], and the sequences of
                 the states after the first, each [D, T, B, H] (packed: [D, N, H])
     """
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # it would round the products below
-        with torch.autocast(device, enabled=False):
+    if _own_precision(x):
+        with torch.autocast(x.device.type, enabled=False):
             return layer(cell, x, states, params, lengths, batch_sizes, reset)
     if x.dtype in (torch.float16, torch.bfloat16):
         # As in the kernels: 16 bits are for what is kept, the arithmetic is float32's, rounded once.
@@ -219,3 +223,83 @@ def _packed_layer(
         last,
         tuple(s.flatten(1, 2).index_select(1, flat) for s in seq),
     )
+
+
+def attention(
+    query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Attention after all products with weights: scores of queries against keys, softmax, weighted sums.
+
+    query    [Tq, B, K], keys [S, B, K], values [S, B, V]
+    v        None: score = query . key; [K]: score = v . tanh(query + key). Either times scale
+    mask     bool [B, S] or [B, Tq, S], True where a query may attend; what none may attend to is not read
+    returns  (context [Tq, B, V], weights [B, Tq, S]), zero where a query may attend to nothing
+    """
+    if _own_precision(query):
+        with torch.autocast(query.device.type, enabled=False):
+            return attention(query, keys, values, v, mask, scale)
+    q, k, m = (t.transpose(0, 1) for t in (query, keys, values))  # [B, ., .]
+    zero = torch.zeros((), dtype=q.dtype, device=q.device)
+    if mask is not None:
+        mask = mask if mask.dim() == 3 else mask[:, None]
+        attended = mask.any(1)[:, :, None]
+        k, m = torch.where(attended, k, zero), torch.where(attended, m, zero)
+    scores = scale * (q @ k.mT if v is None else (q[:, :, None] + k[:, None]).tanh() @ v)
+    if mask is None:
+        weights = scores.softmax(-1)
+    else:
+        # A finite lowest score: the softmax of a row without any other is no NaN, and cut after it.
+        lowest = torch.full_like(zero, torch.finfo(q.dtype).min)
+        weights = torch.where(mask, torch.where(mask, scores, lowest).softmax(-1), zero)
+    return (weights @ m).transpose(0, 1), weights
+
+
+def decoder(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    feed: Tensor,
+    params: Sequence[Sequence[Tensor]],
+    w_h: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    w_q: Tensor | None,
+    v: Tensor | None,
+    mask: Tensor | None,
+    drops: Sequence[Tensor],
+    scale: float,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Luong's decoder with input feeding, all steps: a_t = tanh(W_c [c_t; h_t]), with the part of W_c that
+    meets the context taken into the values, W_c c = sum_s w_s (W_c m_s).
+
+    x        [T, B, I]
+    states   h [L, B, H] and, for the LSTM, c
+    feed     [B, H] the a before the first step
+    params   of each layer (w_ih [G*H, I + H or H], w_hh [G*H, H], b_ih, b_hh [G*H]); the first layer reads
+             [x_t; a_{t-1}]
+    w_h      [H, H] the part of W_c that meets h
+    keys     [S, B, K], values [S, B, H]: what scores are made of, what is summed; w_q [K, H] makes the query
+             of h, None: h itself; v, mask, scale as in `attention`
+    drops    [T, B, H] factors of the output of each layer but the last; none: 1
+    returns  (a [T, B, H], last states, weights [B, T, S])
+    """
+    if _own_precision(x):
+        with torch.autocast(x.device.type, enabled=False):
+            return decoder(cell, x, states, feed, params, w_h, keys, values, w_q, v, mask, drops, scale)
+    layers = [tuple(s[k] for s in states) for k in range(len(params))]
+    out, columns = [], []
+    for t in range(x.shape[0]):
+        below = torch.cat([x[t], feed], -1)
+        for k, (w_ih, w_hh, b_ih, b_hh) in enumerate(params):
+            gx = torch.nn.functional.linear(below, w_ih, b_ih)
+            layers[k] = CELLS[cell].step(gx, layers[k][0], layers[k], w_hh, b_hh)
+            below = layers[k][0]
+            if drops and k < len(params) - 1:
+                below = below * drops[k][t]
+        query = below if w_q is None else torch.nn.functional.linear(below, w_q)
+        mixed, weights = attention(query[None], keys, values, v, mask, scale)
+        feed = (mixed[0] + torch.nn.functional.linear(below, w_h)).tanh()
+        out.append(feed)
+        columns.append(weights)
+    last = tuple(torch.stack(column) for column in zip(*layers, strict=True))
+    return torch.stack(out), last, torch.cat(columns, 1)

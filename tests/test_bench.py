@@ -14,6 +14,7 @@ from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
 from fastrnn.bench import (
+    attention,
     compare,
     goals,
     grid,
@@ -227,10 +228,11 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
         for case in grid.rows()
     ]
     shapes = {"memory": (memory.SHAPE,), "crowded": sections.CROWDED, "scaling": (sections.SCALING,)}
+    shapes |= {"decoder": (attention.DECODER,), "attention": (attention.ATTENTION,)}
     shapes["trees"] = (trees.SHAPE,)
     assert shapes.keys() == sections.SECTIONS.keys() == sections.UNITS.keys()
     rows += [
-        Probe(section, Case("gru", mode, shape), 1.0, 1.0)
+        Probe(section, Case("dot" if section == "attention" else "gru", mode, shape), 1.0, 1.0)
         for section in shapes
         for mode in (grid.MODES if section != "crowded" else ["forward"])
         for shape in shapes[section]
@@ -440,6 +442,18 @@ def test_the_least_memory():
 
 def test_prefixes():
     assert [limits.si(x) for x in (1.25e-3, 2.5e-8, 3, 8.05e10)] == ["1.25 m", "25 n", "3 ", "80.5 G"]
+
+
+def test_attention_and_its_decoder_are_compared():
+    """Both rivals compute the same, or the section would raise; their limits count operations."""
+    shape = grid.Shape(3, 2, 4, 4)
+    probes = attention.decoder(("lstm", "gru", "rnn"), shape, 0.0) + attention.attention((), shape, 0.0)
+    assert [p.case.mode for p in probes] == ["forward", "training"] * 4
+    found = limits.of_probe("decoder", Case("lstm", "training", shape), PEAKS)
+    operations = 3 * 2 * 3 * 2 * (16 * 12 + 4 * 8 + 3 * 8)
+    assert found.ours == pytest.approx(operations / PEAKS.gflops["float32"] / 1e9)
+    assert limits.of_probe("attention", Case("dot", "forward", shape), None) is None
+    assert "times as fast" in sections.table(probes)
 
 
 def test_busy_neighbours_end_with_the_block():

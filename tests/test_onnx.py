@@ -57,6 +57,19 @@ def export(model, args, path):
     return run, [node.op_type for node in onnx.load(path).graph.node]
 
 
+class Attends(nn.Module):
+    """A decoder whose steps' outputs attend once more."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.decoder = fastrnn.AttentionDecoder(3, 6, 5, score="general", **options)
+        self.attention = fastrnn.Attention(6, 5, score="additive")
+
+    def forward(self, x, memory, lengths):
+        out, state, weights = self.decoder(x, memory, lengths=lengths)
+        return out, *state, weights, *self.attention(out, memory, lengths=lengths)
+
+
 def assert_same(ours, theirs):
     leaves = torch.utils._pytree.tree_leaves(theirs)
     assert len(ours) == len(leaves)
@@ -168,3 +181,14 @@ def test_keyword_arguments(tmp_path):
         names = [i.name for i in session.get_inputs()]
         got = session.run(None, dict(zip(names, (x.numpy(), h.numpy()), strict=True)))
         assert_same([torch.from_numpy(got[0])], model(x, h=h))
+
+
+@pytest.mark.parametrize("feeding", [True, False])
+def test_attention_and_its_decoder(tmp_path, feeding):
+    """The attention as plain operations, every size but input feeding's T dynamic."""
+    model = Attends(cell="lstm", input_feeding=feeding)
+    x, memory, lengths = torch.randn(4, 2, 3), torch.randn(7, 2, 5), torch.tensor([7, 3])
+    run, _ = export(model, (x, memory, lengths), tmp_path / "model.onnx")
+    assert_same(run(x, memory, lengths), model(x, memory, lengths))
+    x, memory, lengths = torch.randn(4, 3, 3), torch.randn(9, 3, 5), torch.tensor([1, 9, 2])
+    assert_same(run(x, memory, lengths), model(x, memory, lengths))

@@ -3,6 +3,7 @@ GPU where there is one."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from fastrnn.__main__ import main
 
 pytestmark = pytest.mark.skipif(util.find_spec("triton") is None, reason="Triton is not installed")
 
@@ -61,8 +64,8 @@ def test_interpreted():
     if version("triton") < (3, 8) and version("numpy") >= (2, 4):
         pytest.skip("Triton before 3.8 interprets no loop with numpy 2.4 or newer")
     finish(
-        run("triton_interpreted.py", "step", TRITON_INTERPRET="1"),
-        run("triton_interpreted.py", "not step", TRITON_INTERPRET="1"),
+        run("triton_interpreted.py", "step or scan", TRITON_INTERPRET="1"),
+        run("triton_interpreted.py", "not (step or scan)", TRITON_INTERPRET="1"),
     )
 
 
@@ -70,6 +73,14 @@ def test_interpreted():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_the_gpu():
     finish(run("triton_interpreted.py", "step or not step"))
+
+
+def test_tuning_wants_a_gpu(capsys):
+    """An interpreter that measures nothing, and a process that sees no GPU."""
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["tune", "--hidden", "8"]) == 2
+    assert capsys.readouterr().err == "fastrnn: tune measures on a GPU, and torch sees none here\n"
 
 
 # --- ahead of time
@@ -84,14 +95,10 @@ def compile_all(job):
     """Of one configuration, each kernel's (name, shared memory, registers, stack, local memory)."""
     from triton.backends.compiler import GPUTarget
 
-    from fastrnn.triton_kernels import ahead, heuristics, layer
+    from fastrnn.triton_kernels import ahead, layer
 
-    capability, cell, dtype, H, P, B, options, special = job
+    capability, config, cell, dtype, H, projected, options, special = job
     target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", "gfx942", 64)
-    projected, heads = P > 0, options.get("heads", 1)
-    config = heuristics.configure(
-        cell, H // heads, (P or H) // heads, B, dtype.itemsize, projected, capability or None
-    )
     common = layer.options(
         cell, config, dtype, ahead.precision(dtype, target), projected=projected, **options
     )
@@ -102,7 +109,7 @@ def compile_all(job):
         if capability:
             usage = resources(compiled.asm["cubin"])
         found.append((name, compiled.metadata.shared, *usage))
-    return job, str(config), found
+    return job, found
 
 
 def resources(cubin: bytes) -> tuple[int, ...]:
@@ -121,30 +128,41 @@ def resources(cubin: bytes) -> tuple[int, ...]:
     return tuple(map(int, match.groups()))
 
 
+# Units, batches and multiprocessors (0: programs cannot meet) that have every configuration between them.
+SIZES, BATCHES, PROCESSORS = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128), (0, 132)
+
+
 def jobs():
-    """Each cell, type and architecture with the smallest and the largest scan and the step; each option
-    once."""
-    from fastrnn.triton_kernels.heuristics import configure
+    """Every configuration of each cell, type and architecture; each option with one of each kernel."""
+    from fastrnn.triton_kernels.heuristics import Shape, configure
+
+    def job(capability, cell, dtype, H, B, processors, special, P=0, **options):
+        shape = Shape(
+            cell, H, P or H, 1, B, dtype.itemsize, P > 0, capability or None, processors if capability else 0
+        )
+        return capability, configure(shape), cell, dtype, H, P > 0, options, special
 
     for capability in SHARED:
         for dtype in (torch.bfloat16, torch.float32):
             for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh"):
-                sizes = [16, 32, 64, 128, 256, 512]
-                configs = [configure(cell, H, H, 16, dtype.itemsize, False, capability) for H in sizes]
-                scans = [H for H, config in zip(sizes, configs, strict=True) if config.kernel == "scan"]
-                for H in (scans[0], scans[-1], 512):
-                    yield capability, cell, dtype, H, 0, 16, {}, {}
-    for H in (64, 500):
-        for dtype in (torch.float16, torch.float32):
-            yield 90, "rnn_relu", dtype, H, 0, 128, {}, {}
+                sizes = itertools.product(SIZES, BATCHES, PROCESSORS)
+                every = [job(capability, cell, dtype, *size, {}) for size in sizes]
+                yield from {job[1]: job for job in every}.values()
+    half, brain = torch.float16, torch.bfloat16
+    yield job(90, "lstm", brain, 2048, 128, 132, {}, masked=True)
+    for H, processors in ((64, 0), (500, 0), (500, 132)):
+        for dtype in (half, torch.float32):
+            yield job(90, "rnn_relu", dtype, H, 128, processors, {})
         for cell in ("lstm", "gru", "gru_reset_before"):
-            yield 90, cell, torch.float16, H, 0, 128, {}, {"SAVE": False, "SEQ": False, "BIAS": False}
-            yield 90, cell, torch.bfloat16, H, 0, 64, {"masked": True}, {"DY": False}
-            yield 90, cell, torch.bfloat16, H, 0, 64, {"packed": True}, {}
-            yield 90, cell, torch.bfloat16, 4 * H, 0, 64, {"heads": 4}, {}
-        yield 90, "lstm", torch.bfloat16, H, H // 4, 64, {}, {"DSEQ": True}
-        yield 0, "lstm", torch.bfloat16, H, 0, 64, {}, {}
-        yield 0, "gru", torch.float32, H, 0, 64, {}, {}
+            inference = {"SAVE": False, "SEQ": False, "BIAS": False}
+            yield job(90, cell, half, H, 128, processors, inference)
+            yield job(90, cell, brain, H, 64, processors, {"DY": False}, masked=True)
+            yield job(90, cell, brain, H, 64, processors, {}, packed=True)
+            yield job(90, cell, brain, H, 64, processors, {}, heads=4)
+        yield job(90, "lstm", brain, H, 64, processors, {"DSEQ": True}, P=H // 4)
+        if processors == 0:
+            yield job(0, "lstm", brain, H, 64, 0, {})
+            yield job(0, "gru", torch.float32, H, 64, 0, {})
 
 
 def _without_interpreter() -> None:
@@ -157,9 +175,11 @@ def test_compiled_ahead():
     seen = set()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_without_interpreter) as pool:
-        for job, config, found in pool.map(compile_all, jobs()):
+        for job, found in pool.map(compile_all, jobs()):
             for name, shared, registers, stack, local in found:
-                assert shared <= SHARED.get(job[0], 64) * 1024, (job, config, name, shared)
-                assert stack + local <= MOST_SPILLED, (job, config, name, registers, stack, local)
-                seen.add(name)
-    assert seen == {"scan_forward", "scan_backward", "step_forward", "step_backward"}
+                assert shared <= SHARED.get(job[0], 64) * 1024, (job, name, shared)
+                assert stack + local <= MOST_SPILLED, (job, name, registers, stack, local)
+                seen.add((job[1].kernel, name))
+    kernels = {"scan": "scan", "grid": "step", "step": "step"}
+    ways = ("forward", "backward")
+    assert seen == {(kind, f"{name}_{way}") for kind, name in kernels.items() for way in ways}

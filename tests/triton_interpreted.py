@@ -17,7 +17,7 @@ from fastrnn.triton_kernels import heuristics, layer
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 EPSILON = {torch.float32: 5e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
-KERNELS = {"scan": None, "step": heuristics.Config("step", 16, 16, 16, 4, 2)}
+KERNELS = {"scan": None, **{name: heuristics.Config(name, 16, 16, 16, 4, 2) for name in ("step", "grid")}}
 each_cell = pytest.mark.parametrize("cell", CELLS)
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 
@@ -27,6 +27,16 @@ def exact_products():
     """No TF32, which torch allows cuDNN unless told otherwise."""
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
+
+
+@pytest.fixture(autouse=True)
+def programs_that_meet(monkeypatch):
+    """Run side by side in the interpreter too."""
+    if layer.INTERPRETED:
+        import side_by_side
+        from triton.runtime.interpreter import GridExecutor
+
+        monkeypatch.setattr(GridExecutor, "__call__", side_by_side.run)
 
 
 @contextlib.contextmanager
@@ -75,7 +85,7 @@ def worst(ours, reference):
     return worst
 
 
-def check(cell, kernel, monkeypatch, T=4, B=3, I=4, H=9, dtype=torch.float32, **options):
+def check(cell, kernel, monkeypatch, T=4, B=3, I=4, H=18, dtype=torch.float32, **options):
     x, states, params, masks = case(cell, T, B, I, H, **options)
     flat = [t.to(dtype).to(F64) for t in (x, *states, *params)]  # the same numbers for both
     with fastrnn.backend("reference"):
@@ -104,13 +114,13 @@ def test_masks_and_both_directions(cell, mask, kernel, monkeypatch):
 @each_kernel
 @pytest.mark.parametrize("mask", ["none", "lengths+reset", "packed"])
 def test_projection(mask, kernel, monkeypatch):
-    check("lstm", kernel, monkeypatch, mask=mask, D=2, P=5, H=18)
+    check("lstm", kernel, monkeypatch, mask=mask, D=2, P=5)
 
 
 @each_kernel
 @each_cell
 def test_heads(cell, kernel, monkeypatch):
-    check(cell, kernel, monkeypatch, D=2, H=21, heads=3, mask="lengths")
+    check(cell, kernel, monkeypatch, D=2, H=51, heads=3, mask="lengths")
 
 
 @each_kernel
@@ -124,7 +134,7 @@ def test_several_tiles(cell, kernel, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @each_cell
 def test_16_bits(cell, dtype, kernel, monkeypatch):
-    check(cell, kernel, monkeypatch, dtype=dtype, D=2, H=17)
+    check(cell, kernel, monkeypatch, dtype=dtype, D=2)
 
 
 @each_kernel
@@ -139,7 +149,7 @@ def test_smallest_sizes(cell, T, B, I, H, kernel, monkeypatch):
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 def test_inference_in_chunks_of_time(cell, mask, kernel, monkeypatch):
     """Of which each has the gates of a step or two."""
-    monkeypatch.setattr(layer, "CHUNK_BYTES", 2 * 2 * 3 * 4 * 9 * 4)
+    monkeypatch.setattr(layer, "CHUNK_BYTES", 2 * 2 * 3 * 4 * 18 * 4)
     check(cell, kernel, monkeypatch, mask=mask, D=2)
 
 
@@ -275,3 +285,63 @@ def test_heads_of_a_projected_layer_are_refused():
     flat = [t.to(DEVICE, torch.float32) for t in (x, *states, *params)]
     with pytest.raises(ValueError, match="w_hh must be"):
         kernels.check(kernels.Inputs("lstm", flat[0], flat[1:3], flat[3:], None, None, None), heads=True)
+
+
+def test_tuning(monkeypatch, tmp_path, capsys):
+    """Tries the candidates, keeps the fastest, and calls of that shape take it from then on."""
+    from fastrnn.__main__ import main
+    from fastrnn.triton_kernels import tune
+
+    def fresh():
+        heuristics.tuned.cache_clear()
+        return heuristics.tuned()
+
+    file = tmp_path / "made" / "tuned.json"
+    monkeypatch.setenv("FASTRNN_TUNED", str(file))
+    fresh()
+    tried = [heuristics.Config("scan", 16, 16, 16, 4, 1), *(KERNELS[name] for name in ("step", "grid"))]
+    times = dict(zip(tried, (3.0, 1.0, 2.0), strict=True))
+    monkeypatch.setattr(tune, "candidates", lambda shape: iter(tried))
+
+    def seconds(call, device):
+        call()
+        return times[heuristics.configure(shape)]
+
+    monkeypatch.setattr(tune, "seconds", seconds)
+    shape = layer.shape_of("gru", torch.empty(0, device=DEVICE), 5, 5, 2, 2, 1, False)
+    options = ["--hidden", "5", "--batch", "2", "--steps", "2", "--dtype", "float32", "--bidirectional"]
+    was = heuristics.configure(shape)
+    assert main(["tune", "--cell", "gru", *options]) == 0
+    said = capsys.readouterr().out
+    assert "gru H=5 B=2: 500000.00 us a step, step in 16 sequences x 16 units" in said
+    assert str(file) in said
+    assert fresh() == {shape: KERNELS["step"]}
+    assert heuristics.configure(shape) == KERNELS["step"] != was
+    other = layer.shape_of("gru", torch.empty(0, device=DEVICE), 5, 5, 3, 2, 1, False)
+    assert heuristics.configure(other) == was
+    assert main(["tune", "--cell", "rnn_tanh", "--proj-size", "2", *options]) == 2
+    assert "--proj-size goes with --cell lstm alone" in capsys.readouterr().err
+    file.write_text('[{"shape": {}}]')
+    with pytest.warns(UserWarning, match=r"tuned\.json is left out, .*tune"):
+        assert fresh() == {}
+    assert heuristics.configure(shape) == was
+    monkeypatch.undo()
+    fresh()
+
+
+def test_what_tuning_tries():
+    from fastrnn.triton_kernels.tune import candidates
+
+    for H, B, processors, kinds in (
+        (64, 16, 132, {"scan", "grid"}),
+        (1024, 128, 132, {"grid", "step"}),
+        (512, 4, 0, {"step"}),
+    ):
+        shape = heuristics.Shape("lstm", H, H, 1, B, 2, False, 90, processors)
+        tried = list(candidates(shape))
+        assert len(set(tried)) == len(tried)
+        assert tried[0] == heuristics.configure(shape)
+        assert {config.kernel for config in tried} == kinds
+        for config in tried:
+            met = heuristics.programs(shape, config.block_b, config.block_u)
+            assert config.kernel != "grid" or met <= processors

@@ -11,21 +11,26 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import heuristics, layer, scan
+from . import heuristics, layer, scan, step
 
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Arguments that are float32 whatever the layer's type; others that are not of the layer's type.
 _FLOAT32 = ("seq", "h_state", "c_state", "dseq", "c_before", "h_grad", "c_grad")
-_OTHERS = {"offsets": "*i64", "flags": "*u8"}
+_OTHERS = {"offsets": "*i64", "flags": "*u8", "arrived": "*i32"}
+_KERNELS = {
+    kernel.fn.__name__: kernel
+    for kernel in (scan.scan_forward, scan.scan_backward, step.step_forward, step.step_backward)
+}
+_LAUNCHES = {"scan": "one launch", "grid": "one launch of programs that meet", "step": "a launch a step"}
 _SIZES = (*scan.FREE, "N", "H", "P", "D")
 
 
-def describe(cell: str, H: int, proj_size: int, B: int, x: Tensor) -> tuple[str, str]:
+def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
     """Of a layer's forward pass: its kernel, and its tiles with the shared memory of a program."""
-    capability = layer.capability(x.device)
-    config = heuristics.configure(cell, H, proj_size or H, B, x.element_size(), proj_size > 0, capability)
-    launches = "one launch" if config.kernel == "scan" else "a launch a step"
-    if len(layer.stages(cell, config, proj_size > 0)) == 2:
+    shape = layer.shape_of(cell, x, H, proj_size or H, B, D, 1, proj_size > 0)
+    config = heuristics.configure(shape)
+    launches = _LAUNCHES[config.kernel]
+    if config.kernel == "step" and len(layer.stages(cell, config, proj_size > 0)) == 2:
         launches = "two launches a step"
     kernel = f"{cell} {config.kernel} in Triton, {launches}, {str(x.dtype).removeprefix('torch.')} products"
     if layer.INTERPRETED:
@@ -48,15 +53,18 @@ def kernels(
     cell: str, config: heuristics.Config, *, projected: bool = False, **given: Any
 ) -> list[tuple[str, dict[str, Any]]]:
     """The kernels of a training step, by name, with the compile-time arguments that differ between them."""
-    saves = {"BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
+    saves = {**layer.forward_options(config), "BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
     backs = {**layer.backward_options(cell), "DY": True, "DSEQ": False, **given}
     if config.kernel == "scan":
         return [("scan_forward", saves), ("scan_backward", backs)]
-    launches = []
-    for stage in layer.stages(cell, config, projected):
-        launches.append(("step_forward", {**saves, "STAGE": stage}))
-        launches.append(("step_backward", {**backs, "STAGE": stage, "FINAL": False}))
-    return launches
+    stages, grid = layer.stages(cell, config, projected), config.kernel == "grid"
+    launches = [(stages[0], stages[-1])] if grid else [(stage, stage) for stage in stages]
+    found = []
+    for first, last in launches:
+        common = {"FIRST": first, "LAST": last, "GRID": grid}
+        found.append(("step_forward", {**saves, **common}))
+        found.append(("step_backward", {**backs, **common, "FINAL": False}))
+    return found
 
 
 def compile(
@@ -64,7 +72,7 @@ def compile(
 ) -> Any:
     """Triton's CompiledKernel. options: all compile-time arguments; aligned: whether H and P are multiples of
     16."""
-    kernel = getattr(scan, name)
+    kernel = _KERNELS[name]
     options = dict(options)
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     signature, attributes, constants = {}, {}, {}

@@ -1,19 +1,25 @@
 """Which kernel a call takes and in what tiles: fixed by sizes, type and architecture, so that nothing is
 tried out at a first call. tests/test_triton.py compiles every configuration and holds its shared memory and
-registers against the architectures' limits."""
+registers against the architectures' limits. What `python -m fastrnn tune` has found goes before."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import json
+import os
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from .cells import TRAITS
 
 
 @dataclass(frozen=True)
 class Config:
-    """kernel: "scan", one launch with R on the chip, or "step", a launch a step and stage. block_b sequences
-    and block_u units (in a scan all of a head's) a program; block_k: the piece of a product's sum that is
-    loaded at once (in a scan all of h, padded)."""
+    """kernel: "scan", one launch with R on the chip; "grid", one launch whose programs meet after every stage
+    of a step; "step", a launch a step and stage. block_b sequences and block_u units (in a scan all of a
+    head's) a program; block_k: the piece of a product's sum that is loaded at once (in a scan all of h,
+    padded); early: see step_forward."""
 
     kernel: str
     block_b: int
@@ -21,10 +27,28 @@ class Config:
     block_k: int
     warps: int
     stages: int
+    early: bool = False
 
     def __str__(self) -> str:
         tiles = f"{self.block_b} sequences x {self.block_u} units"
-        return f"{tiles}, {self.warps} warps" + (f", K by {self.block_k}" if self.kernel == "step" else "")
+        return f"{tiles}, {self.warps} warps" + (f", K by {self.block_k}" if self.kernel != "scan" else "")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a layer's configuration depends on: heads of H units and P columns of h, as many groups of them
+    (directions x heads), B sequences, elements of itemsize bytes, on a GPU of this compute capability
+    (major * 10 + minor; None: no NVIDIA GPU) and so many multiprocessors, 0 where programs cannot meet."""
+
+    cell: str
+    H: int
+    P: int
+    groups: int
+    B: int
+    itemsize: int
+    projected: bool
+    capability: int | None
+    processors: int = 0
 
 
 # Bytes of R, padded, up to which a scan keeps it on the chip: with its other tiles it takes a little more of
@@ -32,6 +56,8 @@ class Config:
 # 99 KB at 8.6, 8.9 and 12.x. Beyond FEW_WARPS four warps would spill registers.
 LARGE, SMALL, FEW_WARPS = 128 << 10, 64 << 10, 32 << 10
 LARGE_CAPABILITIES = (80, 87, 90, 100, 101, 103)
+# Those on which registers hold tiles of 64 sequences x 32 units, of rows that begin at multiples of 16.
+WIDE_CAPABILITIES = (90, 100, 101, 103)
 
 
 def padded(n: int) -> int:
@@ -40,21 +66,91 @@ def padded(n: int) -> int:
 
 
 def resident_limit(capability: int | None) -> int:
-    """capability: major * 10 + minor of an NVIDIA GPU; None for others."""
+    """Bytes of R that a scan keeps on the chip."""
     return LARGE if capability in LARGE_CAPABILITIES else SMALL
 
 
-def configure(
-    cell: str, H: int, P: int, B: int, itemsize: int, projected: bool, capability: int | None
-) -> Config:
-    """For a head of H units and P columns of h, B sequences, elements of itemsize bytes."""
-    # A projection's product of 16 columns would not go by tensor cores, but by registers that are not there.
-    block_h, block_p = padded(H), max(padded(P), 32 if projected else 16)
+def programs(shape: Shape, block_b: int, block_u: int) -> int:
+    """Of a launch over all tiles; of a projected layer's two stages the larger."""
+    return shape.groups * -(-shape.B // block_b) * -(-max(shape.H, shape.P) // block_u)
+
+
+def tiles(shape: Shape) -> tuple[int, tuple[int, ...]]:
+    """Of a program of a step or grid the sequences, and the numbers of units to choose from. Fewer units:
+    more programs share the reading of R; but float32 in tiles of 16 x 16, and any type in tiles of 32
+    sequences, leave warps without work of their own, or lack registers."""
+    if shape.B <= 32 or (shape.itemsize == 4 and shape.capability not in LARGE_CAPABILITIES):
+        return 16, (16, 32, 64) if shape.itemsize == 2 else (32, 64)
+    return 64, (16, 32) if shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0 else (16,)
+
+
+def warps(block_b: int, block_u: int) -> int:
+    return 4 if block_b * block_u <= 512 else 8
+
+
+def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
+    """Of R and the projection on the chip, padded."""
     # float32 takes its size twice: 3xTF32 cuts each number into two parts.
-    size = (TRAITS[cell].gates + projected) * block_h * block_p * itemsize * (2 if itemsize == 4 else 1)
-    if size <= resident_limit(capability):
+    bytes_each = shape.itemsize * (2 if shape.itemsize == 4 else 1)
+    return (TRAITS[shape.cell].gates + shape.projected) * block_h * block_p * bytes_each
+
+
+def scan_blocks(shape: Shape) -> tuple[int, int]:
+    """Units and columns of h of a scan's program."""
+    # A projection's product of 16 columns would not go by tensor cores, but by registers that are not there.
+    return padded(shape.H), max(padded(shape.P), 32 if shape.projected else 16)
+
+
+def configure(shape: Shape) -> Config:
+    """The fastest configuration known for a layer."""
+    found = tuned().get(shape)
+    if found is not None:
+        return found
+    block_h, block_p = scan_blocks(shape)
+    size = resident_bytes(shape, block_h, block_p)
+    if size <= resident_limit(shape.capability):
         return Config("scan", 16, block_h, block_p, 4 if size <= FEW_WARPS else 8, 1)
-    # Of few units a program: more programs share the reading of R. In between, of 32 sequences, registers do
-    # not hold the tiles. Pieces are loaded two ahead where there is shared memory for them.
-    block_b, warps = (16, 4) if B <= 32 else (64, 8)
-    return Config("step", block_b, 32, 32, warps, 3 if capability in LARGE_CAPABILITIES else 2)
+    block_b, units = tiles(shape)
+    # Pieces are loaded two ahead where there is shared memory for them, and registers for their addresses.
+    stages = 3 if shape.capability in LARGE_CAPABILITIES and shape.itemsize == 2 else 2
+    for block_u in units:
+        if programs(shape, block_b, block_u) <= shape.processors:
+            early = block_b * block_u <= 512 and shape.itemsize == 2
+            return Config("grid", block_b, block_u, 32, warps(block_b, block_u), stages, early)
+    block_u = 32 if block_b == 16 else 16
+    return Config("step", block_b, block_u, 32, warps(block_b, block_u), stages)
+
+
+# --- what tuning has found
+
+
+def path() -> Path:
+    """The file of tuned configurations: FASTRNN_TUNED, else in the user's cache folder."""
+    given = os.environ.get("FASTRNN_TUNED")
+    if given:
+        return Path(given)
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "fastrnn" / "triton.json"
+
+
+@functools.cache
+def tuned() -> dict[Shape, Config]:
+    """By shape; read once, at the first call."""
+    try:
+        entries = json.loads(path().read_text() or "[]")
+        return {Shape(**entry["shape"]): Config(**entry["config"]) for entry in entries}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        warnings.warn(f"{path()} is left out, `python -m fastrnn tune` writes it anew: {error}", stacklevel=2)
+        return {}
+
+
+def save() -> None:
+    """Writes what is in `tuned()`, at once or not at all."""
+    entries = [{"shape": asdict(shape), "config": asdict(config)} for shape, config in tuned().items()]
+    target = path()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    fresh = target.with_suffix(f".{os.getpid()}")
+    fresh.write_text(json.dumps(entries, indent=1) + "\n")
+    fresh.replace(target)

@@ -17,8 +17,9 @@ from torch import Tensor
 from fastrnn.kernels import Inputs, check
 from fastrnn.reference import DirectionParams, split_params
 
-from . import heuristics, scan
+from . import heuristics, scan, step
 from .cells import TRAITS
+from .heuristics import Shape
 
 # TRITON_INTERPRET=1 at import: kernels run on the CPU, in numpy.
 INTERPRETED = not isinstance(scan.scan_forward, triton.runtime.JITFunction)
@@ -33,6 +34,14 @@ def capability(device: torch.device) -> int | None:
         return None
     major, minor = torch.cuda.get_device_capability(device)
     return major * 10 + minor
+
+
+def shape_of(cell: str, x: Tensor, H: int, P: int, B: int, D: int, heads: int, projected: bool) -> Shape:
+    """What the configuration of a layer of D directions depends on, on the device of x."""
+    found = capability(x.device)
+    # Programs that meet must all be there: CUDA starts them together or not at all (cooperative launch).
+    together = 0 if found is None else torch.cuda.get_device_properties(x.device).multi_processor_count
+    return Shape(cell, H // heads, P // heads, D * heads, B, x.element_size(), projected, found, together)
 
 
 def precision(x: Tensor) -> str:
@@ -79,13 +88,7 @@ class Call:
         # Of packed rows the first of each step, and past the last one.
         self.begins = [] if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
         self.config = heuristics.configure(
-            cell,
-            self.H // self.heads,
-            self.P // self.heads,
-            self.B,
-            x.element_size(),
-            self.projected,
-            capability(x.device),
+            shape_of(cell, x, self.H, self.P, self.B, self.D, self.heads, self.projected)
         )
 
     @property
@@ -172,9 +175,29 @@ class Call:
             masked=self.masked,
         )
 
-    def tiles(self, columns: int) -> int:
-        """Programs side by side for so many columns of a head."""
-        return -(-columns // self.config.block_u)
+    def grid(self, columns: int) -> tuple[int, int, int]:
+        """Of a step's programs, for so many columns of a head."""
+        config = self.config
+        return triton.cdiv(self.B, config.block_b), triton.cdiv(columns, config.block_u), self.D * self.heads
+
+    def launch_steps(
+        self, kernel: Any, columns: Sequence[int], pointers: Sequence[Tensor], sizes: Sequence[int],
+        begin: int, end: int, **options: Any,
+    ) -> None:  # fmt: skip
+        """Steps begin to end of all groups, by one launch each stage, which has so many columns of a head; or
+        by one in all, of programs that meet."""
+        in_stages = stages(self.cell, self.config, self.projected)
+        if self.config.kernel == "grid":
+            grid = self.grid(max(columns))
+            arrived = torch.zeros(grid[2], grid[0], step.APART.value, dtype=torch.int32, device=self.x.device)
+            options |= {"FIRST": in_stages[0], "LAST": in_stages[-1], "GRID": True}
+            kernel[grid](*pointers, arrived, *sizes, begin, end, launch_cooperative_grid=True, **options)
+            return
+        for i in range(begin, end):
+            for stage, width in zip(in_stages, columns, strict=True):
+                kernel[self.grid(width)](
+                    *pointers, self.rows, *sizes, i, i + 1, FIRST=stage, LAST=stage, GRID=False, **options
+                )
 
 
 def _contiguous(p: DirectionParams) -> DirectionParams:
@@ -218,6 +241,11 @@ def options(
     }
 
 
+def forward_options(config: heuristics.Config) -> dict[str, Any]:
+    """Those that only the forward kernels have, of a configuration."""
+    return {} if config.kernel == "scan" else {"EARLY": config.early}
+
+
 def backward_options(cell: str) -> dict[str, Any]:
     """Those that only the backward kernels have, of a cell."""
     traits = TRAITS[cell]
@@ -226,7 +254,7 @@ def backward_options(cell: str) -> dict[str, Any]:
 
 def stages(cell: str, config: heuristics.Config, projected: bool) -> tuple[int, ...]:
     """The STAGEs of a step, a launch each."""
-    return (1, 2) if config.kernel == "step" and (TRAITS[cell].mid or projected) else (0,)
+    return (1, 2) if config.kernel != "scan" and (TRAITS[cell].mid or projected) else (0,)
 
 
 def forward(
@@ -270,37 +298,36 @@ def _forward(
     if traits.cell_state:
         c_state = call.states[1].to(torch.float32, copy=True).contiguous()
     exchange = h_state
-    if call.config.kernel == "step":
+    if call.config.kernel != "scan":
         exchange = x.new_empty(2, D, B, P)
         exchange[0].copy_(call.states[0])
     pointers = (h_state, c_state, *call.of("w_hh"), *call.of("b_ih"), *call.of("b_hh"), *call.of("w_hr"))
     masks = call.masks()
     options = {
         **call.options(),
+        **forward_options(call.config),
         "BIAS": call.params[0].b_ih is not None,
         "SAVE": save,
         "SEQ": keep_seq,
     }
     of_batch = triton.cdiv(B, call.config.block_b)
+    columns = (H // call.heads, P if call.projected else H // call.heads)[: len(in_stages)]
     for (begin, end), span in zip(chunks, spans, strict=True):
         for d in range(D):
             first, last = span[d]
             out = gates[d, : last - first, : traits.gates * H]
             torch.mm(call.rows[first:last], call.params[d].w_ih.t(), out=out)
         bases = (span[0][0], span[1][0])
-        sizes = (*masks, *bases, rows, T, B, N, H, P, D)
+        sizes = (*bases, rows, T, B, N, H, P, D)
         seq_or_none = seq[0] if seq else gates
         if call.config.kernel == "scan":
-            grid: tuple[int, ...] = (of_batch, D * call.heads)
-            scan.scan_forward[grid](gates, y, seq_or_none, mid, *pointers, *sizes, begin, end, **options)
-            continue
-        for step in range(begin, end):
-            for stage in in_stages:
-                columns = P if call.projected and stage == 2 else H // call.heads
-                grid = (of_batch, call.tiles(columns), D * call.heads)
-                scan.step_forward[grid](
-                    gates, y, seq_or_none, mid, exchange, *pointers, *sizes, step, STAGE=stage, **options
-                )
+            grid = (of_batch, D * call.heads)
+            scan.scan_forward[grid](
+                gates, y, seq_or_none, mid, *pointers, *masks, *sizes, begin, end, **options
+            )
+        else:
+            all_pointers = (gates, y, seq_or_none, mid, exchange, *pointers, *masks)
+            call.launch_steps(step.step_forward, columns, all_pointers, sizes, begin, end, **options)
     last = [h_state.to(x.dtype)]
     if traits.cell_state:
         last.append(c_state.to(x.dtype))
@@ -404,15 +431,11 @@ def _backward(
     if call.config.kernel == "scan":
         scan.scan_backward[(of_batch, D * call.heads)](*pointers, *sizes, **options)
     else:
-        in_stages = stages(call.cell, call.config, call.projected)
-        groups, K, HH = D * call.heads, P // call.heads, H // call.heads
-        for step in range(T - 1, -1, -1):
-            for stage in in_stages:
-                columns = K if stage < 2 else HH
-                grid = (of_batch, call.tiles(columns), groups)
-                scan.step_backward[grid](*pointers, *sizes, step, STAGE=stage, FINAL=False, **options)
-        grid = (of_batch, call.tiles(K), groups)
-        scan.step_backward[grid](*pointers, *sizes, -1, STAGE=in_stages[0], FINAL=True, **options)
+        columns = (P // call.heads, H // call.heads)[: len(stages(call.cell, call.config, call.projected))]
+        call.launch_steps(step.step_backward, columns, pointers, sizes, 0, T, FINAL=False, **options)
+        step.step_backward[call.grid(columns[0])](
+            *pointers, call.rows, *sizes, T, T + 1, FIRST=0, LAST=0, GRID=False, FINAL=True, **options
+        )
     dx, dparams = _products(call, dg, dmid, h_before, saved, need_x, need_params)
     return dx, [g.to(x.dtype) for g in grads], dparams
 

@@ -4,6 +4,8 @@
 
 #include <cstdlib>
 
+#include "attention.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -15,6 +17,9 @@ namespace fastrnn::cpu {
 InstructionSet instruction_set_baseline();
 InstructionSet instruction_set_avx2();
 InstructionSet instruction_set_avx512();
+void attention_baseline(InstructionSet& set);
+void attention_avx2(InstructionSet& set);
+void attention_avx512(InstructionSet& set);
 Int8Kernels int8_avx512vnni();
 Kernels<float, Bf16> bf16_amx();
 
@@ -38,13 +43,18 @@ bool amx_lent() {
 const std::vector<InstructionSet>& instruction_sets() {
   static const std::vector<InstructionSet> sets = [] {
     std::vector<InstructionSet> s{instruction_set_baseline()};
+    attention_baseline(s.back());
 #if defined(__x86_64__)
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (avx2) s.push_back(instruction_set_avx2());
+    if (avx2) {
+      s.push_back(instruction_set_avx2());
+      attention_avx2(s.back());
+    }
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
       s.push_back(instruction_set_avx512());
+      attention_avx512(s.back());
       if (__builtin_cpu_supports("avx512vnni")) {
         s.push_back(s.back());
         s.back().name = "avx512vnni";
@@ -85,6 +95,15 @@ const Kernels<double>& kernels<double>() {
 template <>
 const Kernels<float, Bf16>& kernels<float, Bf16>() {
   return instruction_set().bf16;
+}
+
+template <>
+const AttentionKernels<float>& attention_kernels<float>() {
+  return *instruction_set().attention_f32;
+}
+template <>
+const AttentionKernels<double>& attention_kernels<double>() {
+  return *instruction_set().attention_f64;
 }
 
 template <class E, class A>

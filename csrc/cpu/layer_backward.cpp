@@ -1,5 +1,5 @@
 // fastrnn::layer_backward on the CPU.
-#include "workspace.h"
+#include "outer.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -234,14 +234,13 @@ class BackwardPass {
     });
   }
 
-  // Panels [j0, j1) of gradients by all that their gates were multiplied with: so many of its columns at a
-  // time as stay in the second-level cache while the panels pass.
+  // Panels [j0, j1) of gradients by all that their gates were multiplied with.
   void weight_gradients(int64_t d, int64_t j0, int64_t j1) {
     const Direction<E, A>& s = scan_.dir[d];
     WeightGradients<E>& w = weights_[d];
     const int64_t G = cell_.gates, blocks = ceil_div(H_, W_), first_stage = cell_.stage_gates[0];
     const auto sweep = [&](const A* b, int64_t columns, E* out, int64_t g0, int64_t g1, bool recurrent) {
-      const int64_t share = columns_at_once(d, columns);
+      const int64_t share = Outer<E, A>{kernels_, scan_.panel_rows, rows_[d], G}.columns_at_once(columns);
       for (int64_t c = 0; c < columns; c += share) {
         for (int64_t j = j0; j < j1; ++j) {
           const int64_t column = j / blocks, block = j % blocks;
@@ -259,22 +258,10 @@ class BackwardPass {
     for (int64_t j = j0; j < j1; ++j) kernels_.add_rows(s.dg + j * panel(), rows_[d], w.bias + j * W_);
   }
 
-  // By AMX all at once: a panel is transposed for each sweep.
-  int64_t columns_at_once(int64_t d, int64_t columns) const {
-    if (kDepth<A> > 1) return columns;
-    const int64_t tiles = 6 * W_;  // whole ones, of any instruction set
-    const int64_t sweeps = ceil_div(columns * rows_[d] * sizeof(A), second_level_cache() / 8 * 3);
-    return ceil_div(ceil_div(columns, sweeps), tiles) * tiles;
-  }
-
-  // The block-th panel of gradients of `units`, a, by `columns` of b: to those rows of out.
   void outer(int64_t d, const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out,
              int64_t ld_out) {
-    // A piece costs a pass over the weight, so that large ones take more rows.
-    const int64_t longest = ld_out * units * cell_.gates <= kSmallWeight ? kSmallPiece : kLargePiece;
-    const int lanes = static_cast<int>(std::min<int64_t>(units - block * W_, W_));
-    kernels_.outer_product({a, b, panel(), rows_[d], longest, lanes, columns, out + block * W_ * ld_out,
-                            ld_out, weights_[d].begun});
+    const Outer<E, A> product{kernels_, scan_.panel_rows, rows_[d], cell_.gates};
+    product(a, block, units, b, columns, out, ld_out, weights_[d].begun);
   }
 
   void weight_gradients(int64_t d) {
@@ -363,8 +350,6 @@ class BackwardPass {
     }
     return out;
   }
-
-  static constexpr int64_t kSmallWeight = 1 << 16, kSmallPiece = 64, kLargePiece = 128;
 
   const Kernels<E, A>& kernels_ = kernels<E, A>();
   const CellKernels<E, A>& cell_;

@@ -194,12 +194,17 @@ struct Kernels {
   const TreeKernels<E>* trees;  // up to one without a name; null: E's own kernels have them
 };
 
+template <class E>
+struct AttentionKernels;  // attention.h
+
 struct InstructionSet {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
   Int8Kernels int8;
   Kernels<float, Bf16> bf16{};  // of no cells: bfloat16 tensors go to f32
+  const AttentionKernels<float>* attention_f32 = nullptr;
+  const AttentionKernels<double>* attention_f64 = nullptr;
 };
 
 }  // namespace fastrnn::cpu

@@ -1,0 +1,328 @@
+// Attention of many queries over one sequence's memory, block by block of its positions with a running
+// maximum (online softmax: Milakov and Gimelshein, arXiv:1805.02867), and back by scores computed anew.
+#pragma once
+
+#include <cmath>
+
+#include "attend.h"
+#include "gradients.h"
+#include "pack.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+using cpu::Attend;
+using cpu::kAttendRows;
+
+template <class E>
+FASTRNN_HD int64_t whole(int64_t n) {
+  return vectors<E>(n) * Simd<E>::W;
+}
+
+// Takes pieces off a call's scratch, each at a line of its own.
+template <class E>
+struct Scratch {
+  E* at;
+  E* take(int64_t count) {
+    E* p = at;
+    at += whole<E>(count) + Simd<E>::W;
+    return p;
+  }
+};
+
+// Rows [S][whole vectors], of zeros where no query may attend: a NaN there would outlive a weight of 0.
+template <class E>
+FASTRNN_HD void copy_rows(const E* from, int64_t ld, int64_t S, int64_t width, const bool* any, E* to) {
+  const int64_t ld_to = whole<E>(width);
+  for (int64_t s = 0; s < S; ++s) {
+    for (int64_t u = 0; u < width; u += Simd<E>::W) {
+      const int lanes = any && !any[s] ? 0 : static_cast<int>(at_most(width - u, Simd<E>::W));
+      Simd<E>::load(from + s * ld + u, lanes).store(to + s * ld_to + u);
+    }
+  }
+}
+
+// Positions as the units of a product: [S/W][width][W].
+template <class E>
+FASTRNN_HD cpu::Weight<E> pack_rows(const E* from, int64_t ld, int64_t S, int64_t width, E* to) {
+  pack<E>({from, false, 1, 0, S, ld, width, 1}, to, 0, vectors<E>(S));
+  return {to, cpu::Weight<E>::kPacked, 0, nullptr};
+}
+
+template <class A, class E, class Store>
+FASTRNN_HD void rows_by(int64_t rows, int64_t units, const A& a, const cpu::Weight<E>& w, int64_t K,
+                        Store&& store) {
+  product<1>(
+      0, rows, 0, vectors<E>(units), units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
+      [&](int64_t i, int64_t unit, int lanes, const Vec<Simd<E>, 1>& v) { store(i, unit, lanes, v[0]); });
+}
+
+template <class E>
+struct AttendForward {
+  using S = Simd<E>;
+  using Weight = cpu::Weight<E>;
+  static constexpr int64_t kBlock = 256;  // positions at a time
+  static constexpr int64_t kFew = 4;      // queries for which packing costs more than it gains
+  static constexpr E kNone = -std::numeric_limits<E>::infinity();
+
+  static int64_t scratch(int64_t K, int64_t V) {
+    return (kBlock + 1) * (whole<E>(K) + whole<E>(V)) + kAttendRows * (kBlock + whole<E>(V) + 3) + 16 * S::W;
+  }
+
+  const Attend<E>& p;
+  int64_t q0, rows;
+  E *memory, *values, *score, *sums, *query, *top, *total, *shrink;
+
+  AttendForward(const Attend<E>& args, int64_t first, int64_t after, E* at)
+      : p(args), q0(first), rows(after - first) {
+    Scratch<E> scratch{at};
+    memory = scratch.take(kBlock * whole<E>(p.K));
+    values = scratch.take(kBlock * whole<E>(p.V));
+    score = scratch.take(rows * kBlock);
+    sums = scratch.take(rows * whole<E>(p.V));
+    query = scratch.take(p.K);
+    for (E** each : {&top, &total, &shrink}) *each = scratch.take(rows);
+  }
+
+  // score [rows][kBlock] of positions [s0, s0 + count).
+  void scores(int64_t s0, int64_t count) const {
+    const E *keys = p.keys + s0 * p.ld_keys, *queries = p.query + q0 * p.ld_query;
+    if (p.v) {
+      copy_rows(keys, p.ld_keys, count, p.K, p.any ? p.any + s0 : nullptr, memory);
+      const Memory<E> m{memory, nullptr, whole<E>(p.K), 0, count, p.K, 0, nullptr, p.v, p.scale};
+      for (int64_t i = 0; i < rows; ++i) {
+        copy_rows(queries + i * p.ld_query, 0, 1, p.K, nullptr, query);
+        additive_scores(m, query, score + i * kBlock);
+      }
+      return;
+    }
+    const Weight w = rows <= kFew ? Weight{keys, Weight::kRows, p.ld_keys, nullptr}
+                                  : pack_rows(keys, p.ld_keys, count, p.K, memory);
+    const S scale(p.scale);
+    rows_by(rows, count, InRows<E>{queries, p.ld_query}, w, p.K,
+            [&](int64_t i, int64_t s, int, const S& v) { (v * scale).store(score + i * kBlock + s); });
+  }
+
+  // A row's scores to e^(score - top), for the top so far; shrink: what sums with the top before it are
+  // worth.
+  void exponentials(int64_t i, int64_t s0, int64_t count) const {
+    E* row = score + i * kBlock;
+    const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask + s0 : nullptr;
+    for (int64_t s = 0; s < count && mask; ++s) row[s] = mask[s] ? row[s] : kNone;
+    if (p.weights) std::memcpy(p.weights + (q0 + i) * p.ld_weights + s0, row, count * sizeof(E));
+    for (int64_t s = count; s < whole<E>(count); ++s) row[s] = kNone;
+    const E high = highest(row, whole<E>(count), s0 ? top[i] : kNone);
+    const S none(kNone), zero(0), most(high == kNone ? E(0) : high);
+    S sum(0);
+    for (int64_t s = 0; s < count; s += S::W) {
+      const S e = S::load(row + s), x = select<E>(e.v == none.v, zero, exp_(e - most));
+      x.store(row + s);
+      sum = sum + x;
+    }
+    shrink[i] = s0 == 0 || top[i] == kNone ? E(0) : top[i] == high ? E(1) : exp_(S(top[i] - high)).v[0];
+    total[i] = (s0 ? total[i] * shrink[i] : E(0)) + sum_of(sum);
+    top[i] = high;
+  }
+
+  void add_values(int64_t s0, int64_t count) const {
+    const E* from = p.values + s0 * p.ld_values;
+    Weight w{from, Weight::kColumns, p.ld_values, nullptr};
+    if (rows > kFew || p.any || p.V % S::W != 0) {
+      copy_rows(from, p.ld_values, count, p.V, p.any ? p.any + s0 : nullptr, values);
+      w = {values, Weight::kColumns, whole<E>(p.V), nullptr};
+    }
+    rows_by(rows, p.V, InRows<E>{score, kBlock}, w, count, [&](int64_t i, int64_t unit, int, const S& v) {
+      E* to = sums + i * whole<E>(p.V) + unit;
+      (s0 ? S::load(to) * S(shrink[i]) + v : v).store(to);
+    });
+  }
+
+  static void run(const Attend<E>& p, int64_t q0, int64_t q1, E* scratch) {
+    const AttendForward f(p, q0, q1, scratch);
+    for (int64_t s0 = 0; s0 < p.S; s0 += kBlock) {
+      const int64_t count = at_most(p.S - s0, kBlock);
+      f.scores(s0, count);
+      for (int64_t i = 0; i < f.rows; ++i) f.exponentials(i, s0, count);
+      f.add_values(s0, count);
+    }
+    for (int64_t i = 0; i < f.rows; ++i) {
+      const bool none = p.S == 0 || f.total[i] == E(0);
+      const S share(none ? E(0) : E(1) / f.total[i]);
+      const E* sum = f.sums + i * whole<E>(p.V);
+      E* to = p.context + (q0 + i) * p.ld_context;
+      for (int64_t u = 0; u < p.V; u += S::W) {
+        (none ? S(0) : S::load(sum + u) * share).store(to + u, static_cast<int>(at_most(p.V - u, S::W)));
+      }
+      p.lse[q0 + i] = none ? E(0) : f.top[i] + std::log(f.total[i]);
+      if (p.weights) f.finish_weights(i, none);
+    }
+  }
+
+  // Scores to weights, and zeros for what lies behind the last position.
+  void finish_weights(int64_t i, bool nothing) const {
+    E* row = p.weights + (q0 + i) * p.ld_weights;
+    const S none(kNone), zero(0), most(nothing ? E(0) : top[i]), share(nothing ? E(0) : E(1) / total[i]);
+    for (int64_t s = 0; s < p.S; s += S::W) {
+      const int lanes = static_cast<int>(at_most(p.S - s, S::W));
+      const S e = S::load(row + s, lanes);
+      select<E>(e.v == none.v, zero, exp_(e - most) * share).store(row + s, lanes);
+    }
+    std::fill(row + p.S, row + p.ld_weights, E(0));
+  }
+};
+
+template <class E>
+struct AttendBackward {
+  using S = Simd<E>;
+  using Weight = cpu::Weight<E>;
+  static constexpr int64_t kRows = kAttendRows;
+  static constexpr int64_t kFew = 16;  // queries for which packing costs more than it gains
+
+  static int64_t scratch(int64_t S_, int64_t K, int64_t V) {
+    const int64_t wide = whole<E>(S_), k = whole<E>(K), v = whole<E>(V);
+    return wide * (3 * k + v + 2 * kRows) + kRows * (k + v + 1) + wide + 2 * k + 32 * S::W;
+  }
+
+  const Attend<E>& p;
+  E *keys, *packed, *dkeys, *values, *weights, *ds, *q_panels, *dc_panels, *delta, *row, *query, *dquery;
+  Weight by_keys, by_values, by_positions;
+
+  AttendBackward(const Attend<E>& args, E* at) : p(args) {
+    Scratch<E> scratch{at};
+    const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
+    keys = scratch.take(p.S * k);
+    packed = scratch.take(wide * k);
+    dkeys = scratch.take(p.S * k);
+    values = scratch.take(wide * v);
+    weights = scratch.take(wide * kRows);
+    ds = scratch.take(wide * kRows);
+    q_panels = scratch.take(kRows * k);
+    dc_panels = scratch.take(kRows * v);
+    delta = scratch.take(kRows);
+    row = scratch.take(wide);
+    query = scratch.take(k);
+    dquery = scratch.take(k);
+    const bool few = p.Tq <= kFew, in_place = few && !p.any && !p.v && p.K % S::W == 0;
+    if (!in_place) copy_rows(p.keys, p.ld_keys, p.S, p.K, p.any, keys);
+    by_positions = {in_place ? p.keys : keys, Weight::kColumns, in_place ? p.ld_keys : k, nullptr};
+    by_values = few ? Weight{p.values, Weight::kRows, p.ld_values, nullptr}
+                    : pack_rows(p.values, p.ld_values, p.S, p.V, values);
+    if (p.v) {
+      std::fill_n(dkeys, p.S * k, E(0));
+    } else {
+      by_keys = few ? Weight{p.keys, Weight::kRows, p.ld_keys, nullptr}
+                    : pack_rows(p.keys, p.ld_keys, p.S, p.K, packed);
+    }
+  }
+
+  Memory<E> memory() const { return {keys, nullptr, whole<E>(p.K), 0, p.S, p.K, 0, nullptr, p.v, p.scale}; }
+
+  // Panels [S/W][kRows][W].
+  FASTRNN_HD static E* in_panels(E* panels, int64_t i, int64_t s) { return panels + s * kRows + i * S::W; }
+
+  // The weights of queries [q0, q0 + rows), again.
+  void softmax(int64_t q0, int64_t rows) const {
+    const E* queries = p.query + q0 * p.ld_query;
+    const S scale(p.scale);
+    const auto keep = [&](int64_t i, int64_t s, const S& e) {
+      exp_(e - S(p.lse[q0 + i])).store(in_panels(weights, i, s));
+    };
+    if (p.v) {
+      for (int64_t i = 0; i < rows; ++i) {
+        copy_rows(queries + i * p.ld_query, 0, 1, p.K, nullptr, query);
+        additive_scores(memory(), query, row);
+        for (int64_t s = 0; s < p.S; s += S::W) keep(i, s, S::load(row + s));
+      }
+    } else {
+      rows_by(rows, p.S, InRows<E>{queries, p.ld_query}, by_keys, p.K,
+              [&](int64_t i, int64_t s, int, const S& v) { keep(i, s, v * scale); });
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask : nullptr;
+      for (int64_t s = 0; s < whole<E>(p.S); ++s) {
+        if (s >= p.S || (mask && !mask[s])) in_panels(weights, i, s / S::W * S::W)[s % S::W] = E(0);
+      }
+    }
+  }
+
+  // delta = sum of weights * their gradient, by way of the context where nothing came for the weights
+  // themselves.
+  void sums(int64_t q0, int64_t rows) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = (q0 + i) * p.ld_context, to = (q0 + i) * p.ld_weights;
+      S sum(0);
+      for (int64_t u = 0; u < p.V; u += S::W) {
+        const int lanes = static_cast<int>(at_most(p.V - u, S::W));
+        sum = sum + S::load(p.context + at + u, lanes) * S::load(p.dcontext + at + u, lanes);
+      }
+      for (int64_t s = 0; s < p.S && p.dweights; s += S::W) {
+        const int lanes = static_cast<int>(at_most(p.S - s, S::W));
+        const S w = S::load(in_panels(weights, i, s));
+        sum = sum + select<E>(w.v == S(0).v, S(0), w * S::load(p.dweights + to + s, lanes));
+      }
+      delta[i] = sum_of(sum);
+    }
+  }
+
+  // ds, of the scores before their scale.
+  void scores(int64_t q0, int64_t rows) const {
+    const S scale(p.scale), zero(0);
+    rows_by(rows, p.S, InRows<E>{p.dcontext + q0 * p.ld_context, p.ld_context}, by_values, p.V,
+            [&](int64_t i, int64_t s, int lanes, const S& v) {
+              const S w = S::load(in_panels(weights, i, s));
+              const S dw = p.dweights ? v + S::load(p.dweights + (q0 + i) * p.ld_weights + s, lanes) : v;
+              select<E>(w.v == zero.v, zero, scale * w * (dw - S(delta[i]))).store(in_panels(ds, i, s));
+            });
+  }
+
+  // Panels [columns/W][kRows][W] of rows of a tensor.
+  void panels(const E* from, int64_t ld, int64_t rows, int64_t columns, E* to) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      to_panels<E>({const_cast<E*>(from) + i * ld, 0, false}, columns, to + i * S::W, kRows * S::W);
+    }
+  }
+
+  // out [S][columns] (+)= the sum over rows of a by b.
+  void outer(const E* a, const E* b, int64_t rows, int64_t columns, E* out, int64_t ld, bool add) const {
+    for (int64_t s = 0; s < p.S; s += S::W) {
+      const int lanes = static_cast<int>(at_most(p.S - s, S::W));
+      outer_product<E>({a + s * kRows, b, kRows * S::W, rows, kRows, lanes, columns, out + s * ld, ld, add});
+    }
+  }
+
+  void queries(int64_t q0, int64_t rows) const {
+    E* to = p.dquery + q0 * p.ld_query;
+    if (!p.v) {
+      return rows_by(rows, p.K, InPanels<E>{ds, kRows * S::W, p.S}, by_positions, p.S,
+                     [&](int64_t i, int64_t unit, int lanes, const S& v) {
+                       v.store(to + i * p.ld_query + unit, lanes);
+                     });
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      copy_rows(p.query + (q0 + i) * p.ld_query, 0, 1, p.K, nullptr, query);
+      for (int64_t s = 0; s < p.S; s += S::W) S::load(in_panels(ds, i, s)).store(row + s);
+      additive_backward(memory(), query, row, dquery, dkeys, p.dv);
+      std::memcpy(to + i * p.ld_query, dquery, p.K * sizeof(E));
+    }
+  }
+
+  static void run(const Attend<E>& p, E* scratch) {
+    const AttendBackward b(p, scratch);
+    for (int64_t q0 = 0; q0 < p.Tq; q0 += kRows) {
+      const int64_t rows = at_most(p.Tq - q0, kRows);
+      b.softmax(q0, rows);
+      b.sums(q0, rows);
+      b.scores(q0, rows);
+      b.queries(q0, rows);
+      b.panels(p.dcontext + q0 * p.ld_context, p.ld_context, rows, p.V, b.dc_panels);
+      b.outer(b.weights, b.dc_panels, rows, p.V, p.dvalues, p.ld_values, q0 > 0);
+      if (p.v) continue;
+      b.panels(p.query + q0 * p.ld_query, p.ld_query, rows, p.K, b.q_panels);
+      b.outer(b.ds, b.q_panels, rows, p.K, p.dkeys, p.ld_keys, q0 > 0);
+    }
+    for (int64_t s = 0; s < p.S && p.v; ++s) {
+      std::memcpy(p.dkeys + s * p.ld_keys, b.dkeys + s * whole<E>(p.K), p.K * sizeof(E));
+    }
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_ISA

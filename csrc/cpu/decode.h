@@ -1,0 +1,281 @@
+// The decoder's scans. A step, with everything that it cannot have before:
+//   h = cell(W x_t + W_feed a_{t-1}, h), and the layers above it on what they get from below
+//   weights = softmax(scores of h, or W_query h, against the keys)
+//   a_t = tanh(sum of weights * values + W_h h)
+// Members share out the rows of the batch, or the units of every product and, for the attention, the rows:
+// then they meet wherever one reads what others have made.
+#pragma once
+
+#include "attend.h"
+#include "backward.h"
+#include "forward.h"
+
+namespace fastrnn::FASTRNN_ISA {
+
+#define FASTRNN_NOINLINE __attribute__((noinline))  // what is the same for each cell is compiled once
+
+// A member's part of the scans, but for the cells.
+template <class E>
+struct DecodeShare {
+  using S = Simd<E>;
+  const cpu::Decoder<E>& p;
+  const Share& share;
+  const Direction<E>& top;  // the layer whose h attends
+  int64_t T, H;
+  int64_t block0, block1;  // own blocks of H units
+  int64_t row0, row1;      // own rows for the attention
+
+  DecodeShare(const cpu::Decoder<E>& decoder, const Share& s)
+      : p(decoder), share(s), top(p.scan[p.layers - 1].dir[0]), T(p.scan->rows.T), H(p.scan->H) {
+    my_blocks<E>(s, H, block0, block1);
+    const int64_t rows = s.row1 - s.row0;
+    row0 = s.row0 + rows * s.part / s.parts;
+    row1 = s.row0 + rows * (s.part + 1) / s.parts;
+  }
+
+  // Rows [from, to) of a times w, for own units among `width`.
+  template <class A, class Epilogue>
+  FASTRNN_HD void units(int64_t from, int64_t to, int64_t width, const A& a, const cpu::Weight<E>& w,
+                        int64_t K, int64_t t, Epilogue&& epilogue) const {
+    int64_t b0, b1;
+    my_blocks<E>(share, width, b0, b1);
+    product<1>(
+        from, to, b0, b1, width, a, w, K, static_cast<const E*>(nullptr), 0, (t & 1) != 0, Reads<E>{},
+        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
+  }
+
+  // f(row, unit, lanes) for own units of rows of the batch.
+  template <class F>
+  FASTRNN_HD void own(F&& f) const {
+    for (int64_t i = share.row0; i < share.row1; ++i) {
+      for (int64_t unit = block0 * S::W; unit < block1 * S::W; unit += S::W) {
+        f(i, unit, static_cast<int>(at_most(H - unit, S::W)));
+      }
+    }
+  }
+
+  // --- forward
+
+  FASTRNN_NOINLINE void drop(int k, int64_t t) const {
+    const E *y = static_cast<const E*>(p.scan[k].dir[0].y.data), *drop = p.drops[k];
+    own([&](int64_t i, int64_t unit, int lanes) {
+      const int64_t at = (t * p.B + i) * H + unit;
+      (S::load(y + at, lanes) * S::load(drop + at, lanes)).store(p.dropped[k] + at, lanes);
+    });
+  }
+
+  FASTRNN_NOINLINE void attention(int64_t t) const {
+    const E *h = top.ring[(t + 1) & 1], *query = h;
+    int64_t ld = top.ld_ring;
+    if (p.w_query) {
+      query = p.query;
+      ld = p.ld_query;
+      units(share.row0, share.row1, p.K, InRows<E>{h, top.ld_ring}, p.w_query, H, t,
+            [&](int64_t i, int64_t unit, int lanes, const S& v) {
+              v.store(p.query + i * p.ld_query + unit);
+              if (p.queries) v.store(p.queries + (t * p.B + i) * p.K + unit, lanes);
+            });
+      end_phase(share);
+    }
+    for (int64_t i = row0; i < row1; ++i) {
+      const Memory<E>& m = p.memory[i];
+      E *row = p.row + i * p.ld_row, *weights = p.weights + (i * T + t) * p.S;
+      attend(m, query + i * ld, row, p.mixed + i * p.ld_feed);
+      if (m.S > 0) std::memcpy(weights, row, m.S * sizeof(E));
+      for (int64_t s = m.S; s < p.S; ++s) weights[s] = 0;
+    }
+    end_phase(share);
+  }
+
+  FASTRNN_NOINLINE void output(int64_t t) const {
+    units(share.row0, share.row1, H, InRows<E>{top.ring[(t + 1) & 1], top.ld_ring}, p.w_h, H, t,
+          [&](int64_t i, int64_t unit, int lanes, const S& v) {
+            const S a = tanh_(v + S::load(p.mixed + i * p.ld_feed + unit));
+            a.store(p.feed[(t + 1) & 1] + i * p.ld_feed + unit);
+            a.store(p.out + (t * p.B + i) * H + unit, lanes);
+          });
+    end_phase(share);
+  }
+
+  // --- backward
+
+  // Where the vector at `unit` of step t's row i lies in panels by sequence.
+  FASTRNN_HD E* in_panels(E* panels, int64_t t, int64_t i, int64_t unit) const {
+    return panels + unit * p.panel + (i * T + t) * S::W;
+  }
+
+  // dz of step t, given the gradient of a_t that came from the step after it.
+  FASTRNN_HD void begin(int64_t t, int64_t i, int64_t unit, int lanes, S da) const {
+    const int64_t at = (t * p.B + i) * H + unit;
+    if (p.dout) da = da + S::load(p.dout + at, lanes);
+    const S dz = da * dtanh(S::load(p.out + at, lanes));
+    dz.store(p.dz[t & 1] + i * p.ld_feed + unit);
+    dz.store(in_panels(p.dz_panels, t, i, unit));
+  }
+
+  FASTRNN_NOINLINE void begin() const {
+    own([&](int64_t i, int64_t unit, int lanes) { begin(T - 1, i, unit, lanes, S(0)); });
+    end_phase(share);
+  }
+
+  // Whole vectors of a row, into one sequence's own panels.
+  FASTRNN_HD void keep(const E* row, int64_t count, E* panels, int64_t t) const {
+    for (int64_t s = 0; s < count; s += S::W)
+      S::load(row + s).store(panels + s * p.sequence_panel + t * S::W);
+  }
+
+  FASTRNN_HD E* dh(int64_t row, int64_t unit) const {
+    return static_cast<E*>(top.dy.data) + row * top.dy.ld + unit;
+  }
+
+  // Own rows of the batch: through the weights to the scores, and to the query: dh, or dquery.
+  FASTRNN_NOINLINE void attention_backward(int64_t t) const {
+    for (int64_t i = row0; i < row1; ++i) {
+      const Memory<E>& m = p.memory[i];
+      const int64_t whole = vectors<E>(m.S) * S::W, at = (i * T + t) * p.S;
+      E *weights = p.row + i * p.ld_row, *ds = weights + p.ld_row / 2;
+      for (int64_t s = 0; s < whole; ++s) weights[s] = s < m.S ? p.weights[at + s] : E(0);
+      softmax_backward(m, weights, p.dz[t & 1] + i * p.ld_feed, p.dweights ? p.dweights + at : nullptr, ds);
+      const int64_t panels = i * vectors<E>(p.S) * S::W * p.sequence_panel;
+      keep(weights, whole, p.weights_panels + panels, t);
+      if (m.v) {
+        E *dquery = p.dquery + i * p.ld_query, *query = p.query + i * p.ld_query;
+        std::memcpy(query, p.queries + (t * p.B + i) * p.K, p.K * sizeof(E));
+        additive_backward(m, query, ds, dquery, p.dkeys + i * p.S * p.ld_query, p.dv + i * p.ld_query);
+        for (int64_t u = 0; u < m.K; u += S::W) {
+          S::load(dquery + u).store(in_panels(p.dquery_panels, t, i, u));
+        }
+      } else {
+        keep(ds, whole, p.ds_panels + panels, t);
+        weighted_sum(ds, m.keys, m.ld_keys, m.S, m.K, dh(t * p.B + i, 0));
+      }
+    }
+    end_phase(share);
+    units(share.row0, share.row1, H, InRows<E>{p.dz[t & 1], p.ld_feed}, p.w_h_t, H, t,
+          [&](int64_t i, int64_t unit, int, const S& v) {
+            E* to = dh(t * p.B + i, unit);
+            (p.w_query_t ? v : S::load(to) + v).store(to);
+          });
+    if (!p.w_query_t) return;
+    units(share.row0, share.row1, H, InRows<E>{p.dquery, p.ld_query}, p.w_query_t, p.K, t,
+          [&](int64_t i, int64_t unit, int, const S& v) {
+            E* to = dh(t * p.B + i, unit);
+            (S::load(to) + v).store(to);
+          });
+  }
+
+  // From layer l's gates to what entered it: the layer below, or the a before.
+  FASTRNN_NOINLINE void below(int l, int64_t t, int gates) const {
+    const int64_t first = t * p.B, from = first + share.row0, to = first + share.row1;
+    const InPanels<E> dg{p.scan[l].dir[0].dg, p.scan[l].panel_rows * S::W, H};
+    if (l > 0) {
+      const Border<E>& dy = p.scan[l - 1].dir[0].dy;
+      const E* drop = p.drops ? p.drops[l - 1] : nullptr;
+      units(from, to, H, dg, p.w_below_t[l], gates * H, t,
+            [&](int64_t r, int64_t unit, int lanes, const S& v) {
+              (drop ? v * S::load(drop + r * H + unit, lanes) : v)
+                  .store(static_cast<E*>(dy.data) + r * dy.ld + unit);
+            });
+      return;
+    }
+    units(from, to, H, dg, p.w_feed_t, gates * H, t, [&](int64_t r, int64_t unit, int lanes, const S& v) {
+      if (t > 0) return begin(t - 1, r - first, unit, lanes, v);
+      v.store(p.dfeed + (r - first) * p.ld_feed + unit);
+    });
+    end_phase(share);
+  }
+};
+
+template <class Cell, class E>
+struct Decode : DecodeShare<E> {
+  using S = Simd<E>;
+  using Layer = Forward<Cell, E>;
+  using Base = DecodeShare<E>;
+  using Base::Base, Base::block0, Base::block1, Base::H, Base::p, Base::share;
+
+  // gx += W_feed a, of one stage's gates.
+  template <int N>
+  FASTRNN_HD void add_feed(const Layer& f, const E* a, int stage, int gate0) const {
+    product<N>(share.row0, share.row1, block0, block1, H, InRows<E>{a, p.ld_feed}, p.w_feed[stage], H,
+               static_cast<const E*>(nullptr), 0, f.backwards, f.gx_of(gate0, N),
+               [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& v) {
+                 for (int g = 0; g < N; ++g) {
+                   E* gx = f.gates + i * f.d.ld_gates + (gate0 + g) * H + unit;
+                   (S::load(gx, lanes) + v[g]).store(gx, lanes);
+                 }
+               });
+  }
+
+  // [chunk0, chunk1): the steps whose W x the first layer has.
+  void layer(int k, int64_t t, int64_t chunk0, int64_t chunk1) const {
+    const Scan<E>& scan = p.scan[k];
+    const Direction<E>& d = scan.dir[0];
+    typename Layer::Chunk chunk{t, t + 1};
+    if (k == 0) chunk = {chunk0, chunk1};
+    if (k > 0 || t == chunk0) Layer::input_products(scan, d, share, chunk, block0, block1);
+    const Step now = step_at(scan, d, t);
+    const int64_t place = d.save ? now.first : Layer::slot(scan, share, chunk, t);
+    const Layer f{scan,
+                  d,
+                  share,
+                  now,
+                  step_at(scan, d, t + 1),
+                  d.ring[t & 1],
+                  d.ring[(t + 1) & 1],
+                  d.gates + place * d.ld_gates,
+                  (t & 1) != 0};
+    if (k == 0) {
+      const E* a = p.feed[t & 1];
+      if constexpr (Layer::kFirst > 0) add_feed<Layer::kFirst>(f, a, 0, 0);
+      add_feed<Layer::kLast>(f, a, Cell::kStages - 1, Layer::kFirst);
+    }
+    if constexpr (Cell::kStages == 2) f.first_stage(share.row0, share.row1);
+    f.last_stage(share.row0, share.row1, block0, block1);
+    if (p.drops && k + 1 < p.layers) this->drop(k, t);
+    end_phase(share);
+  }
+
+  static void run(const cpu::Decoder<E>& p, const Share& share) {
+    const Decode f(p, share);
+    for (int64_t t0 = 0; t0 < f.T; t0 += p.scan->steps) {
+      const int64_t t1 = at_most(t0 + p.scan->steps, f.T);
+      for (int64_t t = t0; t < t1; ++t) {
+        for (int k = 0; k < p.layers; ++k) f.layer(k, t, t0, t1);
+        f.attention(t);
+        f.output(t);
+      }
+    }
+  }
+};
+
+template <class Cell, class E>
+struct DecodeBackward {
+  static void run(const cpu::Decoder<E>& p, const Share& share) {
+    using Layer = Backward<Cell, E>;
+    const DecodeShare<E> f(p, share);
+    f.begin();
+    for (int64_t t = f.T - 1; t >= 0; --t) {
+      const int64_t k = f.T - 1 - t;
+      f.attention_backward(t);
+      for (int l = p.layers - 1; l >= 0; --l) {
+        const Scan<E>& scan = p.scan[l];
+        const Direction<E>& d = scan.dir[0];
+        const Layer b{scan,
+                      d,
+                      share,
+                      step_at(scan, d, t),
+                      step_at(scan, d, t + 1),
+                      step_at(scan, d, t - 1),
+                      d.ring[k & 1],
+                      d.ring[(k + 1) & 1],
+                      k,
+                      0};
+        b.step(share.row1);
+        f.below(l, t, Cell::kGates);
+      }
+    }
+    for (int l = 0; l < p.layers; ++l) Layer::finish(p.scan[l], share);
+  }
+};
+
+}  // namespace fastrnn::FASTRNN_ISA
