@@ -34,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         choices=SECTIONS,
         default=[],
         help="a section after the rows: peak memory, a neighbour on every core, one thread beside two, a "
-        "decoder with attention, attention alone",
+        "decoder with attention, attention alone, recursive cells",
     )
     p.add_argument("--compare", type=Path, metavar="EARLIER.json", help="say what changed beyond the noise")
     p.add_argument("--json", type=Path, default=Path("out/bench.json"), metavar="PATH")

@@ -152,6 +152,7 @@ GOALS: tuple[Goal, ...] = (
     *goal("two threads", "one thread's speed", 1.7, 1.7, section="scaling"),
     *goal("decoder with attention, teacher forcing", SPEED, 1.0, 3.0, section="decoder"),
     *goal("attention without weights", SPEED, 1.0, 1.0, section="attention", cells=("dot",)),
+    *goal("recursive cells", "a Python recursion's speed", 20.0, 15.0, section="trees"),
 )
 
 

@@ -148,4 +148,4 @@ def of_probe(section: str, case: Case, peaks: Peaks | None) -> Limit | None:
         return Limit(2, "two cores do twice one's operations and read twice its bytes")
     if section in ("decoder", "attention"):
         return of_attention(section, case, peaks) if peaks else None
-    return of_memory(case)
+    return of_memory(case) if section == "memory" else None

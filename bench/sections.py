@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fastrnn.bench import attention, memory, rivals
+from fastrnn.bench import attention, memory, rivals, trees
 from fastrnn.bench.grid import LARGE, MODES, WIDE, Case
 from fastrnn.bench.machine import CpuClock
 from fastrnn.bench.records import Probe
@@ -97,6 +97,7 @@ SECTIONS = {
     "scaling": scaling,
     "decoder": attention.decoder,
     "attention": attention.attention,
+    "trees": trees.measure,
 }
 UNITS = {
     "memory": ("peak memory of a call, MiB", 2**20),
@@ -104,6 +105,7 @@ UNITS = {
     "scaling": ("speed on two threads over that on one", 1),
     "decoder": ("a decoder with attention and a loop over torch.nn's cells, ms a call", 1e-3),
     "attention": ("attention and scaled_dot_product_attention, ms a call", 1e-3),
+    "trees": ("recursive cells: speed over that of a Python recursion over torch.nn modules", 1),
 }
 
 

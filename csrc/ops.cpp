@@ -51,6 +51,20 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "stream(str cell, Tensor x, Tensor h, Tensor? c, Tensor p0, Tensor? p1=None, Tensor? p2=None, Tensor? "
       "p3=None, Tensor? p4=None) -> (Tensor y, Tensor h, Tensor? c)");
+  // Recursive cells. The slots of a forest's nodes, given or by increasing number, and what is wrong with it
+  // (kind, node, other); the schedule of one direction, see tree.h.
+  m.def("tree_slots(Tensor parents, Tensor? slots) -> (Tensor slots, Tensor problem)");
+  m.def("tree_schedule(Tensor parents, Tensor slots, bool down) -> Tensor");
+  // Rows in the nodes' order. params: (w_ih, w_hh[, b_ih, b_hh]); states: those after h; saved: what
+  // tree_backward needs, empty unless save.
+  m.def(
+      "tree(str cell, Tensor? x, Tensor[] params, Tensor schedule, bool save) -> (Tensor h, Tensor[] states, "
+      "Tensor[] saved)");
+  // dx has no elements unless need_x; that of w_ih is zeros without x.
+  m.def(
+      "tree_backward(str cell, Tensor? dh, Tensor[] dstates, Tensor? x, Tensor[] params, Tensor schedule, "
+      "Tensor h, Tensor[] states, Tensor[] saved, bool need_x, bool need_params) -> (Tensor dx, Tensor[] "
+      "dparams)");
   // What the forward pass of such a layer would do on the CPU: threads, the parts into which directions, rows
   // and units fall, and the bytes of second-level cache that the choice rests on. x: its type and last size.
   m.def("plan(str cell, Tensor x, int T, int B, int N, int H, int P, int D, bool int8) -> int[]");

@@ -11,12 +11,14 @@ from .backends import BackendError, Explanation, backend, explain
 from .bidirectional import Bidirectional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .forest import Forest
 from .generation import generate
 from .inference import freeze, quantize
 from .markov import MarkovModel
 from .modules import GRU, LSTM, RNN, States
 from .onnx import export_onnx
 from .ops import GRUFunction, LSTMFunction, RNNFunction
+from .tree import ChildSumTreeLSTM, NaryTreeLSTM, TreeRNN
 
 __all__ = [
     "GRU",
@@ -26,15 +28,19 @@ __all__ = [
     "AttentionDecoder",
     "BackendError",
     "Bidirectional",
+    "ChildSumTreeLSTM",
     "Explanation",
+    "Forest",
     "GRUCell",
     "GRUFunction",
     "LSTMCell",
     "LSTMFunction",
     "MarkovModel",
+    "NaryTreeLSTM",
     "RNNCell",
     "RNNFunction",
     "States",
+    "TreeRNN",
     "__version__",
     "backend",
     "convert",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import kernels
 from .reference import CELLS
+from .tree_reference import TREE_CELLS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -178,7 +181,17 @@ def decide(x: Tensor) -> Decision:
     return Decision("reference", f"the cpu backend cannot serve it: {why_not}")
 
 
-def choose(x: Tensor) -> str:
+def decide_tree(x: Tensor) -> Decision:
+    """`decide` for a recursive cell, whose input, or where it has none whose weight, is x."""
+    asked = current_backend()
+    if asked in ("cuda", "triton"):
+        return Decision(None, "it has no recursive cells")
+    if asked == "auto" and x.device.type not in ("cpu", "meta"):
+        return Decision("reference", f"there are no kernels of recursive cells for {x.device}")
+    return decide(x)
+
+
+def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
     """The backend's name; raises BackendError where the one asked for cannot serve the call."""
     # The usual case first, without the words: they would take 5 us of a step's 20.
     usual = x.is_cpu and x.dtype in CPU_DTYPES and kernels.LOADED and current_backend() in ("auto", "cpu")
@@ -243,15 +256,31 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     return f"{threads} threads ({', '.join(shares)}; {cache >> 10} KB of second-level cache each)"
 
 
-def explain(layer: torch.nn.Module, input: Tensor | PackedSequence) -> Explanation:
+def _explain_tree(layer: torch.nn.Module, input: Any) -> Explanation:
+    x: Any = layer.weight_ih if input is None else input
+    decision, cell = decide_tree(x), layer._cell
+    if decision.backend is None:
+        return Explanation(None, None, decision.reason)
+    if decision.backend == "reference":
+        return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
+    arithmetic = "float64" if x.dtype == torch.float64 else "float32"
+    kernel = f"{cell} levels in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
+    return Explanation("cpu", kernel, decision.reason)
+
+
+def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Explanation:
     """Which kernel would run for layer(input), and why; nothing is run.
 
-    layer: a fastrnn layer or cell; input: what would be passed to it, a tensor or a PackedSequence.
-    Raises TypeError where the layer is not one of fastrnn's.
+    layer: a fastrnn layer or cell, recursive ones too; input: what would be passed to it, a tensor, a
+    PackedSequence, or None to a recursive layer. Raises TypeError where the layer is not one of fastrnn's.
     """
     cell = getattr(layer, "_cell", None)
+    if cell in TREE_CELLS:
+        return _explain_tree(layer, input)
     if cell not in CELLS:
         raise TypeError(f"explain takes a fastrnn layer or cell, got {type(layer).__name__}")
+    if input is None:
+        raise TypeError(f"a {type(layer).__name__} needs an input")
     x = input.data if isinstance(input, PackedSequence) else input
     dtype = autocast_dtype(x)
     if dtype is not None:

@@ -25,6 +25,7 @@ from fastrnn.bench import (
     report,
     rivals,
     sections,
+    trees,
 )
 from fastrnn.bench.goals import Goal
 from fastrnn.bench.grid import Case, Shape
@@ -213,6 +214,14 @@ def test_sections_have_goals_of_their_own():
     assert "ratio 0.59" in sections.table(probes)
 
 
+@pytest.mark.parametrize("mode", grid.MODES)
+@pytest.mark.parametrize("cell", trees.CELLS)
+def test_a_recursion_gives_the_numbers_of_a_forest(cell, mode):
+    made = trees.calls(Case(cell, mode, Shape(9, 3, 4, 5), "trees"))
+    torch.testing.assert_close(made[rivals.OURS](), made[trees.RECURSION]())
+    torch.testing.assert_close(made[rivals.OURS].x.grad, made[trees.RECURSION].x.grad)
+
+
 def test_every_goal_meets_a_row_and_every_row_a_goal():
     rows = [
         Record(case, 11, 1e-3, dict.fromkeys((rivals.TORCH, rivals.ONNX, rivals.FLOAT32), 1.0))
@@ -220,6 +229,7 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
     ]
     shapes = {"memory": (memory.SHAPE,), "crowded": sections.CROWDED, "scaling": (sections.SCALING,)}
     shapes |= {"decoder": (attention.DECODER,), "attention": (attention.ATTENTION,)}
+    shapes["trees"] = (trees.SHAPE,)
     assert shapes.keys() == sections.SECTIONS.keys() == sections.UNITS.keys()
     rows += [
         Probe(section, Case("dot" if section == "attention" else "gru", mode, shape), 1.0, 1.0)

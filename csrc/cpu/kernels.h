@@ -8,6 +8,7 @@
 #include "gradients.h"
 #include "int8_kernels.h"
 #include "pack.h"
+#include "tree_kernels.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
@@ -44,6 +45,7 @@ cpu::Kernels<E, A> kernels() {
   k.outer_product = &outer_product;
   k.add_rows = &add_rows;
   k.input_gradient = &input_gradient;
+  if constexpr (sizeof(A) == sizeof(E)) k.trees = tree_kernels<E>();
   return k;
 }
 

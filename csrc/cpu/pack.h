@@ -11,7 +11,7 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
   using S = Simd<E>;
   constexpr int W = S::W;
   const Border<E> src{const_cast<void*>(p.src), 0, p.bf16};
-  const int64_t step = p.gates * W;
+  const int64_t step = (p.to_gates ? p.to_gates : p.gates) * W, all_K = p.to_K ? p.to_K : p.K;
   for (int64_t b = block0; b < block1; ++b) {
     const int lanes = static_cast<int>(at_most(p.units - b * W, W));
     // All gates of a few k before the next ones: what is written lies together.
@@ -19,7 +19,7 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
       const int columns = static_cast<int>(at_most(p.K - k, W));
       for (int64_t g = 0; g < p.gates; ++g) {
         const int64_t from = g * p.gate_stride + b * W * p.unit_stride + k * p.k_stride;
-        E* to = dst + (b * p.K + k) * step + g * W;
+        E* to = dst + (b * all_K + k) * step + g * W;
         if (p.unit_stride == 1) {
           for (int j = 0; j < columns; ++j) load(src, 0, from + j * p.k_stride, lanes).store(to + j * step);
           continue;

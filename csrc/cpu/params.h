@@ -56,7 +56,7 @@ struct Weight {
   };
   const A* data = nullptr;
   Layout layout = kPacked;
-  int64_t ld = 0;
+  int64_t ld = 0;  // of kPacked: the K that it was packed with, where a product takes fewer; 0: all
   const Int8Kernels* int8 = nullptr;  // of kInt8
   explicit operator bool() const { return data; }
 };
@@ -135,6 +135,7 @@ struct Pack {
   const void* src;
   bool bf16;                                                    // of src; what is packed is A
   int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
+  int64_t to_gates = 0, to_K = 0;  // of the whole, where this is a part of a weight; 0: this is all
 };
 
 // One panel's share of a weight's gradient: out [lanes][columns] = (or +=) the sum over rows of a [rows][W]
@@ -162,6 +163,9 @@ struct InputGradient {
   bool add;
 };
 
+template <class E>
+struct TreeKernels;  // tree_params.h
+
 // One entry of an instruction set's table.
 template <class E, class A = E>
 struct CellKernels {
@@ -187,6 +191,7 @@ struct Kernels {
   void (*outer_product)(const OuterProduct<E, A>&);
   void (*add_rows)(const A* panel, int64_t rows, double* to);
   void (*input_gradient)(const InputGradient<E, A>&, int64_t row0, int64_t row1);
+  const TreeKernels<E>* trees;  // up to one without a name; null: E's own kernels have them
 };
 
 template <class E>

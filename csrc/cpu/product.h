@@ -275,7 +275,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
   const bool packed = weight.layout == cpu::Weight<E>::kPacked;
   const int64_t step = packed ? G * S::W : weight.ld;
-  const int64_t block = packed ? K * G * S::W
+  const int64_t block = packed ? (weight.ld ? weight.ld : K) * G * S::W
                         : int8 ? cpu::int8_block(K, G, S::W)
                         : dots ? S::W * weight.ld
                                : S::W;

@@ -1,0 +1,202 @@
+"""Forests: from parents, from nested tuples, in batches; what is wrong is named."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from trees import SHAPES, forest, forests, make, states
+
+import fastrnn
+from fastrnn import Forest
+
+
+def heights(parents):
+    """By the definition."""
+    children = [[n for n, p in enumerate(parents) if p == node] for node in range(len(parents))]
+
+    def height(node):
+        return 1 + max((height(k) for k in children[node]), default=-1)
+
+    return [height(node) for node in range(len(parents))]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=forests())
+def test_levels_are_heights(shape):
+    parents, slots = shape
+    trees = forest(*shape)
+    expected = heights(parents)
+    found = {int(node): level for level, nodes in enumerate(trees.levels) for node in nodes}
+    assert found == dict(enumerate(expected))
+    assert all(nodes.dtype == torch.int64 for nodes in trees.levels)
+    assert trees.num_nodes == len(parents)
+    assert trees.num_trees == parents.count(-1)
+    assert trees.roots.tolist() == [n for n, p in enumerate(parents) if p < 0]
+    assert trees.leaves.tolist() == [n for n in range(len(parents)) if n not in parents]
+    assert trees.parents.tolist() == parents
+    assert trees.arity == max((s + 1 for p, s in zip(parents, slots, strict=True) if p >= 0), default=0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(shape=forests())
+def test_schedules_lead_from_level_to_level(shape):
+    """The arrays that csrc/tree.h describes, for either direction."""
+    parents, slots = shape
+    trees = forest(*shape)
+    N = len(parents)
+    for direction in ("up", "down"):
+        order, levels, first, source, slot = trees.schedule(direction).tolist()
+        assert sorted(order[:N]) == list(range(N))
+        edges, level = set(), {}
+        bounds = sorted(set(levels))
+        for number, (begin, end) in enumerate(itertools.pairwise(bounds)):
+            level |= dict.fromkeys(order[begin:end], number)
+        for position, node in enumerate(order[:N]):
+            for e in range(first[position], first[position + 1]):
+                assert level[source[e]] < level[node]
+                child, parent = (source[e], node) if direction == "up" else (node, source[e])
+                assert slot[e] == slots[child]
+                edges.add((child, parent))
+        assert edges == {(n, p) for n, p in enumerate(parents) if p >= 0}
+
+
+def test_slots_by_default_count_children():
+    assert forest([3, 3, 3, -1, 2]).slots.tolist() == [0, 1, 2, 0, 0]
+
+
+def test_lengths_count_within_each_tree():
+    """What a data set holds: trees one after another, each with its own numbers."""
+    one = Forest.from_parents([1, -1, -1, 0, 0], lengths=[2, 3])
+    assert one.parents.tolist() == [1, -1, -1, 2, 2]
+    assert one.roots.tolist() == [1, 2]
+
+
+def test_nested_trees_are_numbered_in_post_order():
+    """Leaves from left to right, a list of trees, one leaf alone, names that are lists."""
+    trees = Forest.from_nested([((("a", "b"), [1, 2]), None), "alone", ("x",)])
+    assert trees.parents.tolist() == [2, 2, 4, 4, 6, 6, -1, -1, 9, -1]
+    assert trees.slots.tolist() == [0, 1, 0, 1, 0, 1, 0, 0, 0, 0]
+    assert trees.leaves.tolist() == [0, 1, 3, 5, 7, 8]
+    assert trees.roots.tolist() == [6, 7, 9]
+    assert Forest.from_nested([]).num_nodes == 0
+    pair = ("a", "b")  # the same tuple twice is two subtrees
+    assert Forest.from_nested((pair, pair)).num_nodes == 7
+
+
+def test_deep_tuples_need_no_recursion():
+    deep = "leaf"
+    for _ in range(20_000):
+        deep = (deep, "leaf")
+    trees = Forest.from_nested(deep)
+    assert trees.num_nodes == 40_001
+    assert len(trees.levels) == 20_001
+    while isinstance(deep, tuple):  # freed one by one: the interpreter's own recursion is no part of this
+        deep = deep[0]
+
+
+def test_a_batch_is_its_trees():
+    parts = [forest(*shape(n)) for n, shape in zip((1, 5, 9, 12), SHAPES.values(), strict=True)]
+    batch = Forest.batch([*parts, forest([])])
+    assert batch.num_nodes == 27
+    assert batch.num_trees == 4
+    assert batch.roots.tolist() == [0, 1, 6, 15]
+    layer = make("nary", 2, 3)
+    x = torch.randn(27, 2, dtype=torch.float64)
+    alone = [states(layer, rows, part) for rows, part in zip(x.split([1, 5, 9, 12]), parts, strict=True)]
+    for whole, pieces in zip(states(layer, x, batch), zip(*alone, strict=True), strict=True):
+        torch.testing.assert_close(whole, torch.cat(pieces), rtol=1e-12, atol=1e-12)
+    assert Forest.batch([]).num_nodes == 0
+
+
+def test_copies_and_moves():
+    trees = forest(*SHAPES["binary"](7))
+    trees.schedule("down")
+    for other in (copy.deepcopy(trees), pickle.loads(pickle.dumps(trees))):
+        assert torch.equal(other.schedule("up"), trees.schedule("up"))
+        assert torch.equal(other.slots, trees.slots)
+    assert trees.to("cpu") is trees
+    moved = trees.to("meta")
+    assert moved.device.type == "meta"
+    assert moved.roots.is_meta
+    assert moved.schedule("up") is trees.schedule("up")  # computed once, kept
+    assert repr(trees) == "Forest(num_trees=1, num_nodes=7)"
+
+
+F, I32 = torch.float32, torch.int32
+
+
+@pytest.mark.parametrize(
+    ("make_forest", "words"),
+    [
+        (lambda: forest([1, 0]), r"node \d lies on a cycle"),
+        (lambda: forest([-1, 1]), "node 1 lies on a cycle"),
+        (lambda: forest([1, 2, 3, 1, -1]), r"node [123] lies on a cycle"),
+        (lambda: forest([-1, 0, 3]), "the parent of node 2 is 3, there are nodes 0 to 2"),
+        (lambda: forest([-1, -2]), "the parent of node 1 is -2"),
+        (lambda: forest([-1, 2**40]), "the parent of node 1 is 1099511627776"),
+        (lambda: Forest.from_parents(torch.tensor([-1.0, 0.5])), r"LongTensor .*float32 .*node 0 is -1.0"),
+        (lambda: Forest.from_parents(torch.tensor([-1, 0], dtype=I32)), "LongTensor .* got torch.int32"),
+        (lambda: Forest.from_parents([-1, "a"]), "must be integers: that of node 1 is 'a'"),
+        (lambda: Forest.from_parents([-1, True]), "that of node 1 is True"),
+        (lambda: Forest.from_parents(torch.tensor([[-1, 0], [0, 0]])), r"got \[2, 2\]: node 0 has 2"),
+        (lambda: forest([-1, 0, 0], [0, 1, 1]), "nodes 1 and 2 have the same parent 0 and the same slot 1"),
+        (lambda: forest([-1, 0], [0, -1]), "the slot of node 1 is -1"),
+        (lambda: forest([-1, 0], [0]), r"slots must be \[2\].*node 1 has none"),
+        (lambda: forest([-1, 0], [0, 0, 1]), "node 2 has one, and does not exist"),
+        (lambda: Forest.from_parents([-1, 0], slots=torch.zeros(2)), "slots must be a LongTensor"),
+        (lambda: Forest.from_parents([-1, 0, -1], lengths=[2, 2]), "lengths must sum to the 3 nodes, got 4"),
+        (lambda: Forest.from_parents([-1, 0, -1], lengths=[3, 0]), "that of tree 1 is 0"),
+        (lambda: Forest.from_parents([-1, 0, -1, 2], lengths=[2, 2]), "parent of node 3 is 2, tree 1 has"),
+        (lambda: Forest.from_parents([-1, 0, -1, -1], lengths=[2, 2]), "node 3 is a second root of tree 1"),
+        (lambda: Forest.from_parents([1, 0], lengths=[2]), r"node \d lies on a cycle"),
+        (lambda: Forest.from_nested((("a", ()), "b")), r"node 1 is \(\)"),
+    ],
+)
+def test_errors_name_the_node(make_forest, words):
+    with pytest.raises(ValueError, match=words):
+        make_forest()
+
+
+def test_batch_takes_forests_of_one_device():
+    trees = forest([-1])
+    with pytest.raises(TypeError, match="that at 1 is a int"):
+        Forest.batch([trees, 3])
+    with pytest.raises(ValueError, match="forest 1 is on meta, forest 0 on cpu"):
+        Forest.batch([trees, trees.to("meta")])
+
+
+@pytest.mark.parametrize("row", range(5))
+@pytest.mark.parametrize("value", [-1, 3, 10**12])
+def test_the_operators_trust_no_schedule(row, value):
+    """A broken one is an error, or at least no way out of the tensors."""
+    layer = fastrnn.NaryTreeLSTM(2, 3)
+    good = forest([1, 4, 1, 4, -1]).schedule("up")
+    params = list(layer.parameters())
+    for column in range(good.shape[1]):
+        broken = good.clone()
+        broken[row, column] = value
+        if torch.equal(broken, good):
+            continue
+        # What is left is another schedule, of edges that are in bounds.
+        with contextlib.suppress(RuntimeError):
+            h, *_ = torch.ops.fastrnn.tree("nary_lstm", None, params, broken, True)
+            assert h.shape == (5, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((torch.tensor([[0]]), torch.tensor([0])), "parents must be a LongTensor"),
+        ((torch.tensor([-1, 0]), torch.tensor([0])), "slots must be a LongTensor"),
+        ((torch.tensor([1, 0]), torch.tensor([0, 0])), "needs parents and slots of a forest"),
+    ],
+)
+def test_the_schedule_trusts_nobody(arguments, words):
+    with pytest.raises(RuntimeError, match=words):
+        torch.ops.fastrnn.tree_schedule(*arguments, False)
