@@ -1,8 +1,8 @@
 """Many to one: whether a sentence complains or explains.
 
 The sentences are those of Python's standard library, and it labels them itself: what an exception is raised
-with complains ("could not convert string to float"), a docstring's first line explains ("Convert a string to
-a float"). Only their words are read, without case, digits and punctuation, which would give them away.
+with complains ("could not convert string to float"), a docstring's first paragraph explains ("Convert a
+string to a float"). Only their words are read, without case, digits and punctuation, which would tell.
 """
 
 from __future__ import annotations
