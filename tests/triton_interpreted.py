@@ -79,6 +79,7 @@ def worst(ours, reference):
     worst = 0.0
     for a, b in zip(ours, reference, strict=True):
         assert a.shape == b.shape
+        assert a.isfinite().all()  # max() below would pass over a NaN
         if b.numel():
             scale = max(b.abs().max().item(), 1e-3)
             worst = max(worst, (a.detach().cpu().to(F64) - b).abs().max().item() / scale)
