@@ -30,6 +30,13 @@ def exact_products():
 
 
 @pytest.fixture(autouse=True)
+def memory_that_nobody_filled_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills what is allocated
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
 def programs_that_meet(monkeypatch):
     """Run side by side in the interpreter too."""
     if layer.INTERPRETED:
@@ -179,13 +186,14 @@ def test_each_output_alone(kernel, monkeypatch):
 
 
 @each_kernel
-def test_what_lies_past_an_end_is_not_read(kernel, monkeypatch):
-    x, states, params, _ = case("gru", 4, 2, 3, 5)
+@pytest.mark.parametrize(("cell", "P"), [*((cell, 0) for cell in CELLS), ("lstm", 3)])
+def test_what_lies_past_an_end_is_not_read(cell, P, kernel, monkeypatch):
+    x, states, params, _ = case(cell, 4, 2, 3, 5, P=P)
     lengths = torch.tensor([2, 4])
     x[2:, 0] = float("nan")
     with backend(kernel, monkeypatch):
         leaves = moved((x, *states, *params), torch.float32)
-        outputs, grads = results("gru", leaves, 1, {"lengths": lengths.to(DEVICE)})
+        outputs, grads = results(cell, leaves, len(states), {"lengths": lengths.to(DEVICE)})
     assert all(t.isfinite().all() for t in (*outputs, *grads))
     assert (grads[0][2:, 0] == 0).all()
 

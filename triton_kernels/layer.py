@@ -463,25 +463,30 @@ def _products(
         dx = total.view(x.shape)
     if not need_params:
         return dx, []
-    rows = call.rows
-    if call.lengths is not None:  # what lies past an end may be no number
-        rows = rows.masked_fill(~call.active().view(-1, 1), 0)
+    past = None if call.lengths is None else ~call.active().view(-1, 1)
+
+    def held(t: Tensor) -> Tensor:
+        """What lies past an end may be no number, and its gradient of 0 times that would be none either."""
+        return t if past is None else t.masked_fill(past, 0)
+
+    rows = held(call.rows)
     given: list[Tensor] = []
     for d, p in enumerate(call.params):
         given.append(torch.mm(of_inputs[d].t(), rows))
-        given.append(_of_recurrent(call, dg[d], h_before[d], saved[0][d]))
+        mid = held(saved[0][d, :, :H]) * h_before[d] if call.traits.mid else None
+        given.append(_of_recurrent(call, dg[d], h_before[d], mid))
         if p.b_ih is not None:
             sums = dg[d].sum(0, dtype=torch.float32).to(x.dtype).unflatten(0, (-1, H))
             given.append(sums[:gates].flatten())
             given.append(sums[list(call.traits.hidden_grads)].flatten())
         if call.projected:
-            given.append(torch.mm(dmid[d].t(), saved[1][d]))
+            given.append(torch.mm(dmid[d].t(), held(saved[1][d])))
     return dx, given
 
 
-def _of_recurrent(call: Call, dg: Tensor, h: Tensor, gates: Tensor) -> Tensor:
+def _of_recurrent(call: Call, dg: Tensor, h: Tensor, mid: Tensor | None) -> Tensor:
     """R's gradient [G*H, K]: for each gate its hidden part's gradients [N, H], transposed, times what R was
-    multiplied with, head by head."""
+    multiplied with, head by head: h, and for the last gate mid where there is one."""
     H, heads, hidden = call.H, call.heads, call.traits.hidden_grads
     last = len(hidden) - 1
 
@@ -492,8 +497,8 @@ def _of_recurrent(call: Call, dg: Tensor, h: Tensor, gates: Tensor) -> Tensor:
         by_head = part.unflatten(1, (end - first, heads, H // heads))
         return torch.einsum("nghu,nhk->ghuk", by_head, operand.unflatten(1, (heads, -1))).flatten(0, 2)
 
-    if call.traits.mid:
-        return torch.cat([product(0, last, h), product(last, last + 1, gates[:, :H] * h)])
+    if mid is not None:
+        return torch.cat([product(0, last, h), product(last, last + 1, mid)])
     if hidden[last] != last:
         return torch.cat([product(0, last, h), product(last, last + 1, h)])
     return product(0, last + 1, h)
