@@ -78,7 +78,7 @@ def test_on_the_gpu():
 def test_tuning_wants_a_gpu(capsys):
     """An interpreter that measures nothing, and a process that sees no GPU."""
     if torch.cuda.is_available():
-        pytest.skip("there is one")
+        pytest.skip("tuning would run: there is a GPU")
     assert main(["tune", "--hidden", "8"]) == 2
     assert capsys.readouterr().err == "fastrnn: tune measures on a GPU, and torch sees none here\n"
 
