@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks, functional
+from .backends import Explanation, decide, decide_fused, explained, in_autocast
+from .modules import leaf_call, traced
 from .reference import CELLS
 
 SCORES = ("dot", "general", "additive")
@@ -121,6 +124,10 @@ class Attention(nn.Module):
         options = _options(self, score="dot", scale=None, batch_first=False)
         return f"{self.query_size}, {self.memory_size}{options}"
 
+    def _explain(self, query: Tensor) -> Explanation:
+        x = in_autocast(query)
+        return explained(decide_fused(x, "attention"), x, f"{self.score} attention", "online softmax")
+
     def forward(
         self,
         query: Tensor,
@@ -148,6 +155,11 @@ class Attention(nn.Module):
         Raises ValueError for shapes that do not agree, a mask that is not bool and lengths outside [0, S] (on
         the CPU; elsewhere they are clamped), RuntimeError for dtypes and devices that differ.
         """
+        proxy = traced(query, memory, values, lengths, mask)
+        if proxy is not None:
+            options = {"lengths": lengths, "mask": mask, "need_weights": None if need_weights else False}
+            recorded: tuple[Tensor, Tensor | None] = leaf_call(self, proxy, (query, memory, values), options)
+            return recorded
         batched = query.dim() == 3
         if query.dim() not in (2, 3) or memory.dim() != query.dim():
             raise ValueError(
@@ -281,6 +293,16 @@ class AttentionDecoder(nn.Module):
         )
         return f"{self.input_size}, {self.hidden_size}, {self.memory_size}{options}"
 
+    def _explain(self, inputs: Tensor) -> Explanation:
+        x, steps = in_autocast(inputs), inputs.shape[inputs.dim() == 3 and self.batch_first]
+        if self.input_feeding and steps > 1:
+            return explained(decide_fused(x, "the decoder"), x, f"{self.cell} decoder", "scan")
+        attention, layers = self.attention._explain(x), decide(x).backend
+        if attention.backend is None:
+            return attention
+        how = {"cpu": "scan in C++", "triton": "scan by Triton"}.get(str(layers), "by plain torch operations")
+        return replace(attention, kernel=f"{self.cell} {how}, then {attention.kernel}")
+
     def _layer_weights(self) -> list[list[Tensor]]:
         return [[getattr(self, f"{name}_l{k}") for name in _NAMES] for k in range(self.num_layers)]
 
@@ -308,6 +330,11 @@ class AttentionDecoder(nn.Module):
         are clamped), TypeError for a state of another kind, RuntimeError for Tq = 0 and for dtypes and
         devices that differ.
         """
+        proxy = traced(inputs, memory, state, lengths)
+        if proxy is not None:
+            options, args = {"lengths": lengths}, (inputs, memory, state)
+            recorded: tuple[Tensor, Any, Tensor] = leaf_call(self, proxy, args, options)
+            return recorded
         if inputs.dim() not in (2, 3):
             raise ValueError(f"inputs must have 3 dimensions, or unbatched 2, got {inputs.dim()}")
         batched = inputs.dim() == 3
