@@ -134,7 +134,7 @@ class Bidirectional(torch.nn.Module):
         self, forward_layer: RNNBase, backward_layer: RNNBase | None = None, *, merge: str | None = "concat"
     ) -> None:
         super().__init__()
-        if merge is not None and merge not in MERGES:
+        if merge not in (None, *MERGES):
             raise ValueError(f"merge must be one of {', '.join(MERGES)} or None, got {merge!r}")
         for name, layer in (("forward_layer", forward_layer), ("backward_layer", backward_layer)):
             if not isinstance(layer, RNNBase) and not (layer is None and name == "backward_layer"):
@@ -209,6 +209,7 @@ class Bidirectional(torch.nn.Module):
             _checks.padded_only(lengths, None)
             rows = _packed_rows(input)
         else:
+            _checks.is_tensor("input", input)
             _checks.layer_ranks("Bidirectional", input, None)
             batch_first = self.forward_layer.batch_first and input.dim() == 3
             time = 1 if batch_first else 0

@@ -400,7 +400,8 @@ BAD = {
     "memory of another batch": (lambda q, m: (q, m[:, :1]), {}, ValueError, r"memory must be \[S, B, M\]"),
     "query of another width": (lambda q, m: (q[..., :3], m), {}, ValueError, r"query must be \[Tq, B, Q\]"),
     "values of another length": (lambda q, m: (q, m, m[:2]), {}, ValueError, r"values must be \[S, B, V\]"),
-    "ranks": (lambda q, m: (q, m[0]), {}, ValueError, "both have 3 dimensions"),
+    "ranks": (lambda q, m: (q, m[0]), {}, ValueError, r"must all have 3 dimensions.*2 \(memory\)"),
+    "lists": (lambda q, m: (q, m.tolist()), {}, TypeError, "memory must be a Tensor, got list"),
     "dtypes": (lambda q, m: (q, m.float()), {}, RuntimeError, "memory must be torch.float64"),
     "integers": (lambda q, m: (q, m.long()), {}, ValueError, "floating point"),
     "lengths too long": (
@@ -432,6 +433,15 @@ def test_bad_input(name):
         attn(*make(query, memory), **options)
 
 
+def test_errors_speak_of_the_callers_layout():
+    attn, (query, memory, _) = case("dot", (3, 5, 2, 4, 4, 4), grad=False, batch_first=True)
+    query, memory = query.transpose(0, 1), memory.transpose(0, 1)
+    with pytest.raises(ValueError, match=r"memory must be \[B, S, M\] = \[2, 5, 4\], got \[1, 5, 4\]"):
+        attn(query, memory[:1])
+    with pytest.raises(ValueError, match=r"query must be \[Tq, Q\] = \[3, 4\], got \[3, 3\]"):
+        attn(query[0, :, :3], memory[0])
+
+
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_bad_input_of_the_function(backend):
     q, k, m, v = randn(3, 2, 4), randn(5, 2, 4), randn(5, 2, 6), randn(4)
@@ -460,6 +470,8 @@ def test_bad_input_of_the_function(backend):
         ((0,), {}, ValueError, "query_size must be greater than zero"),
         ((4.0,), {}, TypeError, "query_size must be an int"),
         ((4,), {"batch_first": 1}, TypeError, "batch_first should be of type bool"),
+        ((4,), {"scale": torch.tensor(0.5)}, TypeError, "scale must be a number, got Tensor"),
+        ((4,), {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
     ],
 )
 def test_bad_constructions(args, options, error, text):
