@@ -337,10 +337,18 @@ class Forest:
         return self._schedules[direction]
 
     def steps(self, direction: str) -> Steps:
-        """The schedule as the plain reference reads it, on this forest's device."""
+        """The schedule as the plain reference reads it, on this forest's device; computed at the first call,
+        which must not stand in a compiled graph (RuntimeError)."""
         key = (direction, self.device)
         if key not in self._steps:
-            self._steps[key] = schedule_steps(self.schedule(direction), self.device)
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "torch.func and the reference take a forest level by level, which no compiled graph can "
+                    f"work out: call forest.steps({direction!r}) before"
+                )
+            # What is kept outlives a transform of torch.func that asks first: it must be none of its tensors.
+            with torch._C._DisableFuncTorch():
+                self._steps[key] = schedule_steps(self.schedule(direction), self.device)
         return self._steps[key]
 
     def __reduce__(self) -> Any:
