@@ -6,11 +6,12 @@ lstm = fastrnn.LSTM(256, 512, num_layers=2)   # torch.nn.LSTM's signature, param
 
 from . import functional
 from ._version import __version__
-from .attention import Attention, AttentionDecoder
+from .attention import Attention
 from .backends import BackendError, Explanation, backend, explain
 from .bidirectional import Bidirectional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .decoder import AttentionDecoder
 from .forest import Forest
 from .generation import generate
 from .inference import freeze, quantize

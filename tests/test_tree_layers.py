@@ -177,6 +177,40 @@ def test_the_graph_holds_one_operator_a_layer():
 
 
 @cells
+def test_torch_func_in_a_graph(cell):
+    """First and second derivatives, of a forest whose levels are known; else the error says what to do."""
+    torch._dynamo.reset()
+    layer, trees, x = make(cell, 2, 3), forest(*TREES), torch.randn(9, 2, dtype=F64)
+
+    def first(x):
+        return grad(lambda x: sum(s.sin().sum() for s in states(layer, x, trees)))(x)
+
+    def second(x):
+        return grad(lambda x: first(x).square().sum())(x)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call forest.steps\('up'\) before"):
+        torch.compile(first, fullgraph=True, backend="eager")(x)
+    expected = [first(x), second(x)]  # kept from within a transform, and no worse for it
+    for run, value in zip((first, second), expected, strict=True):
+        torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(x), value)
+
+
+def test_second_derivatives_of_a_graph():
+    """torch's compiler has none, and says so; without its autograd they are the reference's, as in eager."""
+    torch._dynamo.reset()
+    layer, trees = make("nary", 2, 3), forest(*TREES)
+
+    def second(run):
+        x = torch.ones(9, 2, dtype=F64, requires_grad=True)
+        (slope,) = torch.autograd.grad(run(x, trees)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(torch.compile(layer, fullgraph=True, backend="eager")), second(layer))
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        second(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+
+
+@cells
 def test_types(cell, tolerances):
     """16 bits and autocast: float32 arithmetic, rounded once."""
     wide, trees = make(cell, 4, 6), forest(*TREES)

@@ -85,9 +85,10 @@ struct DecoderKernels {
 template <class E>
 struct AttentionKernels {
   const DecoderKernels<E>* decoders;
-  // Queries [q0, q1) of a sequence; all of them, backward. scratch: so many elements as the next two say.
+  // Queries [q0, q1) of a sequence; all of them, backward, by the members that share it. scratch: so many
+  // elements as the next two say, of a sequence.
   void (*attend)(const Attend<E>&, int64_t q0, int64_t q1, E* scratch);
-  void (*attend_backward)(const Attend<E>&, E* scratch);
+  void (*attend_backward)(const Attend<E>&, const Share&, E* scratch);
   int64_t (*scratch)(int64_t K, int64_t V);
   int64_t (*backward_scratch)(int64_t S, int64_t K, int64_t V);
 };

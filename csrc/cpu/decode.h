@@ -141,7 +141,8 @@ struct DecodeShare {
       if (m.v) {
         E *dquery = p.dquery + i * p.ld_query, *query = p.query + i * p.ld_query;
         std::memcpy(query, p.queries + (t * p.B + i) * p.K, p.K * sizeof(E));
-        additive_backward(m, query, ds, dquery, p.dkeys + i * p.S * p.ld_query, p.dv + i * p.ld_query);
+        additive_backward(m, 0, vectors<E>(m.K) * S::W, query, ds, dquery, p.dkeys + i * p.S * p.ld_query,
+                          p.dv + i * p.ld_query);
         for (int64_t u = 0; u < m.K; u += S::W) {
           S::load(dquery + u).store(in_panels(p.dquery_panels, t, i, u));
         }
