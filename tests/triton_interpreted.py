@@ -349,7 +349,7 @@ def test_what_tuning_tries():
     for H, B, processors, kinds in (
         (64, 16, 132, {"scan", "grid", "step"}),
         (1024, 128, 132, {"grid", "step"}),
-        (4096, 16, 132, {"step"}),
+        (8192, 16, 132, {"step"}),
         (512, 4, 0, {"step"}),
     ):
         shape = heuristics.Shape("lstm", H, H, 1, B, 2, False, 90, processors)
