@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, functional
-from .backends import Explanation, decide_fused, explained, in_autocast
+from .backends import Explanation, decide_attention, explained, in_autocast
 from .modules import leaf_call, traced
 
 SCORES = ("dot", "general", "additive")
@@ -132,7 +132,7 @@ class Attention(nn.Module):
 
     def _explain(self, query: Tensor) -> Explanation:
         x = in_autocast(query)
-        return explained(decide_fused(x, "attention"), x, f"{self.score} attention", "online softmax")
+        return explained(decide_attention(x), x, f"{self.score} attention", "online softmax")
 
     def forward(
         self,

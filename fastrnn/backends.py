@@ -212,6 +212,18 @@ def decide_fused(x: Tensor, what: str) -> Decision:
     return Decision("reference", f"the triton backend has no kernel for {what}")
 
 
+def decide_attention(x: Tensor) -> Decision:
+    """`decide` for attention, which has kernels for the CPU, and in Triton, those for GPU tensors alone."""
+    asked = current_backend()
+    if asked == "cuda":
+        return Decision(None, "it has no kernel for attention")
+    if asked == "triton" and x.device.type == "cpu":
+        return Decision(None, "its kernels of attention take GPU tensors, the input is on cpu")
+    if asked in ("auto", "triton") and x.device.type in TRITON_DEVICES and _why_not_triton(x) is None:
+        return Decision("triton", "asked for" if asked == "triton" else "the fastest backend for this input")
+    return decide(x)
+
+
 def choose_fused(x: Tensor, what: str) -> str:
     """ "cpu" or "reference": the backend of what has kernels for the CPU alone."""
     return choose(x, lambda x: decide_fused(x, what))
@@ -263,11 +275,14 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
 
 
 def explained(decision: Decision, x: Tensor, name: str, how: str) -> Explanation:
-    """Of what plain torch, or a kernel in C++ that runs it in this way, computes for x."""
+    """Of what plain torch, or a kernel that runs it in this way, computes for x."""
     if decision.backend is None:
         return Explanation(None, None, decision.reason)
     if decision.backend == "reference":
         return Explanation("reference", f"{name} by plain torch operations", decision.reason)
+    if decision.backend == "triton":
+        kernel = f"{name} {how} in Triton, {str(x.dtype).removeprefix('torch.')} products"
+        return Explanation("triton", kernel, decision.reason)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
     kernel = f"{name} {how} in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
     return Explanation("cpu", kernel, decision.reason)

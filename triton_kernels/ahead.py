@@ -53,7 +53,7 @@ def kernels(
     cell: str, config: heuristics.Config, *, projected: bool = False, **given: Any
 ) -> list[tuple[str, dict[str, Any]]]:
     """The kernels of a training step, by name, with the compile-time arguments that differ between them."""
-    saves = {**layer.forward_options(config), "BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
+    saves = {"BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
     backs = {**layer.backward_options(cell), "DY": True, "DSEQ": False, **given}
     if config.kernel == "scan":
         return [("scan_forward", saves), ("scan_backward", backs)]

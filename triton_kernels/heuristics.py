@@ -19,7 +19,8 @@ class Config:
     """kernel: "scan", one launch with R on the chip; "grid", one launch whose programs meet after every stage
     of a step; "step", a launch a step and stage. block_b sequences and block_u units (in a scan all of a
     head's) a program; block_k: the piece of a product's sum that is loaded at once (in a scan all of h,
-    padded); early: see step_forward."""
+    padded); split: the parts of a piece that warps multiply each for itself; resident: the pieces of R that a
+    program of a grid keeps on the chip; tiles: of sequences that it owns. See step.py."""
 
     kernel: str
     block_b: int
@@ -27,11 +28,18 @@ class Config:
     block_k: int
     warps: int
     stages: int
-    early: bool = False
+    split: int = 1
+    resident: int = 0
+    tiles: int = 1
 
     def __str__(self) -> str:
-        tiles = f"{self.block_b} sequences x {self.block_u} units"
-        return f"{tiles}, {self.warps} warps" + (f", K by {self.block_k}" if self.kernel != "scan" else "")
+        tiles = f"{self.block_b} sequences x {self.block_u} units, {self.warps} warps"
+        if self.kernel == "scan":
+            return tiles
+        split = f" in {self.split} parts" if self.split > 1 else ""
+        kept = f", {self.resident} pieces of R on the chip" if self.resident else ""
+        kept += f", {self.tiles} such tiles a program" if self.tiles > 1 else ""
+        return f"{tiles}, K by {self.block_k}{split}{kept}"
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,14 @@ LARGE_CAPABILITIES = (80, 87, 90, 100, 101, 103)
 WIDE_CAPABILITIES = (90, 100, 101, 103)
 
 
+# Of a grid: sequences of a tile, warps, each of which multiplies its part of a piece, tiles of a program
+# beyond which larger tiles, in a launch a step, read R less often; bytes of R that a program keeps on the
+# chip.
+TILE, WARPS, MOST_TILES = 16, 8, 8
+KEPT = dict.fromkeys((90, 100, 101, 103), 160 << 10) | {80: 112 << 10, 87: 112 << 10}
+KEPT_ELSE = 48 << 10
+
+
 def padded(n: int) -> int:
     """The power of two that holds n; a product's sides are at least 16."""
     return max(16, 1 << (n - 1).bit_length())
@@ -68,24 +84,6 @@ def padded(n: int) -> int:
 def resident_limit(capability: int | None) -> int:
     """Bytes of R that a scan keeps on the chip."""
     return LARGE if capability in LARGE_CAPABILITIES else SMALL
-
-
-def programs(shape: Shape, block_b: int, block_u: int) -> int:
-    """Of a launch over all tiles; of a projected layer's two stages the larger."""
-    return shape.groups * -(-shape.B // block_b) * -(-max(shape.H, shape.P) // block_u)
-
-
-def tiles(shape: Shape) -> tuple[int, tuple[int, ...]]:
-    """Of a program of a step or grid the sequences, and the numbers of units to choose from. Fewer units:
-    more programs share the reading of R; but float32 in tiles of 16 x 16, and any type in tiles of 32
-    sequences, leave warps without work of their own, or lack registers."""
-    if shape.B <= 32 or (shape.itemsize == 4 and shape.capability not in LARGE_CAPABILITIES):
-        return 16, (16, 32, 64) if shape.itemsize == 2 else (32, 64)
-    return 64, (16, 32) if shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0 else (16,)
-
-
-def warps(block_b: int, block_u: int) -> int:
-    return 4 if block_b * block_u <= 512 else 8
 
 
 def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
@@ -110,15 +108,37 @@ def configure(shape: Shape) -> Config:
     size = resident_bytes(shape, block_h, block_p)
     if size <= resident_limit(shape.capability):
         return Config("scan", 16, block_h, block_p, 4 if size <= FEW_WARPS else 8, 1)
-    block_b, units = tiles(shape)
+    found = grid(shape)
+    if found is not None:
+        return found
+    wide = shape.B > 32 and (shape.itemsize == 2 or shape.capability in LARGE_CAPABILITIES)
+    block_b = 64 if wide else 16
+    block_u = 32 if not wide or (shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0) else 16
     # Pieces are loaded two ahead where there is shared memory for them, and registers for their addresses.
     stages = 3 if shape.capability in LARGE_CAPABILITIES and shape.itemsize == 2 else 2
-    for block_u in units:
-        if programs(shape, block_b, block_u) <= shape.processors:
-            early = block_b * block_u <= 512 and shape.itemsize == 2
-            return Config("grid", block_b, block_u, 32, warps(block_b, block_u), stages, early)
-    block_u = 32 if block_b == 16 else 16
-    return Config("step", block_b, block_u, 32, warps(block_b, block_u), stages)
+    return Config("step", block_b, block_u, 32, 4 if block_b * block_u <= 512 else 8, stages)
+
+
+def grid(shape: Shape, units: int = 16) -> Config | None:
+    """The grid whose programs own so many units each: they then share the sequences as far as there are
+    multiprocessors. None where there are fewer than programs, or too many sequences a program."""
+    of_units = shape.groups * -(
+        -max(shape.H, shape.P) // units
+    )  # of a projected layer's two stages the larger
+    of_batch = -(-shape.B // TILE)
+    if of_units > shape.processors:
+        return None
+    tiles = -(-of_batch // (shape.processors // of_units))
+    if tiles > MOST_TILES:
+        return None
+    bytes_each = shape.itemsize * (2 if shape.itemsize == 4 else 1)  # see resident_bytes
+    block_k = WARPS * (32 if shape.itemsize == 2 and shape.P > WARPS * 16 else 16)
+    pieces = -(-shape.P // block_k)
+    piece = TRAITS[shape.cell].gates * block_k * units * bytes_each
+    kept = KEPT.get(shape.capability or 0, KEPT_ELSE)
+    # What is not kept is loaded ahead of its use, into memory of its own.
+    resident = pieces if pieces * piece <= kept else max(0, kept // piece - 2)
+    return Config("grid", TILE, units, block_k, WARPS, 2, WARPS, resident, tiles)
 
 
 # --- what tuning has found

@@ -52,7 +52,7 @@ def precision(x: Tensor) -> str:
 
 
 @contextlib.contextmanager
-def _alone(device: torch.device) -> Any:
+def alone(device: torch.device) -> Any:
     """On this device, and without autocast, which would round the products."""
     with contextlib.ExitStack() as stack:
         if device.type != "cpu":
@@ -178,7 +178,8 @@ class Call:
     def grid(self, columns: int) -> tuple[int, int, int]:
         """Of a step's programs, for so many columns of a head."""
         config = self.config
-        return triton.cdiv(self.B, config.block_b), triton.cdiv(columns, config.block_u), self.D * self.heads
+        sequences = config.block_b * config.tiles
+        return triton.cdiv(self.B, sequences), triton.cdiv(columns, config.block_u), self.D * self.heads
 
     def launch_steps(
         self, kernel: Any, columns: Sequence[int], pointers: Sequence[Tensor], sizes: Sequence[int],
@@ -218,7 +219,12 @@ def options(
 ) -> dict[str, Any]:
     """The kernels' compile-time arguments that forward and backward share."""
     traits, scans = TRAITS[cell], config.kernel == "scan"
+    # Of a product's source as many pieces are loaded before the first is used as 64 registers hold.
+    of_a_thread = config.block_b * config.block_k * dtype.itemsize // (32 * config.warps)
+    ahead = max(1, 256 // max(1, of_a_thread))
+    pieces = {"TILES": config.tiles, "RESIDENT": config.resident, "AHEAD": ahead, "SPLIT": config.split}
     return {
+        **({} if scans else pieces),
         "CELL": cell,
         "GATES": traits.gates,
         "SAVED": traits.saved,
@@ -239,11 +245,6 @@ def options(
         "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
-
-
-def forward_options(config: heuristics.Config) -> dict[str, Any]:
-    """Those that only the forward kernels have, of a configuration."""
-    return {} if config.kernel == "scan" else {"EARLY": config.early}
 
 
 def backward_options(cell: str) -> dict[str, Any]:
@@ -270,7 +271,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """torch.ops.fastrnn.layer's arguments and results; saved is of x's type."""
     call = Call(Inputs(cell, x, states, params, lengths, batch_sizes, reset))
-    with _alone(x.device):
+    with alone(x.device):
         return _forward(call, save, save or return_states)
 
 
@@ -305,7 +306,6 @@ def _forward(
     masks = call.masks()
     options = {
         **call.options(),
-        **forward_options(call.config),
         "BIAS": call.params[0].b_ih is not None,
         "SAVE": save,
         "SEQ": keep_seq,
@@ -369,7 +369,7 @@ def backward(
                 f"{cell}: {name} must be {list(shape)} on {x.device}, "
                 f"got {list(tensor.shape)} on {tensor.device}"
             )
-    with _alone(x.device):
+    with alone(x.device):
         return _backward(call, dy, dlast, dseq, y, seq, saved, need_x, need_params)
 
 
@@ -434,8 +434,9 @@ def _backward(
         columns = (P // call.heads, H // call.heads)[: len(stages(call.cell, call.config, call.projected))]
         call.launch_steps(step.step_backward, columns, pointers, sizes, 0, T, FINAL=False, **options)
         step.step_backward[call.grid(columns[0])](
-            *pointers, call.rows, *sizes, T, T + 1, FIRST=0, LAST=0, GRID=False, FINAL=True, **options
-        )
+            *pointers, call.rows, *sizes, T, T + 1, FIRST=0, LAST=0, GRID=False, FINAL=True,
+            **{**options, "RESIDENT": 0},
+        )  # fmt: skip
     dx, dparams = _products(call, dg, dmid, h_before, saved, need_x, need_params)
     return dx, [g.to(x.dtype) for g in grads], dparams
 
