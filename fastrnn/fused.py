@@ -257,17 +257,9 @@ def _fake_attention(
 
 
 def _fake_attention_backward(
-    dcontext: Tensor | None,
-    dweights: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    context: Tensor,
-    lse: Tensor,
+    dcontext: Tensor | None, dweights: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, keys, values, v, mask, _, context, lse = args
     rows = [keys, values, context, lse, *_present((dcontext, dweights))]
     same_device(query, rows, _present((v,)), (mask,))
     dv = query.new_empty(0 if v is None else v.shape)

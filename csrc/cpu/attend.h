@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "../cells/math.h"
 #include "attention.h"
 #include "step.h"
 
