@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, heuristics, layer, scan, step
+from . import attend, attention, heuristics, layer, scan, step
 
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Arguments that are float32 whatever the layer's type; others that are not of the layer's type.
@@ -29,12 +29,12 @@ _KERNELS = {
     kernel.fn.__name__: kernel
     for kernel in (
         *(scan.scan_forward, scan.scan_backward, step.step_forward, step.step_backward),
-        *(attention.attend_forward, attention.attend_weights, attention.attend_dscores),
-        *(attention.attend_dquery, attention.attend_dkeys, attention.attend_dvalues),
+        *(attend.attend_forward, attend.attend_weights, attend.attend_dscores),
+        *(attend.attend_dquery, attend.attend_dkeys, attend.attend_dvalues),
     )
 }
 _LAUNCHES = {"scan": "one launch", "grid": "one launch of programs that meet", "step": "a launch a step"}
-_SIZES = (*scan.FREE, "N", "H", "P", "D", *attention.FREE, "K", "V", "mask_b", "mask_q")
+_SIZES = (*scan.FREE, "N", "H", "P", "D", *attend.FREE, "K", "V", "mask_b", "mask_q")
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
