@@ -90,7 +90,7 @@ def test_tuning_wants_a_gpu(capsys):
 # Of a block's shared memory, in KB.
 SHARED = {80: 163, 90: 227, 100: 227, 120: 99}
 # The stack's bytes a thread that ptxas spends on registers it has not got.
-MOST_SPILLED = 32
+MOST_SPILLED = 64
 
 
 def compile_all(job):

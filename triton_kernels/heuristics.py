@@ -105,7 +105,9 @@ def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
     if block_b == 16:
         early = kernel == "grid" and block_u <= 32
         return Config(kernel, block_b, block_u, 128 if block_u == 16 else 32, 4, 3 if large else 2, early)
-    return Config(kernel, block_b, block_u, *((64, 4, 4 if block_u == 16 else 3) if large else (32, 8, 2)))
+    if not large or shape.H % 16:
+        return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
+    return Config(kernel, block_b, block_u, 64, *((4, 4) if block_u == 16 else (8, 3)))
 
 
 def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
