@@ -259,7 +259,8 @@ def test_dropout_draws_what_torch_draws(feeding):
     decoder.eval()
     assert torch.equal(decoder(x, memory)[0], decoder(x, memory)[0])
     with pytest.warns(UserWarning, match="dropout=0.5 falls between layers, and there is one"):
-        fastrnn.AttentionDecoder(2, 6, 6, dropout=0.5)
+        one = fastrnn.AttentionDecoder(2, 6, 6, dropout=0.5, input_feeding=feeding, dtype=F64)
+    assert torch.equal(one(x, memory)[0], one.eval()(x, memory)[0])  # the last layer's output is not dropped
 
 
 @each_feeding

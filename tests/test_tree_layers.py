@@ -47,6 +47,8 @@ def test_second_and_third_derivatives_without_an_input(cell):
     states(layer, None, trees)[0].square().sum().backward()
     assert layer.weight_ih.grad is None
     assert layer.bias_ih.grad.abs().sum() > 0
+    value = states(layer, None, trees)[0].square().sum()
+    assert torch.autograd.grad(value, layer.weight_ih, create_graph=True, allow_unused=True) == (None,)
 
     def third(run):
         layer.zero_grad()

@@ -65,8 +65,11 @@ class AttentionCall {
       p.ld_values = p.ld_context = in.B * in.V;
       p.ld_weights = in.S;
       p.scale = static_cast<E>(in.scale);
-      if (any) read_mask(p, b, any + b * in.S);
     }
+    if (!any) return;
+    for_rows(in.B, in.mask->numel() / std::max<int64_t>(in.B, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) read_mask(all_[b], b, any + b * in.S);
+    });
   }
 
   std::tuple<Tensor, Tensor, Tensor> forward(bool need_weights) {
