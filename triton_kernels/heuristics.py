@@ -19,8 +19,7 @@ class Config:
     """kernel: "scan", one launch with R on the chip; "grid", one launch whose programs meet after every stage
     of a step; "step", a launch a step and stage. block_b sequences and block_u units (in a scan all of a
     head's) a program; block_k: the piece of a product's sum that is loaded at once (in a scan all of h,
-    padded); split: the parts of a piece that warps multiply each for itself; resident: the pieces of R that a
-    program of a grid keeps on the chip; tiles: of sequences that it owns. See step.py."""
+    padded); early: see step_forward."""
 
     kernel: str
     block_b: int
@@ -28,18 +27,11 @@ class Config:
     block_k: int
     warps: int
     stages: int
-    split: int = 1
-    resident: int = 0
-    tiles: int = 1
+    early: bool = False
 
     def __str__(self) -> str:
-        tiles = f"{self.block_b} sequences x {self.block_u} units, {self.warps} warps"
-        if self.kernel == "scan":
-            return tiles
-        split = f" in {self.split} parts" if self.split > 1 else ""
-        kept = f", {self.resident} pieces of R on the chip" if self.resident else ""
-        kept += f", {self.tiles} such tiles a program" if self.tiles > 1 else ""
-        return f"{tiles}, K by {self.block_k}{split}{kept}"
+        tiles = f"{self.block_b} sequences x {self.block_u} units"
+        return f"{tiles}, {self.warps} warps" + (f", K by {self.block_k}" if self.kernel != "scan" else "")
 
 
 @dataclass(frozen=True)
@@ -61,19 +53,11 @@ class Shape:
 
 # Bytes of R, padded, up to which a scan keeps it on the chip: with its other tiles it takes a little more of
 # the 227 KB of shared memory that a block may have at compute capability 9.0 and 10.x, 163 KB at 8.0, and
-# 99 KB at 8.6, 8.9 and 12.x. Beyond FEW_WARPS four warps would spill registers.
-LARGE, SMALL, FEW_WARPS = 128 << 10, 64 << 10, 32 << 10
+# 99 KB at 8.6, 8.9 and 12.x. Beyond FEW_WARPS (LSTM, H = 32, 16 bits) eight warps are faster than four.
+LARGE, SMALL, FEW_WARPS = 128 << 10, 64 << 10, 8 << 10
 LARGE_CAPABILITIES = (80, 87, 90, 100, 101, 103)
 # Those on which registers hold tiles of 64 sequences x 32 units, of rows that begin at multiples of 16.
 WIDE_CAPABILITIES = (90, 100, 101, 103)
-
-
-# Of a grid: sequences of a tile, warps, each of which multiplies its part of a piece, tiles of a program
-# beyond which larger tiles, in a launch a step, read R less often; bytes of R that a program keeps on the
-# chip.
-TILE, WARPS, MOST_TILES = 16, 8, 8
-KEPT = dict.fromkeys((90, 100, 101, 103), 160 << 10) | {80: 112 << 10, 87: 112 << 10}
-KEPT_ELSE = 48 << 10
 
 
 def padded(n: int) -> int:
@@ -84,6 +68,46 @@ def padded(n: int) -> int:
 def resident_limit(capability: int | None) -> int:
     """Bytes of R that a scan keeps on the chip."""
     return LARGE if capability in LARGE_CAPABILITIES else SMALL
+
+
+def programs(shape: Shape, block_b: int, block_u: int) -> int:
+    """Of a launch over all tiles; of a projected layer's two stages the larger."""
+    return shape.groups * -(-shape.B // block_b) * -(-max(shape.H, shape.P) // block_u)
+
+
+def tiles(shape: Shape) -> tuple[tuple[int, int], ...]:
+    """Of a grid's programs the sequences and units to choose from: the first of which all are there at once.
+    Small ones: more programs share the reading of R. But float32 in tiles of 16 x 16, and any type in tiles
+    of 32 sequences, leave warps without work of their own, or lack registers."""
+    small: tuple[tuple[int, int], ...] = ((16, 16), (16, 32), (16, 64))
+    if shape.itemsize == 4:
+        small = small[1:]
+    if shape.B <= 32 or (shape.itemsize == 4 and shape.capability not in LARGE_CAPABILITIES):
+        return small
+    large = ((64, 16), (64, 32)) if wide(shape) else ((64, 16),)
+    return (*small[:1], *large) if shape.itemsize == 2 else large
+
+
+def wide(shape: Shape) -> bool:
+    """Whether registers hold tiles of 64 sequences x 32 units."""
+    return shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0
+
+
+def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
+    """A grid or step in these tiles.
+
+    In 16 bits four warps were faster than eight on an H200 in every tile, and large pieces, loaded two or
+    three ahead, up to twice as fast as pieces of 32: what a step waits for is one piece after another.
+    """
+    large = shape.capability in LARGE_CAPABILITIES
+    if shape.itemsize == 4:
+        return Config(kernel, block_b, block_u, 32, 4 if block_b * block_u <= 512 else 8, 2)
+    if block_b == 16:
+        early = kernel == "grid" and block_u <= 32
+        return Config(kernel, block_b, block_u, 128 if block_u == 16 else 32, 4, 3 if large else 2, early)
+    if not large or shape.H % 16:
+        return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
+    return Config(kernel, block_b, block_u, 64, *((4, 4) if block_u == 16 else (8, 3)))
 
 
 def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
@@ -108,37 +132,11 @@ def configure(shape: Shape) -> Config:
     size = resident_bytes(shape, block_h, block_p)
     if size <= resident_limit(shape.capability):
         return Config("scan", 16, block_h, block_p, 4 if size <= FEW_WARPS else 8, 1)
-    found = grid(shape)
-    if found is not None:
-        return found
-    wide = shape.B > 32 and (shape.itemsize == 2 or shape.capability in LARGE_CAPABILITIES)
-    block_b = 64 if wide else 16
-    block_u = 32 if not wide or (shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0) else 16
-    # Pieces are loaded two ahead where there is shared memory for them, and registers for their addresses.
-    stages = 3 if shape.capability in LARGE_CAPABILITIES and shape.itemsize == 2 else 2
-    return Config("step", block_b, block_u, 32, 4 if block_b * block_u <= 512 else 8, stages)
-
-
-def grid(shape: Shape, units: int = 16) -> Config | None:
-    """The grid whose programs own so many units each: they then share the sequences as far as there are
-    multiprocessors. None where there are fewer than programs, or too many sequences a program."""
-    of_units = shape.groups * -(
-        -max(shape.H, shape.P) // units
-    )  # of a projected layer's two stages the larger
-    of_batch = -(-shape.B // TILE)
-    if of_units > shape.processors:
-        return None
-    tiles = -(-of_batch // (shape.processors // of_units))
-    if tiles > MOST_TILES:
-        return None
-    bytes_each = shape.itemsize * (2 if shape.itemsize == 4 else 1)  # see resident_bytes
-    block_k = WARPS * (32 if shape.itemsize == 2 and shape.P > WARPS * 16 else 16)
-    pieces = -(-shape.P // block_k)
-    piece = TRAITS[shape.cell].gates * block_k * units * bytes_each
-    kept = KEPT.get(shape.capability or 0, KEPT_ELSE)
-    # What is not kept is loaded ahead of its use, into memory of its own.
-    resident = pieces if pieces * piece <= kept else max(0, kept // piece - 2)
-    return Config("grid", TILE, units, block_k, WARPS, 2, WARPS, resident, tiles)
+    for block_b, block_u in tiles(shape):
+        if programs(shape, block_b, block_u) <= shape.processors:
+            return stepping(shape, "grid", block_b, block_u)
+    block_b = tiles(shape)[-1][0]
+    return stepping(shape, "step", block_b, 32 if block_b == 16 or wide(shape) else 16)
 
 
 # --- what tuning has found

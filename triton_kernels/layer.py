@@ -178,8 +178,7 @@ class Call:
     def grid(self, columns: int) -> tuple[int, int, int]:
         """Of a step's programs, for so many columns of a head."""
         config = self.config
-        sequences = config.block_b * config.tiles
-        return triton.cdiv(self.B, sequences), triton.cdiv(columns, config.block_u), self.D * self.heads
+        return triton.cdiv(self.B, config.block_b), triton.cdiv(columns, config.block_u), self.D * self.heads
 
     def launch_steps(
         self, kernel: Any, columns: Sequence[int], pointers: Sequence[Tensor], sizes: Sequence[int],
@@ -219,12 +218,7 @@ def options(
 ) -> dict[str, Any]:
     """The kernels' compile-time arguments that forward and backward share."""
     traits, scans = TRAITS[cell], config.kernel == "scan"
-    # Of a product's source as many pieces are loaded before the first is used as 64 registers hold.
-    of_a_thread = config.block_b * config.block_k * dtype.itemsize // (32 * config.warps)
-    ahead = max(1, 256 // max(1, of_a_thread))
-    pieces = {"TILES": config.tiles, "RESIDENT": config.resident, "AHEAD": ahead, "SPLIT": config.split}
     return {
-        **({} if scans else pieces),
         "CELL": cell,
         "GATES": traits.gates,
         "SAVED": traits.saved,
@@ -245,6 +239,11 @@ def options(
         "num_stages": config.stages,
         "enable_fp_fusion": True,
     }
+
+
+def forward_options(config: heuristics.Config) -> dict[str, Any]:
+    """Those that only the forward kernels have, of a configuration."""
+    return {} if config.kernel == "scan" else {"EARLY": config.early}
 
 
 def backward_options(cell: str) -> dict[str, Any]:
@@ -306,6 +305,7 @@ def _forward(
     masks = call.masks()
     options = {
         **call.options(),
+        **forward_options(call.config),
         "BIAS": call.params[0].b_ih is not None,
         "SAVE": save,
         "SEQ": keep_seq,
@@ -434,9 +434,8 @@ def _backward(
         columns = (P // call.heads, H // call.heads)[: len(stages(call.cell, call.config, call.projected))]
         call.launch_steps(step.step_backward, columns, pointers, sizes, 0, T, FINAL=False, **options)
         step.step_backward[call.grid(columns[0])](
-            *pointers, call.rows, *sizes, T, T + 1, FIRST=0, LAST=0, GRID=False, FINAL=True,
-            **{**options, "RESIDENT": 0},
-        )  # fmt: skip
+            *pointers, call.rows, *sizes, T, T + 1, FIRST=0, LAST=0, GRID=False, FINAL=True, **options
+        )
     dx, dparams = _products(call, dg, dmid, h_before, saved, need_x, need_params)
     return dx, [g.to(x.dtype) for g in grads], dparams
 

@@ -44,18 +44,15 @@ def candidates(shape: Shape) -> Iterator[Config]:
         others += [
             Config("scan", block_b, block_h, block_p, warps, 1) for block_b in (16, 32) for warps in (4, 8)
         ]
-    for units in (16, 32):
-        grid = heuristics.grid(shape, units)
-        if grid is not None:
-            others += [
-                replace(grid, stages=stages, resident=kept)
-                for stages in (1, 2)
-                for kept in range(grid.resident + 2)
-            ]
-    tiles = itertools.product((16, 32, 64), (16, 32, 64), (32, 64), (4, 8), (2, 3, 4))
+    tiles = itertools.product((16, 32, 64), (16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4))
     for block_b, block_u, block_k, warps, stages in tiles:
-        if block_b == 16 or block_b // 2 < shape.B:  # else half of it would hold the batch
-            others.append(Config("step", block_b, block_u, block_k, warps, stages))
+        if block_b > 16 and block_b // 2 >= shape.B:
+            continue  # half of it would hold the batch
+        step = Config("step", block_b, block_u, block_k, warps, stages)
+        if heuristics.programs(shape, block_b, block_u) <= shape.processors:
+            others += [replace(step, kernel="grid", early=early) for early in (False, True)]
+        else:
+            others.append(step)
     yield from (config for config in others if config != first)
 
 
