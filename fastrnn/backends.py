@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import kernels
+from . import cuda, kernels
 from .reference import CELLS
 from .tree_reference import TREE_CELLS
 
@@ -162,8 +162,14 @@ def decide(x: Tensor) -> Decision:
     asked = current_backend()
     if asked == "reference":
         return Decision("reference", "asked for")
-    if asked == "cuda":
-        return Decision(None, f"this build of fastrnn has no {asked} backend")
+    if asked == "cuda" or (asked == "auto" and x.device.type == "cuda"):
+        why_not = cuda.why_not(x)
+        if why_not is None:
+            return Decision(
+                "cuda", "asked for" if asked == "cuda" else "the fastest backend for this input"
+            )
+        if asked == "cuda":
+            return Decision(None, why_not)
     if asked == "triton" or (asked == "auto" and x.device.type in TRITON_DEVICES):
         why_not = _why_not_triton(x)
         if why_not is None:
@@ -206,8 +212,8 @@ def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
 def choose_fused(x: Tensor, what: str) -> str:
     """ "cpu" or "reference": the backend of what has kernels for the CPU alone."""
     backend = choose(x)
-    if backend == "triton" and current_backend() == "triton":
-        raise BackendError(f'backend="triton" cannot serve this call: it has no kernel for {what}')
+    if backend in ("cuda", "triton") and current_backend() == backend:
+        raise BackendError(f'backend="{backend}" cannot serve this call: it has no kernel for {what}')
     return "cpu" if backend == "cpu" else "reference"
 
 

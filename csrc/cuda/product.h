@@ -1,0 +1,142 @@
+// The recurrent product of a block: 16 sequences times the columns that it owns, [16, k] x [k, N].
+//
+// A *piece* is 64 bytes of k: of a row of the source four lanes read 16 bytes each, which are a lane's parts of
+// two mma tiles; so are 16 bytes of a column of the weights. Weights are packed [k / piece, N / 8, lane, 16
+// bytes], lane / 4 the column, and lane % 4 its part of the piece. Eight warps share the work: WK parts of k
+// (pieces wk, wk + WK ...), 8 / WK parts of N. Their sums meet in shared memory.
+#pragma once
+
+#include "types.h"
+
+namespace fastrnn::cuda {
+
+constexpr int kThreads = 256, kWarps = 8, kRows = 16, kPieceBytes = 64;
+
+// 16-byte parts that a source has in flight a row, and pieces of weights that registers hold, by the number of
+// a warp's column tiles.
+constexpr int depth_of(int tiles) { return tiles == 1 ? 8 : tiles <= 8 ? 4 : 2; }
+constexpr int held_of(int tiles, int registers) {
+  const int most = registers / 4 / tiles, depth = depth_of(tiles);
+  return (most < 16 ? most : 16) / depth * depth;
+}
+
+// REGISTERS: at most so many hold weights.
+template <class T, int TILES, int REGISTERS>
+struct Product {
+  static constexpr int kDepth = depth_of(TILES), kHeld = held_of(TILES, REGISTERS);
+  uint4 held[kHeld > 0 ? kHeld : 1][TILES];
+  const uint4* packed;  // this warp's first tile, and lane, of the block's weights
+  const uint4* shared;  // likewise of its pieces after those held
+  int64_t apart;        // from piece to piece of packed
+  int first, step, pieces;
+  int begin_shared, end_shared;
+
+  // weights: the block's; columns: of 8, all of the block's; count: pieces of k; resident: shared memory for
+  // `in_shared` pieces of all warps.
+  __device__ __forceinline__ void prepare(const uint4* weights, int columns, int count, int part, int parts,
+                                          int first_tile, bool in_registers, uint4* resident, int in_shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    first = part, step = parts;
+    pieces = count > part ? (count - part + parts - 1) / parts : 0;
+    packed = weights + first_tile * 32 + lane;
+    apart = int64_t(columns) * 32;
+    begin_shared = in_registers ? kHeld : 0;
+    end_shared = begin_shared + in_shared;
+#pragma unroll
+    for (int j = 0; j < kHeld; j++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+        held[j][n] = in_registers && j < pieces ? packed[piece(j) * apart + n * 32] : uint4{0, 0, 0, 0};
+    uint4* own = resident + (warp * in_shared * TILES) * 32 + lane;
+    shared = own;
+    for (int j = begin_shared; j < end_shared && j < pieces; j++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+        own[((j - begin_shared) * TILES + n) * 32] = packed[piece(j) * apart + n * 32];
+  }
+
+  __device__ __forceinline__ int64_t piece(int j) const { return first + j * step; }
+
+  // source: row lane / 4 of the source, at this lane's part of a piece; `below` bytes further the row 8 below;
+  // a row that is not there reads as zeros. wait: until all of it is there.
+  __device__ __forceinline__ void multiply(float (&acc)[TILES][4], const char* source, int64_t below, bool live_0,
+                                           bool live_1, bool wait, int64_t patience, bool exact) {
+    uint4 a[kDepth][2];
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kDepth; i++) fetch(a[i], i, source, below, live_0, live_1);
+    if (begin_shared) {
+#pragma unroll
+      for (int j = 0; j < kHeld; j++) {
+        if (j < pieces) {
+          settle(a[j % kDepth], j, source, below, live_0, live_1, wait, patience);
+#pragma unroll
+          for (int n = 0; n < TILES; n++) add(acc[n], a[j % kDepth], held[j][n], exact);
+          fetch(a[j % kDepth], j + kDepth, source, below, live_0, live_1);
+        }
+      }
+    }
+    for (int first_j = begin_shared; first_j < pieces; first_j += kDepth) {
+#pragma unroll
+      for (int i = 0; i < kDepth; i++) {
+        const int j = first_j + i;
+        if (j < pieces) {
+          uint4 b[TILES];
+#pragma unroll
+          for (int n = 0; n < TILES; n++)
+            b[n] = j < end_shared ? shared[((j - begin_shared) * TILES + n) * 32]
+                                  : packed[piece(j) * apart + n * 32];
+          settle(a[i], j, source, below, live_0, live_1, wait, patience);
+#pragma unroll
+          for (int n = 0; n < TILES; n++) add(acc[n], a[i], b[n], exact);
+          fetch(a[i], j + kDepth, source, below, live_0, live_1);
+        }
+      }
+    }
+  }
+
+  // acc into sums [16, row].
+  __device__ __forceinline__ void put(const float (&acc)[TILES][4], float* sums, int row) const {
+    const int lane = threadIdx.x % 32;
+    float* to = sums + lane / 4 * row + lane % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      *reinterpret_cast<float2*>(to + n * 8) = float2{acc[n][0], acc[n][1]};
+      *reinterpret_cast<float2*>(to + n * 8 + 8 * row) = float2{acc[n][2], acc[n][3]};
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void fetch(uint4 (&a)[2], int j, const char* source, int64_t below, bool live_0,
+                                        bool live_1) const {
+    if (j >= pieces) return;
+    const char* p = source + piece(j) * kPieceBytes;
+    a[0] = live_0 ? load_relaxed(p) : uint4{0, 0, 0, 0};
+    a[1] = live_1 ? load_relaxed(p + below) : uint4{0, 0, 0, 0};
+  }
+
+  static __device__ __forceinline__ bool pending(const uint4& v) {
+    return v.x == kPending || v.y == kPending || v.z == kPending || v.w == kPending;
+  }
+
+  __device__ __forceinline__ void settle(uint4 (&a)[2], int j, const char* source, int64_t below, bool live_0,
+                                         bool live_1, bool wait, int64_t patience) const {
+    if (wait) {
+      while (pending(a[0]) || pending(a[1])) {
+        if (--patience < 0) give_up();
+        fetch(a, j, source, below, live_0, live_1);
+      }
+    }
+    __syncwarp();
+  }
+
+  static __device__ __forceinline__ void add(float (&c)[4], const uint4 (&a)[2], const uint4& b, bool exact) {
+    T::pair(c, exact, a[0].x, a[1].x, a[0].y, a[1].y, b.x, b.y);
+    T::pair(c, exact, a[0].z, a[1].z, a[0].w, a[1].w, b.z, b.w);
+  }
+};
+
+}  // namespace fastrnn::cuda
