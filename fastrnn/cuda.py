@@ -19,8 +19,8 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIN_CAPABILITY = 80
 # csrc/cuda/args.h: how blocks wait for each other.
 MODES = {"step": 0, "grid": 1, "block": 2}
-# Bytes of what blocks tell each other in one launch, which must be fresh memory.
-EXCHANGE_BYTES = 32 << 20
+# Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
+EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
 ROWS, PIECE_BYTES, WARPS = 16, 64, 8  # csrc/cuda/product.h
 # What fastrnn_cuda_run says beside CUDA's errors.
 _NO_KERNEL, _NOT_RESIDENT = -1, -2
@@ -363,7 +363,7 @@ class _Run:
         """All steps, some a launch; start(slot, step): fills the place that a launch's first step reads."""
         shape, call = self.shape, self.call
         per_step = shape.groups * call.B * sum(self.widths.strides) * shape.itemsize
-        most = end - begin if self.config.mode == "block" else max(16, EXCHANGE_BYTES // max(per_step, 1))
+        most = end - begin if self.config.mode == "block" else max(LEAST_STEPS, EXCHANGE_BYTES // max(per_step, 1))
         for first in range(begin, end, most):
             last = min(end, first + most)
             while True:

@@ -26,7 +26,10 @@ struct Backward {
   static constexpr int kTiles1 = U / 8 / S::kWn, kTiles2 = kTiles1;
   static constexpr int kColumns = U / 8;
 
-  static constexpr int kRegisters = S::kRegisters / (kTwo ? 2 : 1);
+  // A thread has 255; the more outputs it has, the more it keeps for them.
+  static constexpr int kMost = (S::kOutputs == 1 ? 168 : S::kOutputs == 2 ? 140 : 84) - (kTwo ? 32 : 0);
+  static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
+  static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
   static __device__ __forceinline__ void run(const Args& a);
 };
@@ -47,8 +50,8 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
   const int pieces_2 = int(a.stride_2 * T::kBytes / kPieceBytes);
 
   const int64_t block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
-  Product<T, kTiles1, kRegisters> first;
-  Product<T, kTiles2, kRegisters> second;
+  Product<T, kTiles1, kRegisters1.depth, kRegisters1.held> first;
+  Product<T, kTiles2, kRegisters2.depth, kRegisters2.held> second;
   if (a.first < 2)
     first.prepare(as<uint4>(a.weights_1) + block * pieces_1 * kColumns * 32, kColumns, pieces_1, wk, WK,
                   wn * kTiles1, a.in_registers, resident, int(a.shared_1));
@@ -92,7 +95,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       Place at[OUT];
       bool cut_after[OUT];
       int local[OUT];
-      float saved[OUT][SAVED], dy[OUT], dc_seq[OUT], h_before[OUT], c_before[OUT], c_new[OUT], dh[OUT];
+      float saved[OUT][SAVED], dy[OUT], dc_seq[OUT], h_before[OUT], c_before[OUT], c_new[OUT], dh[OUT] = {};
 #pragma unroll
       for (int i = 0; i < OUT; i++) {
         const int b = row_0 + w.row(i);

@@ -21,8 +21,6 @@ struct Shape {
   static constexpr int kBuffers = U * GATES <= 64;  // one more, where there is room: a barrier less
   static constexpr int kSums = (1 + kBuffers) * WK * kRows * kRow;
   static constexpr int kKept = STATES * kRows * U;  // floats of a tile of the batch
-  // Of weights, in all: a thread has 255, and keeps more of its own the more outputs it has.
-  static constexpr int kRegisters = kOutputs > 2 ? 96 : 128;
   static_assert(U / 8 % kWn == 0);
 };
 
@@ -129,8 +127,8 @@ struct Exchange {
 };
 
 // The recurrent product of a stage, from its exchange into the block's sums.
-template <int WK, class T, int TILES, int REGISTERS>
-__device__ __forceinline__ void product(Product<T, TILES, REGISTERS>& weights, const Exchange<T>& exchange, int64_t slot,
+template <int WK, class T, int TILES, int DEPTH, int HELD>
+__device__ __forceinline__ void product(Product<T, TILES, DEPTH, HELD>& weights, const Exchange<T>& exchange, int64_t slot,
                                         int first_row, const Args& a, bool wait, float* sums, int row) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int r = lane / 4;

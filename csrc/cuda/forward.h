@@ -18,7 +18,10 @@ struct Forward {
   static constexpr int kTiles1 = kFirst * U / 8 / S::kWn, kTiles2 = U / 8 / S::kWn;
   static constexpr int kColumns1 = kFirst * U / 8, kColumns2 = U / 8;
 
-  static constexpr int kRegisters = S::kRegisters / (kTwo ? 2 : 1);
+  // A thread has 255; the more outputs it has, the more it keeps for them.
+  static constexpr int kMost = (S::kOutputs == 1 ? 160 : S::kOutputs == 2 ? 150 : 112) - (kTwo ? 32 : 0);
+  static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
+  static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
   static __device__ __forceinline__ void run(const Args& a);
 };
@@ -39,8 +42,8 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
 
   // Pieces of the weights [groups, tiles of units, pieces, columns, lane].
   const int64_t block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
-  Product<T, kTiles1, kRegisters> first;
-  Product<T, kTiles2, kRegisters> second;
+  Product<T, kTiles1, kRegisters1.depth, kRegisters1.held> first;
+  Product<T, kTiles2, kRegisters2.depth, kRegisters2.held> second;
   if (a.first < 2)
     first.prepare(as<uint4>(a.weights_1) + block * pieces_1 * kColumns1 * 32, kColumns1, pieces_1, wk, WK,
                   wn * kTiles1, a.in_registers, resident, int(a.shared_1));

@@ -18,8 +18,8 @@ template <class K>
 Kernel describe(void (*function)(Args), int parts, int columns_1, int columns_2) {
   Kernel kernel;
   kernel.function = function, kernel.parts = parts;
-  kernel.tiles_1 = K::kTiles1, kernel.held_1 = held_of(K::kTiles1, K::kRegisters), kernel.columns_1 = columns_1;
-  if (K::kTwo) kernel.tiles_2 = K::kTiles2, kernel.held_2 = held_of(K::kTiles2, K::kRegisters), kernel.columns_2 = columns_2;
+  kernel.tiles_1 = K::kTiles1, kernel.held_1 = K::kRegisters1.held, kernel.columns_1 = columns_1;
+  if (K::kTwo) kernel.tiles_2 = K::kTiles2, kernel.held_2 = K::kRegisters2.held, kernel.columns_2 = columns_2;
   return kernel;
 }
 

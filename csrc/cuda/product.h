@@ -12,19 +12,22 @@ namespace fastrnn::cuda {
 
 constexpr int kThreads = 256, kWarps = 8, kRows = 16, kPieceBytes = 64;
 
-// 16-byte parts that a source has in flight a row, and pieces of weights that registers hold, by the number of
-// a warp's column tiles.
-constexpr int depth_of(int tiles) { return tiles == 1 ? 8 : tiles <= 8 ? 4 : 2; }
-constexpr int held_of(int tiles, int registers) {
-  const int most = registers / 4 / tiles, depth = depth_of(tiles);
-  return (most < 16 ? most : 16) / depth * depth;
+// How a thread's registers are shared out, by the number of a warp's column tiles in this stage and in the widest,
+// of a kernel of one stage or two, whose threads have so many outputs: 16-byte parts that a row of the source has
+// in flight, and pieces of the weights that are held. `most` is what all of these and the sums may take.
+struct Registers {
+  int depth, held;
+};
+constexpr Registers share_registers(int tiles, int widest, bool two, int outputs, int most) {
+  const int depth = outputs > 2 || widest > 8 ? 2 : widest > 4 ? 3 : widest == 1 && !two ? 8 : 4;
+  const int left = (most - 4 * widest - 8 * depth) / (two ? 2 : 1), held = left / 4 / tiles;
+  return {depth, held < 0 ? 0 : held > 16 ? 16 : held};
 }
 
-// REGISTERS: at most so many hold weights.
-template <class T, int TILES, int REGISTERS>
+// DEPTH, HELD: see Registers.
+template <class T, int TILES, int DEPTH, int HELD>
 struct Product {
-  static constexpr int kDepth = depth_of(TILES), kHeld = held_of(TILES, REGISTERS);
-  uint4 held[kHeld > 0 ? kHeld : 1][TILES];
+  uint4 held[HELD > 0 ? HELD : 1][TILES];
   const uint4* packed;  // this warp's first tile, and lane, of the block's weights
   const uint4* shared;  // likewise of its pieces after those held
   int64_t apart;        // from piece to piece of packed
@@ -40,10 +43,10 @@ struct Product {
     pieces = count > part ? (count - part + parts - 1) / parts : 0;
     packed = weights + first_tile * 32 + lane;
     apart = int64_t(columns) * 32;
-    begin_shared = in_registers ? kHeld : 0;
+    begin_shared = in_registers ? HELD : 0;
     end_shared = begin_shared + in_shared;
 #pragma unroll
-    for (int j = 0; j < kHeld; j++)
+    for (int j = 0; j < HELD; j++)
 #pragma unroll
       for (int n = 0; n < TILES; n++)
         held[j][n] = in_registers && j < pieces ? packed[piece(j) * apart + n * 32] : uint4{0, 0, 0, 0};
@@ -61,38 +64,45 @@ struct Product {
   // a row that is not there reads as zeros. wait: until all of it is there.
   __device__ __forceinline__ void multiply(float (&acc)[TILES][4], const char* source, int64_t below, bool live_0,
                                            bool live_1, bool wait, int64_t patience, bool exact) {
-    uint4 a[kDepth][2];
+    uint4 a[DEPTH][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kDepth; i++) fetch(a[i], i, source, below, live_0, live_1);
     if (begin_shared) {
 #pragma unroll
-      for (int j = 0; j < kHeld; j++) {
-        if (j < pieces) {
-          settle(a[j % kDepth], j, source, below, live_0, live_1, wait, patience);
+      for (int i = 0; i < DEPTH; i++) fetch(a[i], i, source, below, live_0, live_1);
 #pragma unroll
-          for (int n = 0; n < TILES; n++) add(acc[n], a[j % kDepth], held[j][n], exact);
-          fetch(a[j % kDepth], j + kDepth, source, below, live_0, live_1);
+      for (int j = 0; j < HELD; j++) {
+        if (j < pieces) {
+          settle(a[j % DEPTH], j, source, below, live_0, live_1, wait, patience);
+#pragma unroll
+          for (int n = 0; n < TILES; n++) add(acc[n], a[j % DEPTH], held[j][n], exact);
+          fetch(a[j % DEPTH], j + DEPTH, source, below, live_0, live_1);
         }
       }
-    }
-    for (int first_j = begin_shared; first_j < pieces; first_j += kDepth) {
+    } else {
 #pragma unroll
-      for (int i = 0; i < kDepth; i++) {
+      for (int i = 0; i < DEPTH; i++) fetch(a[(HELD + i) % DEPTH], i, source, below, live_0, live_1);
+    }
+    for (int first_j = begin_shared; first_j < pieces; first_j += DEPTH) {
+#pragma unroll
+      for (int i = 0; i < DEPTH; i++) {
         const int j = first_j + i;
         if (j < pieces) {
-          uint4 b[TILES];
+          // Some before the wait; more would take too many registers.
+          constexpr int EARLY = TILES < 4 ? TILES : 4;
+          const uint4* const w =
+              j < end_shared ? shared + (j - begin_shared) * TILES * 32 : packed + piece(j) * apart;
+          uint4 b[EARLY];
 #pragma unroll
-          for (int n = 0; n < TILES; n++)
-            b[n] = j < end_shared ? shared[((j - begin_shared) * TILES + n) * 32]
-                                  : packed[piece(j) * apart + n * 32];
-          settle(a[i], j, source, below, live_0, live_1, wait, patience);
+          for (int n = 0; n < EARLY; n++) b[n] = w[n * 32];
+          uint4(&part)[2] = a[(HELD + i) % DEPTH];
+          settle(part, j, source, below, live_0, live_1, wait, patience);
 #pragma unroll
-          for (int n = 0; n < TILES; n++) add(acc[n], a[i], b[n], exact);
-          fetch(a[i], j + kDepth, source, below, live_0, live_1);
+          for (int n = 0; n < TILES; n++) add(acc[n], part, n < EARLY ? b[n] : w[n * 32], exact);
+          fetch(part, j + DEPTH, source, below, live_0, live_1);
         }
       }
     }
