@@ -165,9 +165,7 @@ def decide(x: Tensor) -> Decision:
     if asked == "cuda" or (asked == "auto" and x.device.type == "cuda"):
         why_not = cuda.why_not(x)
         if why_not is None:
-            return Decision(
-                "cuda", "asked for" if asked == "cuda" else "the fastest backend for this input"
-            )
+            return Decision("cuda", "asked for" if asked == "cuda" else "the fastest backend for this input")
         if asked == "cuda":
             return Decision(None, why_not)
     if asked == "triton" or (asked == "auto" and x.device.type in TRITON_DEVICES):

@@ -312,7 +312,18 @@ class _Run:
         self.weights(tiles)
 
     def _sizes(self) -> dict[str, int]:
-        names = ("cell", "dtype", "backward", "projected", "units", "mode", "grid_x", "stride_1", "stride_2", "B")
+        names = (
+            "cell",
+            "dtype",
+            "backward",
+            "projected",
+            "units",
+            "mode",
+            "grid_x",
+            "stride_1",
+            "stride_2",
+            "B",
+        )
         return {name: int(self.values[name]) for name in (*names, "in_registers")}
 
     def weights(self, tiles: int) -> None:
@@ -333,7 +344,9 @@ class _Run:
                     second.append(pack_rows(r2, 1, call.heads, units))
                 elif p.w_hr is not None:
                     second.append(_taller(pack_rows(p.w_hr, 1, 1, units), tiles))
-        self.packed = [torch.stack(group) if len(group) > 1 else group[0] for group in (first, second) if group]
+        self.packed = [
+            torch.stack(group) if len(group) > 1 else group[0] for group in (first, second) if group
+        ]
         self.values["weights_1"] = _address(self.packed[0])
         self.values["weights_2"] = _address(self.packed[1]) if second else 0
 
@@ -363,7 +376,11 @@ class _Run:
         """All steps, some a launch; start(slot, step): fills the place that a launch's first step reads."""
         shape, call = self.shape, self.call
         per_step = shape.groups * call.B * sum(self.widths.strides) * shape.itemsize
-        most = end - begin if self.config.mode == "block" else max(LEAST_STEPS, EXCHANGE_BYTES // max(per_step, 1))
+        most = (
+            end - begin
+            if self.config.mode == "block"
+            else max(LEAST_STEPS, EXCHANGE_BYTES // max(per_step, 1))
+        )
         for first in range(begin, end, most):
             last = min(end, first + most)
             while True:
@@ -404,7 +421,9 @@ class Cuda:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise RuntimeError(f"the CUDA kernels take {known} on a GPU, got {x.dtype} on {x.device}")
         if max(call.N, call.T * call.B) * call.D >= 1 << 31:
-            raise RuntimeError(f"the CUDA kernels take fewer than 2**31 rows, got {call.N} of {call.D} directions")
+            raise RuntimeError(
+                f"the CUDA kernels take fewer than 2**31 rows, got {call.N} of {call.D} directions"
+            )
 
     def forward(self, call: Call, tensors: Forward) -> Callable[[int, int, tuple[int, int]], None]:
         assert self.library is not None
@@ -420,7 +439,11 @@ class Cuda:
             "offsets": _address(tensors.offsets),
             "flags": _address(tensors.flags),
             "save": tensors.save,
-            **{f"{n}_{d}": _address(getattr(p, n)) for d, p in enumerate(call.params) for n in ("b_ih", "b_hh")},
+            **{
+                f"{n}_{d}": _address(getattr(p, n))
+                for d, p in enumerate(call.params)
+                for n in ("b_ih", "b_hh")
+            },
         }
         K = call.P // call.heads
 

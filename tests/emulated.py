@@ -11,7 +11,16 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "csrc"
-OPTIONS = ["-std=c++20", "-g1", "-fPIC", "-w", "-pthread", "-DFASTRNN_FEW_KERNELS", f"-I{HERE}", f"-I{SOURCES}"]
+OPTIONS = [
+    "-std=c++20",
+    "-g1",
+    "-fPIC",
+    "-w",
+    "-pthread",
+    "-DFASTRNN_FEW_KERNELS",
+    f"-I{HERE}",
+    f"-I{SOURCES}",
+]
 
 
 def build(*extra: str, optimise: str = "-O1") -> Path:

@@ -1,5 +1,5 @@
-"""What holds of a layer by any kernels for GPUs, against the float64 reference: tests that files which have an
-engine take over, `from on_gpus import *`. They bring the fixture `engine` (on_gpus.Engine), and by
+"""What holds of a layer by any kernels for GPUs, against the float64 reference: tests that files which have
+an engine take over, `from on_gpus import *`. They bring the fixture `engine` (on_gpus.Engine), and by
 pytest_generate_tests a `kernel` of each of its kinds."""
 
 from __future__ import annotations
@@ -213,9 +213,7 @@ def test_opcheck(cell, engine):
         y, last, seq, saved = engine.layer(*args, True, True)
         rest = (*args[1:], y, seq, saved)
         for need in (True, False):
-            torch.library.opcheck(
-                engine.layer_backward.default, (cell, y, last, [], *rest, need, not need)
-            )
+            torch.library.opcheck(engine.layer_backward.default, (cell, y, last, [], *rest, need, not need))
 
 
 def test_the_operators_trust_nobody(engine):

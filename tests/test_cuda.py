@@ -1,5 +1,5 @@
-"""The CUDA kernels: their sources run on the CPU (emulated.py), on the GPU where there is one, and compiled for
-every architecture."""
+"""The CUDA kernels: their sources run on the CPU (emulated.py), on the GPU where there is one, and compiled
+for every architecture."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ import emulated
 import pytest
 import torch
 from on_gpus import *  # noqa: F403
-from on_gpus import EPSILON, case, check, moved, results, worst
+from on_gpus import case, check, moved, results
 
 import fastrnn
-from fastrnn import backends, cuda
+from fastrnn import cuda
 from fastrnn.cuda import Config
 from fastrnn.reference import CELLS
 
-# Of a batch in so many tiles. "cache": weights in no register, and little shared memory; "taller": two tiles of the
-# batch, one after another.
+# Of a batch in so many tiles; "cache": no register holds weights, and a block takes all tiles.
 KERNELS = {
     "step": lambda tiles: Config("step", 8, tiles),
     "grid": lambda tiles: Config("grid", 8, tiles),
@@ -77,3 +76,116 @@ def engine(request, monkeypatch):
 
 def emulated_why_not(x):
     return None if x.dtype in cuda.DTYPES else "it takes float32, bfloat16, float16"
+
+
+# --- what can go wrong between blocks, in the emulation
+
+
+@pytest.fixture
+def faults(engine, emulation):
+    """Sets what the emulation does wrong: blocks at once that it holds, the number of one that is slow."""
+    if engine.device != "cpu":
+        pytest.skip("the emulation's alone")
+    cuda._resident.cache_clear()
+    yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
+        resident, slow, seed
+    )
+    emulation.functions.fastrnn_cuda_emulation(1 << 20, -1, 1)
+    cuda._resident.cache_clear()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults, monkeypatch):
+    modes = []
+    run = cuda.Library.run
+    monkeypatch.setattr(
+        cuda.Library,
+        "run",
+        lambda self, values, device: modes.append(values["mode"]) or run(self, values, device),
+    )
+    faults(resident=2)
+    check(cell, "grid", engine, H=18)
+    assert set(modes) == {cuda.MODES["step"]}
+    # Nor where the device says so only when asked to start them.
+    modes.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_resident", lambda *args: 1 << 20)
+        check(cell, "grid", engine, H=18)
+    assert modes[:2] == [cuda.MODES["grid"], cuda.MODES["step"]]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_slow_block_is_waited_for(cell, slow, engine, faults):
+    faults(slow=slow)
+    check(cell, "grid", engine, T=5, dtype=torch.bfloat16)
+
+
+def test_any_order_of_threads(engine, faults):
+    for seed in range(10, 16):
+        faults(seed=seed)
+        check("lstm", "grid", engine, T=6, H=33, dtype=torch.float16, D=2)
+        check("gru_reset_before", "block", engine, T=6, H=33, dtype=torch.float16)
+
+
+def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):
+    run = cuda.Library.run
+
+    def without_one(self, values, device):
+        return run(self, {**values, "grid_y": values["grid_y"] - 1}, device)
+
+    monkeypatch.setattr(cuda.Library, "run", without_one)
+    monkeypatch.setattr(cuda, "PATIENCE", 200)
+    with pytest.raises(RuntimeError, match="CUDA kernels: a block waited in vain"):
+        check("gru", "grid", engine)
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_numbers_that_are_none_stop_nobody(cell, dtype, kernel, engine):
+    """Every bit set: what marks the place of a number that nobody has written yet; and infinity."""
+    x, states, params, masks = case(cell, 4, 3, 3, 18)
+    leaves = moved((x, *states, *params), dtype, engine.device)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    with torch.no_grad():
+        leaves[0].view(bits)[1, 0] = -1
+        leaves[1].view(bits)[:, 1] = -1
+        leaves[0][2, 2] = float("inf")
+    with engine.use(kernel):
+        (y, *_), grads = results(cell, leaves, len(states), masks)
+    assert y[1:, 0].isnan().all()
+    assert y[:, 1].isnan().all()
+    assert y[0, 0].isfinite().all()
+    assert y[:2, 2].isfinite().all()
+    assert grads[0][:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_weights_that_no_register_holds(cell, dtype, engine, monkeypatch):
+    """Some lie in shared memory, the others stay in the cache."""
+    plan = []
+    run = cuda.Library.run
+
+    def cramped(self, values, device):
+        values = {
+            **values,
+            "in_registers": 0,
+            "shared_limit": self.plan({**values, "shared_limit": 1})[0] + (8 << 10),
+        }
+        plan.append(self.plan(values))
+        return run(self, values, device)
+
+    monkeypatch.setattr(cuda.Library, "run", cramped)
+    check(cell, "grid", engine, T=3, B=2, I=2, H=520 if dtype != torch.float32 else 264, dtype=dtype)
+    assert any(0 < shared < pieces for _, *stages in plan for pieces, _, shared in stages)
+
+
+def test_steps_of_several_launches(engine, monkeypatch):
+    """Of a grid, whose exchange is fresh memory for some steps at a time."""
+    monkeypatch.setattr(cuda, "EXCHANGE_BYTES", 1)
+    monkeypatch.setattr(cuda, "LEAST_STEPS", 2)
+    for mask in ("none", "lengths+reset", "packed"):
+        for cell in ("lstm", "gru_reset_before"):
+            check(cell, "grid", engine, T=7, D=2, mask=mask)
+    check("lstm", "grid", engine, T=5, P=5, mask="lengths+reset")

@@ -19,6 +19,7 @@ from .heuristics import Shape
 INTERPRETED = not isinstance(scan.scan_forward, triton.runtime.JITFunction)
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
+
 def shape_of(cell: str, x: Tensor, H: int, P: int, B: int, D: int, heads: int, projected: bool) -> Shape:
     """What the configuration of a layer of D directions depends on, on the device of x."""
     found = capability(x.device)
@@ -43,8 +44,8 @@ class Triton:
         if call.x.dtype not in DTYPES or (call.x.device.type == "cpu" and not INTERPRETED):
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise RuntimeError(
-                f"the Triton kernels take {known} on a GPU (with TRITON_INTERPRET=1 on a CPU), got {call.x.dtype} "
-                f"on {call.x.device}"
+                f"the Triton kernels take {known} on a GPU (with TRITON_INTERPRET=1 on a CPU), "
+                f"got {call.x.dtype} on {call.x.device}"
             )
 
     def forward(self, call: Call, tensors: Forward) -> Callable[[int, int, tuple[int, int]], None]:
@@ -52,7 +53,9 @@ class Triton:
         in_stages = stages(call.cell, config, call.projected)
         mid = tensors.mid
         if mid is None:
-            mid = x.new_empty(call.D, tensors.rows, call.H) if call.projected or len(in_stages) == 2 else gates
+            mid = (
+                x.new_empty(call.D, tensors.rows, call.H) if call.projected or len(in_stages) == 2 else gates
+            )
         c_state = tensors.h_state if tensors.c_state is None else tensors.c_state
         seq = gates if tensors.seq is None else tensors.seq
         names = ("w_hh", "b_ih", "b_hh", "w_hr")
@@ -81,7 +84,9 @@ class Triton:
                 )
             else:
                 all_pointers = (gates, tensors.y, seq, mid, exchange, *pointers, *masks)
-                launch_steps(call, config, step.step_forward, columns, all_pointers, sizes, begin, end, **given)
+                launch_steps(
+                    call, config, step.step_forward, columns, all_pointers, sizes, begin, end, **given
+                )
 
         return run
 

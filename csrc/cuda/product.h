@@ -69,7 +69,6 @@ struct Product {
     for (int n = 0; n < TILES; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
-#pragma unroll
     if (begin_shared) {
 #pragma unroll
       for (int i = 0; i < DEPTH; i++) fetch(a[i], i, source, below, live_0, live_1);
