@@ -1,8 +1,8 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. The CUDA sources take part where torch is a CUDA build and nvcc
-is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names the
-GPU architectures.
+is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names
+the GPU architectures.
 """
 
 from __future__ import annotations
@@ -104,7 +104,8 @@ def find_compiler() -> Compiler:
 
 
 def find_cuda(torch_version: str) -> tuple[str, Path] | None:
-    """nvcc and the toolkit's folder; None where CUDA stays out of the library. torch_version: its version.py."""
+    """nvcc and the toolkit's folder; None where CUDA stays out of the library. torch_version: its
+    version.py."""
     wish = os.environ.get("FASTRNN_CUDA", "auto")
     if wish == "auto" and not re.search(r"^cuda\b[^=\n]*= ['\"]", torch_version, re.MULTILINE):
         return None  # torch has no use for them

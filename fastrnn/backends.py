@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import threading
@@ -299,13 +300,15 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         )
     if decision.backend == "reference":
         return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
-    if decision.backend == "triton":
-        from .triton_kernels import describe
+    if decision.backend in ("cuda", "triton"):
+        describe: Any = cuda.describe
+        if decision.backend == "triton":
+            describe = importlib.import_module("fastrnn.triton_kernels").describe
 
         H, B = layer.hidden_size, _sizes(layer, input)[1]
         D = 2 if getattr(layer, "bidirectional", False) else 1
         kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
-        return Explanation("triton", kernel, decision.reason, split)
+        return Explanation(decision.backend, kernel, decision.reason, split)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
     kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"
     return Explanation("cpu", kernel, decision.reason, _split(layer, input, x, "int8" in packed))

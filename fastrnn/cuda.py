@@ -1,11 +1,11 @@
-"""A layer's recurrence by the CUDA kernels of csrc/cuda: the engine that fastrnn.gpu calls, and the choice of a
-kernel and its tiles, fixed by sizes, type and device."""
+"""A layer's recurrence by the CUDA kernels of csrc/cuda: the engine that fastrnn.gpu calls, and the choice of
+a kernel and its tiles, fixed by sizes, type and device."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,7 +21,9 @@ MIN_CAPABILITY = 80
 MODES = {"step": 0, "grid": 1, "block": 2}
 # Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
 EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
-ROWS, PIECE_BYTES, WARPS = 16, 64, 8  # csrc/cuda/product.h
+# What all blocks read of each other a step, up to which they look for all of it at once.
+EAGER_BYTES = 1 << 20
+ROWS, PIECE_BYTES = 16, 64  # csrc/cuda/product.h
 # What fastrnn_cuda_run says beside CUDA's errors.
 _NO_KERNEL, _NOT_RESIDENT = -1, -2
 # Looks at one datum before a block gives it up, some 0.5 us each: 30 s or more.
@@ -45,21 +47,19 @@ class Library:
             args[self._places[name]] = value
         return args
 
-    def resident(self, values: dict[str, int]) -> int:
-        """Blocks of such a launch that the device holds at once; 0 where there is no such kernel."""
-        return int(self.functions.fastrnn_cuda_resident(self._args(values)))
-
-    def plan(self, values: dict[str, int]) -> tuple[int, tuple[int, int, int], tuple[int, int, int]]:
-        """Bytes of shared memory of a block; of each stage a warp's pieces of the weights, and how many of them
-        registers and then shared memory hold."""
-        out = (ctypes.c_int64 * 7)()
+    def plan(self, values: dict[str, int]) -> tuple[int, ...]:
+        """Blocks of such a launch that the device holds at once (0: there is no such kernel); a block's bytes
+        of shared memory; of each stage a warp's pieces of the weights, how many of them registers and then
+        shared memory hold, and the bytes of all, packed."""
+        out = (ctypes.c_int64 * 10)()
         self.functions.fastrnn_cuda_plan(self._args(values), out)
-        return out[0], (out[1], out[2], out[3]), (out[4], out[5], out[6])
+        return tuple(out)
 
-    def run(self, values: dict[str, int], device: torch.device) -> bool:
-        """False where the blocks of a grid could not all be resident; then none has run."""
+    def run(self, values: dict[str, int], weights: bool, device: torch.device) -> bool:
+        """All steps; weights: whether these are to be packed first. False where the blocks of a grid could
+        not all be resident; then none has run."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
-        error = int(self.functions.fastrnn_cuda_run(self._args(values), ctypes.c_void_p(stream)))
+        error = int(self.functions.fastrnn_cuda_run(self._args(values), weights, ctypes.c_void_p(stream)))
         if error in (0, _NOT_RESIDENT):
             return error == 0
         if error == _NO_KERNEL:
@@ -88,7 +88,7 @@ def missing() -> str | None:
 
 @functools.cache
 def _device_missing(index: int | None) -> str | None:
-    found = capability(torch.device("cuda", index))
+    found = capability(torch.device("cuda", torch.cuda.current_device() if index is None else index))
     if found is None:
         return "it takes NVIDIA GPUs"
     if found < MIN_CAPABILITY:
@@ -131,8 +131,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Config:
-    """mode: see MODES; units of a block; at_once: how many tiles of 16 sequences have blocks of their own, which
-    take the others one after another; in_registers: whether registers hold weights."""
+    """mode: see MODES; units of a block; at_once: how many tiles of 16 sequences have blocks of their own,
+    which take the others one after another; in_registers: whether registers hold weights."""
 
     mode: str
     units: int
@@ -140,7 +140,8 @@ class Config:
     in_registers: bool = True
 
     def __str__(self) -> str:
-        return f"blocks of {self.units} units, {self.at_once} tiles of 16 sequences at once"
+        tiles = f"{self.at_once} tile{'s' if self.at_once > 1 else ''}"
+        return f"blocks of {self.units} units, {tiles} of {ROWS} sequences at once"
 
 
 def round_up(n: int, to: int) -> int:
@@ -224,59 +225,51 @@ def shape_of(call: Call, backward: bool) -> Shape:
     )
 
 
-# --- weights as the kernels read them
+def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
+    """Of a layer's forward pass: its kernel and its tiles."""
+    shape = Shape(cell, H, proj_size or H, D, B, x.element_size(), proj_size > 0, False, processors(x.device))
+    config = configure(shape)
+    two = "two launches" if widths(shape).used[1] else "a launch"
+    launches = f"{two} a step" if config.mode == "step" else "one launch"
+    return f"{cell} {config.mode} in CUDA, {launches}, {str(x.dtype).removeprefix('torch.')} products", str(
+        config
+    )
 
 
-def pack_rows(w: Tensor, gates: int, heads: int, units: int) -> Tensor:
-    """Rows of w [gates*H, K], each a gate's unit, as columns of the product: [heads, tiles of units, pieces of k,
-    gates x units / 8, lane, 16 bytes]."""
-    part = 16 // w.element_size()
-    H, K = w.shape[0] // gates // heads, w.shape[1]
-    wide, deep = round_up(H, units), round_up(K, 4 * part)
-    w = w.view(gates, heads, H, K)
-    if (wide, deep) != (H, K):
-        w = torch.nn.functional.pad(w, (0, deep - K, 0, wide - H))
-    w = w.view(gates, heads, wide // units, units // 8, 8, deep // (4 * part), 4, part)
-    return w.permute(1, 2, 5, 0, 3, 4, 6, 7).contiguous()
-
-
-def pack_columns(w: Tensor, gates: int, heads: int, units: int, tiles: int) -> Tensor:
-    """Columns of w [gates*H, K], which are those of the product; k counts its rows, each gate's up to a multiple of
-    8. tiles: of units, at least so many."""
-    part = 16 // w.element_size()
-    H, K = w.shape[0] // gates // heads, w.shape[1]
-    tall, wide = round_up(H, 8), tiles * units
-    deep = round_up(gates * tall, 4 * part)
-    w = w.view(gates, heads, H, K)
-    if (tall, wide) != (H, K):
-        w = torch.nn.functional.pad(w, (0, wide - K, 0, tall - H))
-    w = w.permute(1, 3, 0, 2).reshape(heads, wide, gates * tall)
-    if deep != gates * tall:
-        w = torch.nn.functional.pad(w, (0, deep - gates * tall))
-    w = w.view(heads, tiles, units // 8, 8, deep // (4 * part), 4, part)
-    return w.permute(0, 1, 4, 2, 3, 5, 6).contiguous()
+# --- a pass
 
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-class _Run:
-    """The launches of one pass of a call."""
+@functools.lru_cache(maxsize=512)
+def _plan(library: Library, sizes: tuple[tuple[str, int], ...], device: torch.device) -> tuple[int, ...]:
+    return library.plan(dict(sizes))
+
+
+class _Pass:
+    """The launches of one pass of a call. values: csrc/cuda/args.h has them all."""
 
     def __init__(self, library: Library, call: Call, backward: bool) -> None:
-        self.library, self.call, self.backward = library, call, backward
+        self.library, self.call = library, call
         self.shape = shape_of(call, backward)
         self.widths = widths(self.shape)
-        self.two = self.widths.used[1] > 0
-        self.kept: list[Tensor] = []
+        two = self.widths.used[1] > 0
+        first, last = call.params[0], call.params[-1]
         self.values: dict[str, int] = {
             "cell": list(CELLS).index(call.cell),
             "dtype": DTYPES[call.x.dtype],
             "backward": backward,
             "projected": call.projected,
+            "used_1": self.widths.used[0],
+            "used_2": self.widths.used[1],
             "stride_1": self.widths.strides[0],
             "stride_2": self.widths.strides[1],
+            "w_hh_0": _address(first.w_hh),
+            "w_hh_1": _address(last.w_hh),
+            "w_hr_0": _address(first.w_hr),
+            "w_hr_1": _address(last.w_hr),
             "T": call.T,
             "B": call.B,
             "N": call.N,
@@ -284,19 +277,19 @@ class _Run:
             "P": call.P,
             "D": call.D,
             "heads": call.heads,
-            "first": 1 if self.two else 0,
-            "last": 2 if self.two else 0,
+            "first": 1 if two else 0,
+            "last": 2 if two else 0,
             "exact": not (call.x.device.type == "cuda" and torch.backends.cudnn.allow_tf32),
             "patience": PATIENCE,
         }
+        self.packs = True
         self.adopt(configure(self.shape))
 
     def adopt(self, config: Config) -> None:
         """This configuration, or where the device does not hold its blocks at once, one of steps."""
-        call, shape = self.call, self.shape
+        call, shape, values = self.call, self.shape, self.values
         tiles = -(-max(shape.H, shape.K) // config.units)
-        self.config = config
-        self.values |= {
+        values |= {
             "mode": MODES[config.mode],
             "units": config.units,
             "grid_x": config.at_once,
@@ -304,116 +297,59 @@ class _Run:
             "grid_z": shape.groups,
             "in_registers": config.in_registers,
         }
+        names = ("cell", "dtype", "backward", "projected", "units", "mode", "grid_x", "grid_y", "grid_z", "B")
+        more = ("stride_1", "stride_2", "used_1", "used_2", "in_registers", "H", "P", "D", "heads")
+        plan = _plan(self.library, tuple((name, int(values[name])) for name in names + more), call.x.device)
+        blocks = config.at_once * tiles * shape.groups
+        if config.mode == "grid" and plan[0] < blocks:
+            self.adopt_steps(config)
+            return
+        self.config = config
+        row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]
+        read = min(call.B, ROWS) * self.widths.strides[0] * shape.itemsize * blocks
+        values["eager"] = read <= EAGER_BYTES
+        slots = 2
         if config.mode == "grid":
-            blocks = config.at_once * tiles * shape.groups
-            if _resident(self.library, tuple(sorted(self._sizes().items())), call.x.device) < blocks:
-                self.adopt(replace(config, mode="step", at_once=-(-call.B // ROWS)))
-                return
-        self.weights(tiles)
-
-    def _sizes(self) -> dict[str, int]:
-        names = (
-            "cell",
-            "dtype",
-            "backward",
-            "projected",
-            "units",
-            "mode",
-            "grid_x",
-            "stride_1",
-            "stride_2",
-            "B",
+            steps = call.T + shape.backward
+            slots = 1 + min(steps, max(LEAST_STEPS, EXCHANGE_BYTES // max(1, sum(row_bytes))))
+        elif config.mode == "block":
+            row_bytes = [0, 0]
+        values["slots"] = slots
+        kept = [4 * call.D * call.B * call.P, 4 * call.D * call.B * call.H]
+        names = ("weights_1", "weights_2", "exchange_1", "exchange_2", "h_kept", "c_kept")
+        sizes = (
+            plan[5],
+            plan[9] * bool(self.widths.used[1]),
+            slots * row_bytes[0],
+            slots * row_bytes[1],
+            *kept,
         )
-        return {name: int(self.values[name]) for name in (*names, "in_registers")}
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + round_up(size, 256))
+        # float32, as use_deterministic_algorithms fills no bytes with NaN.
+        self.workspace = call.x.new_empty(offsets[-1] // 4, dtype=torch.float32)
+        base = self.workspace.data_ptr()
+        values |= {name: base + offset for name, offset in zip(names, offsets, strict=False)}
+        self.packs = True
 
-    def weights(self, tiles: int) -> None:
-        call, units, traits = self.call, self.config.units, self.call.traits
-        first, second = [], []
-        for p in call.params:
-            gates = 2 if traits.mid else traits.gates
-            r1, r2 = p.w_hh[: gates * call.H], p.w_hh[gates * call.H :]
-            if self.backward:
-                first.append(pack_columns(r1, gates, call.heads, units, tiles))
-                if traits.mid:
-                    second.append(pack_columns(r2, 1, call.heads, units, tiles))
-                elif p.w_hr is not None:
-                    second.append(pack_columns(p.w_hr, 1, 1, units, tiles))
-            else:
-                first.append(pack_rows(r1, gates, call.heads, units))
-                if traits.mid:
-                    second.append(pack_rows(r2, 1, call.heads, units))
-                elif p.w_hr is not None:
-                    second.append(_taller(pack_rows(p.w_hr, 1, 1, units), tiles))
-        self.packed = [
-            torch.stack(group) if len(group) > 1 else group[0] for group in (first, second) if group
-        ]
-        self.values["weights_1"] = _address(self.packed[0])
-        self.values["weights_2"] = _address(self.packed[1]) if second else 0
+    def adopt_steps(self, config: Config) -> None:
+        self.adopt(replace(config, mode="step", at_once=-(-self.call.B // ROWS)))
 
-    def exchange(self, steps: int) -> tuple[Tensor, Tensor | None]:
-        """Fresh places [slots, groups, B, stride] of both stages, of a launch of so many steps."""
-        call, grid = self.call, self.config.mode == "grid"
-        slots = steps + 1 if grid else 2
-        made: list[Tensor] = []
-        for used, stride in zip(self.widths.used, self.widths.strides, strict=True):
-            if not used:
-                continue
-            place = call.x.new_empty(slots, self.shape.groups, call.B, stride)
-            if grid:
-                # kPending of csrc/cuda/types.h.
-                place.view(torch.int32 if call.x.element_size() == 4 else torch.int16).fill_(-1)
-                if used < stride:
-                    place[..., used:].zero_()
-            else:
-                place.zero_()
-            made.append(place)
-        self.values["slots"] = slots
-        self.values["exchange_1"] = _address(made[0])
-        self.values["exchange_2"] = _address(made[1]) if len(made) == 2 else 0
-        return made[0], made[1] if len(made) == 2 else None
-
-    def steps(self, begin: int, end: int, start: Callable[[Tensor, int], None]) -> None:
-        """All steps, some a launch; start(slot, step): fills the place that a launch's first step reads."""
-        shape, call = self.shape, self.call
-        per_step = shape.groups * call.B * sum(self.widths.strides) * shape.itemsize
-        most = (
-            end - begin
-            if self.config.mode == "block"
-            else max(LEAST_STEPS, EXCHANGE_BYTES // max(per_step, 1))
-        )
-        for first in range(begin, end, most):
-            last = min(end, first + most)
-            while True:
-                self.values |= {"begin": first, "end": last, "origin": first, "slots": 2}
-                if self.config.mode != "block":
-                    place, _ = made = self.exchange(last - first)
-                    start(place[0], first)
-                if self.library.run(self.values, call.x.device):
-                    break
-                self.adopt(replace(self.config, mode="step", at_once=-(-call.B // ROWS)))
-            if self.config.mode != "block":
-                self.kept = [t for t in made if t is not None]
-                self.newest = place[(last - first) % self.values["slots"]]
-
-
-def _taller(packed: Tensor, tiles: int) -> Tensor:
-    """As many tiles of units as the other stage has; those that have none are zeros."""
-    more = tiles - packed.shape[1]
-    return torch.cat([packed, packed.new_zeros(1, more, *packed.shape[2:])], 1) if more else packed
-
-
-@functools.lru_cache(maxsize=512)
-def _resident(library: Library, sizes: tuple[tuple[str, int], ...], device: torch.device) -> int:
-    return library.resident(dict(sizes))
+    def run(self, begin: int, end: int, leaves: bool) -> None:
+        self.values |= {"begin": begin, "end": end, "starts": begin == 0, "leaves": leaves}
+        while not self.library.run(self.values, self.packs, self.call.x.device):
+            self.adopt_steps(self.config)
+        self.packs = False
 
 
 class Cuda:
     """See fastrnn.gpu.Engine."""
 
-    name = "cuda"
+    name, finds_before = "cuda", True
 
-    def __init__(self, library: Library | None = None) -> None:
-        self.library = LIBRARY if library is None else library
+    def __init__(self) -> None:
+        self.library = LIBRARY
 
     def check(self, call: Call) -> None:
         x = call.x
@@ -421,76 +357,59 @@ class Cuda:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise RuntimeError(f"the CUDA kernels take {known} on a GPU, got {x.dtype} on {x.device}")
         if max(call.N, call.T * call.B) * call.D >= 1 << 31:
-            raise RuntimeError(
-                f"the CUDA kernels take fewer than 2**31 rows, got {call.N} of {call.D} directions"
-            )
+            raise RuntimeError(f"the CUDA kernels take fewer than 2**31 rows, got {call.N} x {call.D}")
 
     def forward(self, call: Call, tensors: Forward) -> Callable[[int, int, tuple[int, int]], None]:
         assert self.library is not None
-        run = _Run(self.library, call, False)
-        run.values |= {
+        states = [s.contiguous() for s in call.states]
+        one = _Pass(self.library, call, False)
+        one.values |= {
             "gates": _address(tensors.gates),
             "y": _address(tensors.y),
             "seq": _address(tensors.seq),
             "mid": _address(tensors.mid),
             "rows": tensors.rows,
-            "h_state": _address(tensors.h_state),
-            "c_state": _address(tensors.c_state),
+            "h_start": _address(states[0]),
+            "c_start": _address(states[-1]),
+            "h_left": _address(tensors.last[0]),
+            "c_left": _address(tensors.last[-1]),
             "offsets": _address(tensors.offsets),
             "flags": _address(tensors.flags),
             "save": tensors.save,
-            **{
-                f"{n}_{d}": _address(getattr(p, n))
-                for d, p in enumerate(call.params)
-                for n in ("b_ih", "b_hh")
-            },
         }
-        K = call.P // call.heads
+        for d, p in enumerate(call.params):
+            one.values |= {f"b_ih_{d}": _address(p.b_ih), f"b_hh_{d}": _address(p.b_hh)}
 
-        def start(place: Tensor, step: int) -> None:
-            """h, where the step zeroes it 0."""
-            h = tensors.h_state
-            if tensors.flags is not None:
-                at = [step, call.T - 1 - step]
-                cut = torch.stack([tensors.flags[d, at[d]] & 2 != 0 for d in range(call.D)])
-                h = h.masked_fill(cut[:, :, None], 0)
-            by_head = h.view(call.D, call.B, call.heads, K).transpose(1, 2)
-            place.view(call.D, call.heads, call.B, -1)[..., :K].copy_(by_head)
-            used = run.widths.used[0]
-            if K < used:
-                place[..., K:used].zero_()
-
-        def steps(begin: int, end: int, bases: tuple[int, int]) -> None:
-            run.values |= {"base_0": bases[0], "base_1": bases[1]}
-            run.steps(begin, end, start)
+        def steps(begin: int, end: int, bases: tuple[int, int], kept: Sequence[Tensor] = states) -> None:
+            one.values |= {"base_0": bases[0], "base_1": bases[1]}
+            one.run(begin, end, end == call.T)
 
         return steps
 
     def backward(self, call: Call, tensors: Backward) -> None:
         assert self.library is not None
-        run = _Run(self.library, call, True)
-        run.values |= {
+        states = [s.contiguous() for s in call.states]
+        one = _Pass(self.library, call, True)
+        one.values |= {
             "dy": _address(tensors.dy),
             "dseq": _address(tensors.dseq),
             "gates": _address(tensors.gates),
+            "y": _address(tensors.y),
             "seq": _address(tensors.seq),
             "h_before": _address(tensors.h_before) if call.traits.state else 0,
             "c_before": _address(tensors.c_before),
+            "h_first": _address(states[0]),
+            "c_first": _address(states[-1]),
             "dg": _address(tensors.dg),
             "dmid": _address(tensors.dmid),
-            "h_state": _address(tensors.h_grad),
-            "c_state": _address(tensors.c_grad),
+            "h_start": _address(tensors.dlast[0]) if tensors.dlast else 0,
+            "c_start": _address(tensors.dlast[-1]) if tensors.dlast else 0,
+            "h_left": _address(tensors.dfirst[0]),
+            "c_left": _address(tensors.dfirst[-1]),
             "offsets": _address(tensors.offsets),
             "flags": _address(tensors.flags),
-            "rows": call.N,
         }
-
-        def start(place: Tensor, step: int) -> None:
-            """What the launch before told last."""
-            if step:
-                place.copy_(run.newest)
-
-        run.steps(0, call.T + 1, start)
+        one.run(0, call.T + 1, True)
 
 
 ENGINE = Cuda()

@@ -137,6 +137,11 @@ class Call:
             shifted = shifted.masked_fill(self.cuts()[d][:, :, None], 0)
         return shifted.flatten(0, 1)
 
+    def all_before(self, seqs: Sequence[Tensor], state: int) -> Tensor:
+        """`before` of both directions, [D, N, .]."""
+        firsts = self.states[state]
+        return torch.stack([self.before(seq, firsts[d], d) for d, seq in enumerate(seqs)])
+
     def _rows_before(self, d: int) -> Tensor:
         """Where, of the packed rows and then the first states, each row's state before lies."""
         assert self.batch_sizes is not None
@@ -162,12 +167,11 @@ class Forward:
     """What the forward pass of all steps works on. T time, B batch, N rows (T*B, or those of a
     PackedSequence), H units and P width of h of each of D directions."""
 
-    gates: Tensor  # [D, rows, SAVED*H]: the gates' input parts; where save, what the backward pass needs comes out
+    gates: Tensor  # [D, rows, SAVED*H]: the gates' input parts; where save, the backward pass's comes out
     y: Tensor  # [N, D*P] or [T, B, D*P]
     seq: Tensor | None  # [D, N, H] float32: every step's c comes out
     mid: Tensor | None  # [D, rows, H]: what is projected comes out
-    h_state: Tensor  # [D, B, P] float32, before and after
-    c_state: Tensor | None  # [D, B, H] float32, before and after
+    last: list[Tensor]  # [D, B, P], [D, B, H]: the last states come out
     offsets: Tensor | None
     flags: Tensor | None
     rows: int
@@ -176,26 +180,30 @@ class Forward:
 
 @dataclass(frozen=True)
 class Backward:
-    """Likewise of the backward pass; h_grad and c_grad are of the last states, of the first ones come out."""
+    """Likewise of the backward pass."""
 
     dy: Tensor | None  # [N, D*P]
+    dlast: list[Tensor]  # [D, B, P], [D, B, H], or empty
     dseq: Tensor | None  # [D, N, H] float32
     gates: Tensor  # [D, N, SAVED*H]
+    y: Tensor  # [N, D*P]
     seq: Tensor | None  # [D, N, H] float32
-    h_before: Tensor | None  # [D, N, P]: the states before each step, zeroed where it zeroes them
-    c_before: Tensor | None  # [D, N, H] float32
+    # The states before each step, zeroed where it zeroes them, [D, N, P] and float32 [D, N, H]; an engine that
+    # finds them itself has them where sequences differ in their steps alone.
+    h_before: Tensor | None
+    c_before: Tensor | None
     dg: Tensor  # [D, N, GRADS*H]: comes out
     dmid: Tensor | None  # [D, N, P]: where projected, the gradient of what the projection made comes out
-    h_grad: Tensor  # [D, B, P] float32
-    c_grad: Tensor | None  # [D, B, H] float32
+    dfirst: list[Tensor]  # [D, B, P], [D, B, H]: come out
     offsets: Tensor | None
     flags: Tensor | None
 
 
 class Engine(Protocol):
-    """What runs the recurrence."""
+    """What runs the recurrence. finds_before: see Backward."""
 
     name: str
+    finds_before: bool
 
     def check(self, call: Call) -> None:
         """Raises a RuntimeError where it cannot."""
@@ -228,7 +236,7 @@ def forward(
 def _forward(
     engine: Engine, call: Call, save: bool, return_states: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    traits, x, D, B, H, P, N, T = call.traits, call.x, call.D, call.B, call.H, call.P, call.N, call.T
+    traits, x, D, B, H, P, T = call.traits, call.x, call.D, call.B, call.H, call.P, call.T
     engine.check(call)
     y = x.new_empty(*x.shape[:-1], D * P)
     keep_seq = traits.cell_state and return_states
@@ -244,18 +252,16 @@ def _forward(
     saved = [gates, *([] if mid is None else [mid])] if save else []
     if call.empty:
         return y.zero_(), [s.clone() for s in call.states], [s.zero_() for s in seq], saved
-    h_state = call.states[0].to(torch.float32, copy=True).contiguous()
-    c_state = call.states[1].to(torch.float32, copy=True).contiguous() if traits.cell_state else None
-    tensors = Forward(gates, y, seq[0] if seq else None, mid, h_state, c_state, *call.masks(), rows, save)
+    last = [s.new_empty(s.shape) for s in call.states]
+    tensors = Forward(gates, y, seq[0] if seq else None, mid, last, *call.masks(), rows, save)
     run = engine.forward(call, tensors)
     for (begin, end), span in zip(chunks, spans, strict=True):
         for d in range(D):
-            first, last = span[d]
-            out = gates[d, : last - first, : traits.gates * H]
-            torch.mm(call.rows[first:last], call.params[d].w_ih.t(), out=out)
+            first, past = span[d]
+            out = gates[d, : past - first, : traits.gates * H]
+            torch.mm(call.rows[first:past], call.params[d].w_ih.t(), out=out)
         run(begin, end, (span[0][0], span[1][0]))
-    states = [h_state] if c_state is None else [h_state, c_state]
-    return y, [s.to(x.dtype) for s in states], seq, saved
+    return y, last, seq, saved
 
 
 def backward(
@@ -317,35 +323,31 @@ def _backward(
         given = [g.to(x.dtype, copy=True) for g in dlast] or [torch.zeros_like(s) for s in call.states]
         flat = [getattr(p, name) for p in call.params for name in _NAMES]
         return dx, given, [torch.zeros_like(p) for p in flat if p is not None] if need_params else []
-    start = dlast or call.states
-    grads = [s.to(torch.float32, copy=True).contiguous() for s in start]
-    if not dlast:
-        for g in grads:
-            g.zero_()
     y_rows, h_before, c_before = y.reshape(N, D, P), None, None
-    if traits.state or need_params:
-        h_before = torch.stack([call.before(y_rows[:, d], call.states[0][d], d) for d in range(D)])
-    if traits.cell_state:
-        c_rows = seq[0].reshape(D, N, H)
-        c_before = torch.stack([call.before(c_rows[d], call.states[1][d], d) for d in range(D)])
+    if not engine.finds_before or call.masked or call.packed:
+        if traits.state or need_params:
+            h_before = call.all_before(y_rows.unbind(1), 0)
+        if traits.cell_state:
+            c_before = call.all_before(seq[0].reshape(D, N, H).unbind(0), 1)
     dg = x.new_empty(D, N, traits.grads * H)
     dmid = x.new_empty(D, N, P) if call.projected else None
     tensors = Backward(
         None if dy is None else dy.contiguous(),
+        [g.contiguous() for g in dlast],
         dseq[0].contiguous() if dseq else None,
         saved[0].contiguous(),
+        y.contiguous(),
         seq[0].contiguous() if seq else None,
         h_before,
         c_before,
         dg,
         dmid,
-        grads[0],
-        grads[1] if traits.cell_state else None,
+        [s.new_empty(s.shape) for s in call.states],
         *call.masks(),
     )
     engine.backward(call, tensors)
-    dx, dparams = _products(call, dg, dmid, h_before, saved, need_x, need_params)
-    return dx, [g.to(x.dtype) for g in grads], dparams
+    dx, dparams = _products(call, tensors, y_rows, saved, need_x, need_params)
+    return dx, tensors.dfirst, dparams
 
 
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
@@ -353,15 +355,21 @@ _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh", "w_hr")
 
 def _products(
     call: Call,
-    dg: Tensor,
-    dmid: Tensor | None,
-    h_before: Tensor | None,
+    tensors: Backward,
+    y_rows: Tensor,
     saved: Sequence[Tensor],
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The gradients of x and of the parameters, of those of the gates."""
-    x, H, gates = call.x, call.H, call.traits.gates
+    x, H, gates, dg, dmid, h_before = (
+        call.x,
+        call.H,
+        call.traits.gates,
+        tensors.dg,
+        tensors.dmid,
+        tensors.h_before,
+    )
     of_inputs = dg[..., : gates * H]
     dx = x.new_empty(0)
     if need_x:
@@ -371,7 +379,9 @@ def _products(
         dx = total.view(x.shape)
     if not need_params:
         return dx, []
-    assert h_before is not None
+    shifts = h_before is None and call.heads == 1 and not call.traits.mid
+    if h_before is None and not shifts:
+        h_before = call.all_before(y_rows.unbind(1), 0)
     past = None if call.lengths is None else ~call.active().view(-1, 1)
 
     def held(t: Tensor) -> Tensor:
@@ -382,25 +392,37 @@ def _products(
     given: list[Tensor] = []
     for d, p in enumerate(call.params):
         given.append(torch.mm(of_inputs[d].t(), rows))
-        mid = held(saved[0][d, :, :H]) * h_before[d] if call.traits.mid else None
-        given.append(_of_recurrent(call, dg[d], h_before[d], mid))
+        mid = None
+        if call.traits.mid:
+            assert h_before is not None
+            mid = held(saved[0][d, :, :H]) * h_before[d]
+        h = y_rows[:, d] if h_before is None else h_before[d]
+        given.append(_of_recurrent(call, dg[d], h, mid, d if shifts else None))
         if p.b_ih is not None:
-            sums = dg[d].sum(0, dtype=torch.float32).to(x.dtype).unflatten(0, (-1, H))
-            given.append(sums[:gates].flatten())
-            given.append(sums[list(call.traits.hidden_grads)].flatten())
+            sums = dg[d].sum(0)  # in float32, rounded once
+            given.append(sums[: gates * H])
+            hidden = call.traits.hidden_grads
+            same = hidden == tuple(range(gates))
+            given.append(sums.clone() if same else sums.view(-1, H)[list(hidden)].flatten())
         if dmid is not None:
             given.append(torch.mm(dmid[d].t(), held(saved[1][d])))
     return dx, given
 
 
-def _of_recurrent(call: Call, dg: Tensor, h: Tensor, mid: Tensor | None) -> Tensor:
+def _of_recurrent(call: Call, dg: Tensor, h: Tensor, mid: Tensor | None, shift: int | None) -> Tensor:
     """R's gradient [G*H, K]: for each gate its hidden part's gradients [N, H], transposed, times what R was
-    multiplied with, head by head: h, and for the last gate mid where there is one."""
-    H, heads, hidden = call.H, call.heads, call.traits.hidden_grads
+    multiplied with, head by head: h, and for the last gate mid where there is one. shift: h is y of this
+    direction, of which each step read the one before; else it is what the steps read."""
+    H, B, heads, hidden = call.H, call.B, call.heads, call.traits.hidden_grads
     last = len(hidden) - 1
 
     def product(first: int, end: int, operand: Tensor) -> Tensor:
         part = dg[:, hidden[first] * H : (hidden[end - 1] + 1) * H]
+        if shift is not None:
+            start = call.states[0][shift]
+            if shift == 0:
+                return torch.mm(part[B:].t(), operand[:-B]).addmm_(part[:B].t(), start)
+            return torch.mm(part[:-B].t(), operand[B:]).addmm_(part[-B:].t(), start)
         if heads == 1:
             return torch.mm(part.t(), operand)
         by_head = part.unflatten(1, (end - first, heads, H // heads))

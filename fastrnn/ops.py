@@ -370,7 +370,8 @@ def engine(backend: str) -> gpu.Engine:
         return cuda.ENGINE
     from .triton_kernels import Triton
 
-    return Triton()
+    triton: gpu.Engine = Triton()
+    return triton
 
 
 def _gpu_layer(backend: str, *args: Any) -> Any:

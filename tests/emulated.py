@@ -23,11 +23,12 @@ OPTIONS = [
 ]
 
 
-def build(*extra: str, optimise: str = "-O1") -> Path:
-    """The library; kept, by a digest of all that it is made of."""
+def build() -> Path:
+    """The library; kept, by a digest of all that it is made of. EMULATED_FLAGS: more for the compiler."""
     compiler = os.environ.get("CXX", "g++")
+    options = [*OPTIONS, *os.environ.get("EMULATED_FLAGS", "").split()]
     files = [HERE / "cuda_on_cpu.h", *sorted(SOURCES.glob("cells/*.h")), *sorted(SOURCES.glob("cuda/*"))]
-    digest = hashlib.sha256(" ".join([compiler, optimise, *extra, *OPTIONS]).encode())
+    digest = hashlib.sha256(" ".join([compiler, *options]).encode())
     for file in files:
         digest.update(file.read_bytes())
     folder = HERE.parent / "build" / "emulated" / digest.hexdigest()[:16]
@@ -37,7 +38,6 @@ def build(*extra: str, optimise: str = "-O1") -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)  # other tests' processes build it too
         if target.exists():
             return target
-        options = [*OPTIONS, optimise, *extra]
 
         def compile(source: Path) -> str:
             out = str(folder / f"{source.stem}.o")

@@ -15,7 +15,6 @@ from on_gpus import case, check, moved, results
 import fastrnn
 from fastrnn import cuda
 from fastrnn.cuda import Config
-from fastrnn.reference import CELLS
 
 # Of a batch in so many tiles; "cache": no register holds weights, and a block takes all tiles.
 KERNELS = {
@@ -86,12 +85,12 @@ def faults(engine, emulation):
     """Sets what the emulation does wrong: blocks at once that it holds, the number of one that is slow."""
     if engine.device != "cpu":
         pytest.skip("the emulation's alone")
-    cuda._resident.cache_clear()
+    cuda._plan.cache_clear()
     yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
         resident, slow, seed
     )
     emulation.functions.fastrnn_cuda_emulation(1 << 20, -1, 1)
-    cuda._resident.cache_clear()
+    cuda._plan.cache_clear()
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
@@ -109,7 +108,7 @@ def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults
     # Nor where the device says so only when asked to start them.
     modes.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "_resident", lambda *args: 1 << 20)
+        patch.setattr(cuda, "_plan", lambda library, sizes, device: (1 << 20, *library.plan(dict(sizes))[1:]))
         check(cell, "grid", engine, H=18)
     assert modes[:2] == [cuda.MODES["grid"], cuda.MODES["step"]]
 
@@ -131,8 +130,8 @@ def test_any_order_of_threads(engine, faults):
 def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):
     run = cuda.Library.run
 
-    def without_one(self, values, device):
-        return run(self, {**values, "grid_y": values["grid_y"] - 1}, device)
+    def without_one(self, values, *rest):
+        return run(self, {**values, "grid_y": values["grid_y"] - 1}, *rest)
 
     monkeypatch.setattr(cuda.Library, "run", without_one)
     monkeypatch.setattr(cuda, "PATIENCE", 200)
@@ -160,25 +159,22 @@ def test_numbers_that_are_none_stop_nobody(cell, dtype, kernel, engine):
     assert grads[0][:, 1].isnan().all()
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 def test_weights_that_no_register_holds(cell, dtype, engine, monkeypatch):
     """Some lie in shared memory, the others stay in the cache."""
     plan = []
     run = cuda.Library.run
 
-    def cramped(self, values, device):
-        values = {
-            **values,
-            "in_registers": 0,
-            "shared_limit": self.plan({**values, "shared_limit": 1})[0] + (8 << 10),
-        }
+    def cramped(self, values, *rest):
+        least = self.plan({**values, "shared_limit": 1})[1]
+        values = {**values, "in_registers": 0, "shared_limit": least + (8 << 10)}
         plan.append(self.plan(values))
-        return run(self, values, device)
+        return run(self, values, *rest)
 
     monkeypatch.setattr(cuda.Library, "run", cramped)
     check(cell, "grid", engine, T=3, B=2, I=2, H=520 if dtype != torch.float32 else 264, dtype=dtype)
-    assert any(0 < shared < pieces for _, *stages in plan for pieces, _, shared in stages)
+    assert any(0 < shared < pieces for _, _, pieces, _, shared, *_ in plan)
 
 
 def test_steps_of_several_launches(engine, monkeypatch):
@@ -189,3 +185,55 @@ def test_steps_of_several_launches(engine, monkeypatch):
         for cell in ("lstm", "gru_reset_before"):
             check(cell, "grid", engine, T=7, D=2, mask=mask)
     check("lstm", "grid", engine, T=5, P=5, mask="lengths+reset")
+
+
+# --- what the outside sees
+
+
+def test_modules_and_the_compiler(engine):
+    torch.manual_seed(3)
+    for kind, options in ((fastrnn.LSTM, {"proj_size": 3}), (fastrnn.GRU, {}), (fastrnn.RNN, {})):
+        ours = kind(4, 7, num_layers=2, bidirectional=True, batch_first=True, device=engine.device, **options)
+        x = torch.randn(2, 5, 4, device=engine.device)
+        with fastrnn.backend("reference"):
+            expected = ours(x)[0]
+        with engine.use("grid"):
+            torch.testing.assert_close(ours(x)[0], expected)
+            compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+            y = compiled(x)[0]
+            torch.testing.assert_close(y, expected)
+            y.sum().backward()
+            said = fastrnn.explain(ours, x)
+        assert said.backend == "cuda"
+        assert "grid in CUDA, one launch, float32 products" in said.kernel
+        assert "blocks of 8 units, 1 tile of 16 sequences at once" in said.split
+
+
+def test_explain_without_a_gpu(monkeypatch):
+    x = torch.randn(2, 1, 4)
+    with fastrnn.backend("cuda"):
+        monkeypatch.setattr(cuda, "LIBRARY", None)
+        assert "no CUDA kernels (FASTRNN_CUDA=1" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
+        monkeypatch.setattr(cuda, "LIBRARY", object())
+        assert "it takes CUDA tensors, the input is on cpu" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
+        x = x.to("meta", torch.float64)
+        assert "it takes float32, bfloat16, float16" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
+        said = fastrnn.explain(fastrnn.LSTM(4, 700), x.bfloat16())
+        assert said.kernel == "lstm step in CUDA, a launch a step, bfloat16 products"
+
+
+def test_the_choice_fits_the_device():
+    """Of every shape: a block has a multiprocessor, or none waits for another."""
+    for cell, projected in (("lstm", False), ("lstm", True), ("gru", False), ("gru_reset_before", False)):
+        for H in (1, 64, 128, 256, 1000, 2048, 5000):
+            for B in (1, 16, 100, 1000):
+                for groups in (1, 2, 16):
+                    for backward in (False, True):
+                        for itemsize in (2, 4):
+                            shape = cuda.Shape(cell, H, H, groups, B, itemsize, projected, backward, 132)
+                            config = cuda.configure(shape)
+                            blocks = config.at_once * -(-H // config.units) * groups
+                            assert 1 <= config.at_once <= -(-B // 16)
+                            assert config.mode != "grid" or blocks <= 132
+                            assert config.mode != "block" or config.units >= H
+                            assert config.mode == "grid" or config.at_once == -(-B // 16)

@@ -38,7 +38,7 @@ def precision(x: Tensor) -> str:
 class Triton:
     """See fastrnn.gpu.Engine."""
 
-    name = "triton"
+    name, finds_before = "triton", False
 
     def check(self, call: Call) -> None:
         if call.x.dtype not in DTYPES or (call.x.device.type == "cpu" and not INTERPRETED):
@@ -56,10 +56,10 @@ class Triton:
             mid = (
                 x.new_empty(call.D, tensors.rows, call.H) if call.projected or len(in_stages) == 2 else gates
             )
-        c_state = tensors.h_state if tensors.c_state is None else tensors.c_state
+        states = [s.to(torch.float32, copy=True).contiguous() for s in call.states]
         seq = gates if tensors.seq is None else tensors.seq
         names = ("w_hh", "b_ih", "b_hh", "w_hr")
-        pointers = (tensors.h_state, c_state, *(p for name in names for p in of(call, name)))
+        pointers = (states[0], states[-1], *(p for name in names for p in of(call, name)))
         masks = tuple(call.rows if m is None else m for m in (tensors.offsets, tensors.flags))
         given = {
             **options_of(call, config),
@@ -68,7 +68,7 @@ class Triton:
             "SAVE": tensors.save,
             "SEQ": tensors.seq is not None,
         }
-        exchange = tensors.h_state
+        exchange = states[0]
         if config.kernel != "scan":
             exchange = x.new_empty(2, call.D, call.B, call.P)
             exchange[0].copy_(call.states[0])
@@ -92,6 +92,10 @@ class Triton:
 
     def backward(self, call: Call, tensors: Backward) -> None:
         config, gates = configure(call), tensors.gates
+        grads = [s.to(torch.float32, copy=True).contiguous() for s in tensors.dlast or call.states]
+        if not tensors.dlast:
+            for g in grads:
+                g.zero_()
         pointers = tuple(
             gates if t is None else t
             for t in (
@@ -103,8 +107,8 @@ class Triton:
                 tensors.c_before,
                 tensors.dg,
                 tensors.dmid,
-                tensors.h_grad,
-                tensors.h_grad if tensors.c_grad is None else tensors.c_grad,
+                grads[0],
+                grads[-1],
                 *of(call, "w_hh"),
                 *of(call, "w_hr"),
                 tensors.offsets,
@@ -121,14 +125,25 @@ class Triton:
         if config.kernel == "scan":
             grid = (triton.cdiv(call.B, config.block_b), call.D * call.heads)
             scan.scan_backward[grid](*pointers, *sizes, **given)
-            return
-        in_stages = stages(call.cell, config, call.projected)
-        columns = (call.P // call.heads, call.H // call.heads)[: len(in_stages)]
-        kernel = step.step_backward
-        launch_steps(call, config, kernel, columns, pointers, sizes, 0, call.T, FINAL=False, **given)
-        kernel[step_grid(call, config, columns[0])](
-            *pointers, call.rows, *sizes, call.T, call.T + 1, FIRST=0, LAST=0, GRID=False, FINAL=True, **given
-        )
+        else:
+            in_stages = stages(call.cell, config, call.projected)
+            columns = (call.P // call.heads, call.H // call.heads)[: len(in_stages)]
+            kernel = step.step_backward
+            launch_steps(call, config, kernel, columns, pointers, sizes, 0, call.T, FINAL=False, **given)
+            kernel[step_grid(call, config, columns[0])](
+                *pointers,
+                call.rows,
+                *sizes,
+                call.T,
+                call.T + 1,
+                FIRST=0,
+                LAST=0,
+                GRID=False,
+                FINAL=True,
+                **given,
+            )
+        for first, grad in zip(tensors.dfirst, grads, strict=True):
+            first.copy_(grad)
 
 
 def configure(call: Call) -> heuristics.Config:

@@ -13,28 +13,32 @@
   /* Rows [D, rows, .] from base on: gates [., SAVED*H], mid [., H] (what is projected); y [N, D*P], seq */ \
   /* [D, N, H] float32. A 0: there is none. */                                                             \
   X(gates) X(y) X(seq) X(mid) X(base_0) X(base_1) X(rows)                                                  \
-  /* [D, B, P], [D, B, H] float32: before and after; backward their gradients. */                          \
-  X(h_state) X(c_state)                                                                                    \
-  /* Of each stage, packed by rows or columns: see product.h. */                                           \
-  X(weights_1) X(weights_2)                                                                                \
+  /* [D, B, P], [D, B, H]: the states that the pass starts from (0: zeros) and leaves; between launches */ \
+  /* they are kept in float32. Backward their gradients, from the last step to the first. */               \
+  X(h_start) X(c_start) X(h_left) X(c_left) X(h_kept) X(c_kept)                                            \
+  X(w_hh_0) X(w_hh_1) X(w_hr_0) X(w_hr_1) /* [GATES*H, K], [P, H] */                                       \
   X(b_ih_0) X(b_ih_1) X(b_hh_0) X(b_hh_1) /* [GATES*H] */                                                  \
-  /* Backward: dy [N, D*P], dseq [D, N, H] float32, the states before a step [D, N, P], [D, N, H] (this */ \
-  /* float32), and what comes out: dg [D, N, GRADS*H], dmid [D, N, P]. */                                  \
-  X(dy) X(dseq) X(h_before) X(c_before) X(dg) X(dmid)                                                      \
-  /* [slots, groups, B, stride]: what blocks tell each other in each stage, see exchange.h. Step s reads */ \
-  /* slot (s - origin) % slots of the first. */                                                            \
-  X(exchange_1) X(exchange_2) X(stride_1) X(stride_2) X(origin) X(slots)                                   \
+  /* Backward: dy [N, D*P], dseq [D, N, H] float32; the states before a step [D, N, P] and, float32, */    \
+  /* [D, N, H], or where they are 0 what they were before the first step, [D, B, P], [D, B, H]; what */    \
+  /* comes out: dg [D, N, GRADS*H], dmid [D, N, P]. */                                                     \
+  X(dy) X(dseq) X(h_before) X(c_before) X(h_first) X(c_first) X(dg) X(dmid)                                \
+  /* Memory for the weights of each stage as product.h reads them, and for [slots, groups, B, stride], */  \
+  /* what blocks tell each other (exchange.h), of which `used` columns exist; origin: the step that */     \
+  /* reads the first slot. */                                                                              \
+  X(weights_1) X(weights_2) X(exchange_1) X(exchange_2)                                                    \
+  X(stride_1) X(stride_2) X(used_1) X(used_2) X(slots) X(origin)                                           \
   /* [T + 1] int64: the row where t begins, of a PackedSequence; [D, T, B] bytes: 1 the sequence runs, 2 */ \
   /* its state is zeroed before. */                                                                        \
   X(offsets) X(flags)                                                                                      \
   X(T) X(B) X(N) X(H) X(P) X(D) X(heads)                                                                   \
-  /* Steps begin to end (backward: counted from the last one) of stages first to last; save: the gates; */ \
-  /* final: what the first step leaves to the first h. */                                                  \
-  X(begin) X(end) X(first) X(last) X(save) X(final)                                                        \
+  /* Steps begin to end (backward: counted from the last one, with one more for what the first step */     \
+  /* leaves to the first h), of stages first to last; the launch is the pass's first, its last; save: the */ \
+  /* gates. */                                                                                             \
+  X(begin) X(end) X(first) X(last) X(starts) X(leaves) X(save)                                             \
   /* float32: 3xTF32, else TF32. */                                                                        \
   X(exact)                                                                                                 \
-  /* Times that a thread looks for a datum before it gives up. */                                          \
-  X(patience)                                                                                              \
+  /* Whether a waiting thread looks for all that it needs at once, or for a part; how often at most. */    \
+  X(eager) X(patience)                                                                                     \
   /* Of a warp's pieces of a stage's weights: whether the first are kept in registers, and how many then */ \
   /* in shared memory (of a block at most shared_limit bytes; 0: of the device). Filled by the launch. */  \
   X(in_registers) X(shared_limit) X(shared_1) X(shared_2)

@@ -22,12 +22,11 @@ __device__ __forceinline__ constexpr int hidden_grad(int gate) {
 template <class Cell, class T, int U, int WK, bool PROJECTED>
 struct Backward {
   static constexpr bool kMid = Cell::kStages == 2, kTwo = kMid || PROJECTED;
-  using S = Shape<U, WK, 1, 2>;
+  using S = Shape<U, WK, 1>;
+  static constexpr int kColumns1 = U / 8, kColumns2 = U / 8;
   static constexpr int kTiles1 = U / 8 / S::kWn, kTiles2 = kTiles1;
-  static constexpr int kColumns = U / 8;
-
   // A thread has 255; the more outputs it has, the more it keeps for them.
-  static constexpr int kMost = (S::kOutputs == 1 ? 168 : S::kOutputs == 2 ? 140 : 84) - (kTwo ? 32 : 0);
+  static constexpr int kMost = (S::kOutputs == 1 ? 168 : S::kOutputs == 2 ? 140 : 64) - (kTwo ? 32 : 0);
   static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
   static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
@@ -36,10 +35,12 @@ struct Backward {
 
 template <class Cell, class T, int U, int WK, bool PROJECTED>
 __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const Args& a) {
-  constexpr int OUT = S::kOutputs, G = Cell::kGates, SAVED = Cell::kSaved, GRADS = Cell::kGrads;
-  constexpr int STATES = Cell::kStates;
+  using Bits = typename T::Bits;
+  constexpr bool ALONE = S::kAlone;
+  constexpr int OUT = S::kOutputs, G = Cell::kGates, STATES = Cell::kStates;
+  constexpr int64_t SAVED = Cell::kSaved, GRADS = Cell::kGrads;
   FASTRNN_SHARED(shared);
-  const Where<T, U> w(a);
+  const Where<U> w(a);
   const int wk = threadIdx.x / 32 % WK, wn = threadIdx.x / 32 / WK;
   const int tiles = int((a.B + kRows - 1) / kRows), own = (tiles + int(a.grid_x) - 1) / int(a.grid_x);
   float* const sums = reinterpret_cast<float*>(shared);
@@ -53,188 +54,192 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
   Product<T, kTiles1, kRegisters1.depth, kRegisters1.held> first;
   Product<T, kTiles2, kRegisters2.depth, kRegisters2.held> second;
   if (a.first < 2)
-    first.prepare(as<uint4>(a.weights_1) + block * pieces_1 * kColumns * 32, kColumns, pieces_1, wk, WK,
+    first.prepare(as<uint4>(a.weights_1) + block * pieces_1 * kColumns1 * 32, kColumns1, pieces_1, wk, WK,
                   wn * kTiles1, a.in_registers, resident, int(a.shared_1));
   if (kTwo && a.last == 2)
-    second.prepare(as<uint4>(a.weights_2) + block * pieces_2 * kColumns * 32, kColumns, pieces_2, wk, WK,
+    second.prepare(as<uint4>(a.weights_2) + block * pieces_2 * kColumns2 * 32, kColumns2, pieces_2, wk, WK,
                    wn * kTiles2, a.in_registers, resident + a.shared_1 * kWarps * kTiles1 * 32,
                    int(a.shared_2));
-  const Exchange<T> ex1(a, a.exchange_1, a.stride_1, alone);
-  const Exchange<T> ex2(a, a.exchange_2, a.stride_2, alone + 2 * kRows * a.stride_1 * T::kBytes);
+  const Exchange<T, ALONE> ex1(a, a.exchange_1, a.stride_1, alone);
+  const Exchange<T, ALONE> ex2(a, a.exchange_2, a.stride_2, alone + 2 * kRows * a.stride_1 * T::kBytes);
 
   const bool has = w.works && w.unit < w.HH, has_k = w.works && w.unit < w.K;
   const int64_t unit = w.head * w.HH + w.unit, column = w.head * w.K + w.unit;
   const int gate_width = (w.HH + 7) / 8 * 8;  // from gate to gate in an exchange
-  const bool exists = w.works && w.unit < gate_width, exists_k = w.works && w.unit < (w.K + 7) / 8 * 8;
+  const bool exists = w.works && w.unit < gate_width, exists_k = w.works && w.unit < a.used_2;
 
-  for (int i = 0; i < own * OUT; i++) {
-    const int tile = i / OUT, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % OUT);
-    float* state = kept + tile * S::kKept + w.output(i % OUT);
-    if (!w.works) continue;
-    state[0] = b < a.B && has_k ? as<float>(a.h_state)[(w.d * a.B + b) * a.P + column] : 0.0f;
-    if (STATES == 2)
-      state[kRows * U] = b < a.B && has ? as<float>(a.c_state)[(w.d * a.B + b) * a.H + unit] : 0.0f;
-  }
-  if (a.mode == kBlock) {
+  start<T, STATES>(a, w, kept, own, has, has_k, unit, column, S::kKept, OUT);
+  if constexpr (ALONE) {
     for (int64_t i = threadIdx.x; i < kRows * (2 * a.stride_1 + a.stride_2) * T::kBytes / 4; i += kThreads)
       reinterpret_cast<uint32_t*>(alone)[i] = 0;
     __syncthreads();
   }
 
-  int turn = 0;
-  auto fresh = [&]() { return sums + (S::kBuffers ? turn++ % 2 * (S::kSums / 2) : 0); };
   for (int64_t step = a.begin; step < a.end; step++) {
     const int64_t s = a.T - 1 - step;
     const bool ends = step == a.T;  // a step more, for the product alone
-    const int64_t from = (step - a.origin) % a.slots, next = (step + 1 - a.origin) % a.slots;
-    const int64_t middle = a.mode == kBlock ? 0 : from;
+    const int64_t from = slot_of(a, step), next = slot_of(a, step + 1), middle = ALONE ? 0 : from;
     for (int tile = 0; tile < own; tile++) {
       const int row_0 = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows;
       if (row_0 >= a.B) break;
       float* const state = kept + tile * S::kKept + int(threadIdx.x);
       Place at[OUT];
       bool cut_after[OUT];
-      int local[OUT];
-      float saved[OUT][SAVED], dy[OUT], dc_seq[OUT], h_before[OUT], c_before[OUT], c_new[OUT], dh[OUT] = {};
+      int64_t local[OUT];
+      Bits saved[OUT][SAVED], dy[OUT], h_before[OUT];
+      uint32_t dc_seq[OUT], c_before[OUT], c_new[OUT];
+      float dh[OUT] = {};
 #pragma unroll
       for (int i = 0; i < OUT; i++) {
         const int b = row_0 + w.row(i);
         at[i] = w.works && !ends ? place(a, s, w.d, b) : Place{0, false, false, false};
         cut_after[i] = a.flags && w.works && step > 0 && place(a, s + 1, w.d, b).cut;
-        local[i] = int(w.d * a.N) + at[i].row;
+        local[i] = w.d * a.N + at[i].row;
         const bool live = at[i].on && has;
 #pragma unroll
-        for (int g = 0; g < SAVED; g++) saved[i][g] = read<T>(a.gates, (int64_t(local[i]) * SAVED + g) * a.H + unit, live);
+        for (int g = 0; g < SAVED; g++)
+          saved[i][g] = read<T>(a.gates, (local[i] * SAVED + g) * a.H + unit, live);
         dy[i] = read<T>(a.dy, at[i].row * a.D * a.P + w.d * a.P + column, a.dy && at[i].on && has_k);
-        h_before[i] = read<T>(a.h_before, local[i] * a.P + unit, !PROJECTED && a.h_before && live);
+        const int64_t back = w.d ? a.B : -a.B;  // to the row of the step before, where all sequences run
+        h_before[i] = 0, c_before[i] = 0, c_new[i] = 0, dc_seq[i] = 0;
+        if constexpr (Cell::kStates == 1 && Cell::kGates > 1) {  // else the cell reads no h
+          if (a.h_before)
+            h_before[i] = read<T>(a.h_before, local[i] * a.P + unit, live);
+          else if (s > 0)
+            h_before[i] = read<T>(a.y, (at[i].row + back) * a.D * a.P + w.d * a.P + unit, live);
+          else
+            h_before[i] = read<T>(a.h_first, (w.d * a.B + b) * a.P + unit, live);
+        }
         if constexpr (STATES == 2) {
-          c_before[i] = read<Float32>(a.c_before, local[i] * a.H + unit, live);
+          if (a.c_before)
+            c_before[i] = read<Float32>(a.c_before, local[i] * a.H + unit, live);
+          else if (s > 0)
+            c_before[i] = read<Float32>(a.seq, (local[i] + back) * a.H + unit, live);
+          else
+            c_before[i] = float_bits(T::load(read<T>(a.c_first, (w.d * a.B + b) * a.H + unit, live)));
           c_new[i] = read<Float32>(a.seq, local[i] * a.H + unit, live);
           dc_seq[i] = read<Float32>(a.dseq, local[i] * a.H + unit, a.dseq && live);
         }
       }
       // Gradients of gates' recurrent parts, gate by gate in the exchange.
-      auto tell = [&](const Exchange<T>& exchange, int64_t slot, int i, int gate, float value, bool there) {
+      auto tell = [&](const Exchange<T, ALONE>& exchange, int64_t slot, int i, int gate, float value, bool there) {
         const int b = row_0 + w.row(i);
-        publish<T>(exchange.slot(slot) + (a.mode == kBlock ? w.row(i) : b) * exchange.row +
-                       (gate * gate_width + w.unit) * T::kBytes,
-                   value, there && (b < a.B || a.mode == kBlock));
+        publish<T, ALONE>(exchange.slot(slot) + (ALONE ? w.row(i) : b) * exchange.row +
+                              (gate * gate_width + w.unit) * T::kBytes,
+                          value, there && (b < a.B || ALONE));
+      };
+      auto store = [&](int i, int64_t gate, float value) {
+        if (has && at[i].here) write<T>(a.dg, (local[i] * GRADS + gate) * a.H + unit, value);
       };
       // Of the cell: the gradients of all gates, told and stored.
-      auto whole = [&](int i) {
-        float* const carry = state + i * kThreads;
-        const bool live = has && at[i].on;
-        Vec<float, SAVED> kept_gates;
-        Vec<float, STATES> before, after, d_after, d_before;
-        Vec<float, GRADS> dg;
-#pragma unroll
-        for (int g = 0; g < SAVED; g++) kept_gates[g] = saved[i][g];
-        before[0] = h_before[i], after[0] = 0.0f, d_after[0] = dh[i];
-        if constexpr (STATES == 2) {
-          before[1] = c_before[i], after[1] = c_new[i];
-          d_after[1] = (at[i].on ? carry[kRows * U] : 0.0f) + dc_seq[i];
-        }
+      auto whole = [&]() {
         if constexpr (!kMid) {
-          Cell::backward(kept_gates, before, after, d_after, dg, d_before);
+          Vec<float, Cell::kGrads> dg[OUT];
+          Vec<float, STATES> d_before[OUT];
 #pragma unroll
-          for (int g = 0; g < G; g++)
-            tell(ex1, next, i, g, live ? dg[hidden_grad<Cell>(g)] : 0.0f, exists);
-          if (has && at[i].here) {
+          for (int i = 0; i < OUT; i++) {
+            float* const carry = state + i * kThreads;
+            Vec<float, Cell::kSaved> gates;
+            Vec<float, STATES> before, after, d_after;
 #pragma unroll
-            for (int g = 0; g < GRADS; g++)
-              write<T>(a.dg, (int64_t(local[i]) * GRADS + g) * a.H + unit, live ? dg[g] : 0.0f);
+            for (int g = 0; g < SAVED; g++) gates[g] = T::load(saved[i][g]);
+            before[0] = T::load(h_before[i]), after[0] = 0.0f, d_after[0] = dh[i];
+            if constexpr (STATES == 2) {
+              before[1] = bits_float(c_before[i]), after[1] = bits_float(c_new[i]);
+              d_after[1] = (at[i].on ? carry[kRows * U] : 0.0f) + bits_float(dc_seq[i]);
+            }
+            Cell::backward(gates, before, after, d_after, dg[i], d_before[i]);
+#pragma unroll
+            for (int g = 0; g < GRADS; g++) dg[i][g] = has && at[i].on ? dg[i][g] : 0.0f;
           }
-          if (!PROJECTED && at[i].on) carry[0] = d_before[0];
-          if constexpr (STATES == 2) {
-            if (at[i].on) carry[kRows * U] = at[i].cut ? 0.0f : d_before[1];
+#pragma unroll
+          for (int i = 0; i < OUT; i++)
+#pragma unroll
+            for (int g = 0; g < G; g++) tell(ex1, next, i, g, dg[i][hidden_grad<Cell>(g)], exists);
+#pragma unroll
+          for (int i = 0; i < OUT; i++) {
+            float* const carry = state + i * kThreads;
+#pragma unroll
+            for (int g = 0; g < GRADS; g++) store(i, g, dg[i][g]);
+            if (!PROJECTED && at[i].on) carry[0] = d_before[i][0];
+            if constexpr (STATES == 2) {
+              if (at[i].on) carry[kRows * U] = at[i].cut ? 0.0f : d_before[i][1];
+            }
           }
         }
       };
 
       if (a.first < 2) {
-        float* const sum = fresh();
-        const bool any = step > 0;
-        if (any) {
-          product<WK>(first, ex1, from, row_0, a, a.mode == kGrid && step > a.begin, sum, S::kRow);
-          __syncthreads();
-        }
+        float found[OUT][1] = {};
+        if (step > 0)
+          product<S, 1, U, WK>(found, first, ex1, from, row_0, a, a.mode == kGrid && step > a.begin, pieces_1, w,
+                               sums);
+        if (w.works) {
 #pragma unroll
-        for (int i = 0; i < OUT; i++) {
-          if (OUT == 1 && !w.works) break;
-          float* const carry = state + i * kThreads;
-          float found = carry[0];
-          if (any) found += total<WK>(sum, S::kRow, pieces_1, w.row(i), w.unit - w.unit_0);
-          if (cut_after[i]) found = 0.0f;
-          dh[i] = at[i].on ? found + dy[i] : 0.0f;
-          // What passes a sequence that does not run here.
-          if constexpr (PROJECTED) {
-            carry[0] = at[i].on ? 0.0f : found;
-            if (!ends) {
-              if (has_k && at[i].here) write<T>(a.dmid, local[i] * a.P + column, dh[i]);
-              tell(ex2, middle, i, 0, has_k ? dh[i] : 0.0f, exists_k);
-            }
-          } else {
-            carry[0] = found;
-            if (ends) continue;
-            if constexpr (kMid) {
-              carry[0] = at[i].on ? dh[i] : found;  // for the second stage
-              Vec<float, SAVED> kept_gates{{saved[i][0], saved[i][1], saved[i][2]}};
-              Vec<float, 1> none{{0.0f}}, d_after{{dh[i]}}, dn, rest;
-              Cell::backward(kept_gates, none, none, d_after, dn, rest);
-              const float value = has && at[i].on ? dn[0] : 0.0f;
-              tell(ex2, middle, i, 0, value, exists);
-              if (has && at[i].here) write<T>(a.dg, (int64_t(local[i]) * GRADS + 2) * a.H + unit, value);
+          for (int i = 0; i < OUT; i++) {
+            float* const carry = state + i * kThreads;
+            const float all = cut_after[i] ? 0.0f : carry[0] + found[i][0];
+            dh[i] = at[i].on ? all + T::load(dy[i]) : 0.0f;
+            // What passes a sequence that does not run here.
+            if constexpr (PROJECTED) {
+              carry[0] = at[i].on ? 0.0f : all;
+              if (!ends) {
+                tell(ex2, middle, i, 0, has_k ? dh[i] : 0.0f, exists_k);
+                if (has_k && at[i].here) write<T>(a.dmid, local[i] * a.P + column, dh[i]);
+              }
+            } else if constexpr (kMid) {
+              carry[0] = at[i].on ? dh[i] : all;  // for the second stage
+              if (!ends) {
+                Vec<float, 3> gates{{T::load(saved[i][0]), T::load(saved[i][1]), T::load(saved[i][2])}};
+                Vec<float, 1> none{{0.0f}}, d_after{{dh[i]}}, dn, rest;
+                Cell::backward(gates, none, none, d_after, dn, rest);
+                const float value = has && at[i].on ? dn[0] : 0.0f;
+                tell(ex2, middle, i, 0, value, exists);
+                store(i, 2, value);
+              }
             } else {
-              whole(i);
+              carry[0] = all;
             }
           }
+          if constexpr (!kTwo) {
+            if (!ends) whole();
+          }
         }
-        if (a.mode == kBlock || (!S::kBuffers && any)) __syncthreads();
+        if constexpr (ALONE) __syncthreads();
       }
       if constexpr (kTwo) {
         if (a.last < 2 || ends) continue;
-        float* const sum = fresh();
-        product<WK>(second, ex2, middle, row_0, a, a.mode == kGrid, sum, S::kRow);
-        __syncthreads();
+        float through[OUT][1];
+        product<S, 1, U, WK>(through, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums);
+        if (w.works) {
 #pragma unroll
-        for (int i = 0; i < OUT; i++) {
-          if (OUT == 1 && !w.works) break;
-          const float through = total<WK>(sum, S::kRow, pieces_2, w.row(i), w.unit - w.unit_0);
-          if constexpr (kMid) {
-            float* const carry = state + i * kThreads;
-            const bool live = has && at[i].on;
-            const float d_now = at[i].on ? carry[0] : 0.0f;
-            Vec<float, SAVED> kept_gates{{saved[i][0], saved[i][1], saved[i][2]}};
-            Vec<float, 1> before{{h_before[i]}}, d_after{{d_now}}, dn, rest;
-            Vec<float, 2> d_rz;
-            float mid;
-            Cell::backward(kept_gates, before, before, d_after, dn, rest);
-            Cell::backward_first(kept_gates, before, through, d_now, d_rz, rest, mid);
+          for (int i = 0; i < OUT; i++) {
+            if constexpr (kMid) {
+              float* const carry = state + i * kThreads;
+              const bool live = has && at[i].on;
+              const float d_now = at[i].on ? carry[0] : 0.0f;
+              Vec<float, 3> gates{{T::load(saved[i][0]), T::load(saved[i][1]), T::load(saved[i][2])}};
+              Vec<float, 1> before{{T::load(h_before[i])}}, d_after{{d_now}}, dn, rest;
+              Vec<float, 2> d_rz;
+              float mid;
+              Cell::backward(gates, before, before, d_after, dn, rest);
+              Cell::backward_first(gates, before, through[i][0], d_now, d_rz, rest, mid);
 #pragma unroll
-            for (int g = 0; g < 2; g++) tell(ex1, next, i, g, live ? d_rz[g] : 0.0f, exists);
-            if (has && at[i].here) {
+              for (int g = 0; g < 2; g++) tell(ex1, next, i, g, live ? d_rz[g] : 0.0f, exists);
 #pragma unroll
-              for (int g = 0; g < 2; g++)
-                write<T>(a.dg, (int64_t(local[i]) * GRADS + g) * a.H + unit, live ? d_rz[g] : 0.0f);
+              for (int g = 0; g < 2; g++) store(i, g, live ? d_rz[g] : 0.0f);
+              if (at[i].on) carry[0] = rest[0];
+            } else {
+              dh[i] = at[i].on ? through[i][0] : 0.0f;
             }
-            if (at[i].on) carry[0] = rest[0];
-          } else {
-            dh[i] = at[i].on ? through : 0.0f;
-            whole(i);
           }
+          if constexpr (PROJECTED) whole();
         }
-        if (a.mode == kBlock || !S::kBuffers) __syncthreads();
+        if constexpr (ALONE) __syncthreads();
       }
     }
   }
-
-  for (int i = 0; i < own * OUT; i++) {
-    const int tile = i / OUT, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % OUT);
-    const float* state = kept + tile * S::kKept + w.output(i % OUT);
-    if (!w.works || b >= a.B) continue;
-    if (has_k) to<float>(a.h_state)[(w.d * a.B + b) * a.P + column] = state[0];
-    if (STATES == 2 && has) to<float>(a.c_state)[(w.d * a.B + b) * a.H + unit] = state[kRows * U];
-  }
+  leave<T, STATES>(a, w, kept, own, has, has_k, unit, column, S::kKept, OUT);
 }
 
 template <class Cell, class T, int U, int WK, bool PROJECTED>

@@ -12,24 +12,24 @@
 namespace fastrnn::cuda {
 
 // How a kernel's block is cut, the same for host and device. U: its units, of GATES gates in the stage that has
-// most; STATES floats are kept of each unit and sequence.
-template <int U, int WK, int GATES, int STATES>
+// most; a block that does not share out k (WK = 1) is alone in its group.
+template <int U, int WK, int GATES>
 struct Shape {
   static constexpr int kWn = kWarps / WK;
+  static constexpr bool kAlone = WK == 1;
   static constexpr int kOutputs = (kRows * U + kThreads - 1) / kThreads;  // of a thread: units and sequences
-  static constexpr int kRow = U * GATES + 8;        // floats from row to row of the sums: no bank twice
-  static constexpr int kBuffers = U * GATES <= 64;  // one more, where there is room: a barrier less
-  static constexpr int kSums = (1 + kBuffers) * WK * kRows * kRow;
-  static constexpr int kKept = STATES * kRows * U;  // floats of a tile of the batch
+  static constexpr int kRow = U * GATES + 8;     // floats from row to row of the sums: no bank twice
+  static constexpr int kSums = WK * kRows * kRow;
+  static constexpr int kKept = 2 * kRows * U;    // floats that are kept of a tile of the batch: of h, of c
   static_assert(U / 8 % kWn == 0);
 };
 
-// Bytes of a block's shared memory before the weights: sums, what is kept of `tiles` tiles of the batch, and in
-// kBlock the places of the exchange.
+// Bytes of a block's shared memory before the weights: sums, what is kept of `tiles` tiles of the batch, and
+// where it is alone the places of the exchange.
 template <class S>
 __host__ __device__ int64_t fixed_bytes(const Args& a, int element, int64_t tiles) {
   int64_t bytes = (S::kSums + S::kKept * tiles) * 4;
-  if (a.mode == kBlock) bytes += kRows * (2 * a.stride_1 + a.stride_2) * element;
+  if (S::kAlone) bytes += kRows * (2 * a.stride_1 + a.stride_2) * element;
   return bytes;
 }
 
@@ -50,11 +50,10 @@ __device__ __forceinline__ Bits* to(int64_t address) {
 }
 
 // Of this block: its group, tile of units, and the threads' shares.
-template <class T, int U>
+template <int U>
 struct Where {
-  int d, head, HH, K, unit_0, slot_group;  // unit_0: its first unit, of its head
+  int d, head, HH, K, unit_0;              // unit_0: its first unit, of its head
   int unit, first_row;                     // of this thread's outputs: row first_row + i * (kThreads / U)
-  int padded;                              // HH and K up to a multiple of 8: columns that exist in an exchange
   bool works;
 
   __device__ __forceinline__ explicit Where(const Args& a) {
@@ -62,7 +61,6 @@ struct Where {
     d = group / int(a.heads), head = group % int(a.heads);
     HH = int(a.H / a.heads), K = int(a.P / a.heads);
     unit_0 = int(blockIdx.y) * U;
-    slot_group = group;
     unit = unit_0 + int(threadIdx.x) % U;
     first_row = int(threadIdx.x) / U;
     works = int(threadIdx.x) < kRows * U;
@@ -88,20 +86,61 @@ __device__ __forceinline__ Place place(const Args& a, int64_t s, int d, int b) {
   return p;
 }
 
+// A number in the memory's bits, which are made a float when it is needed: to wait for a load before the wait
+// for others' data would be to wait twice. 0 where there is none.
 template <class T>
-__device__ __forceinline__ float read(int64_t address, int64_t index, bool there) {
-  return there ? T::load(load_early(as<typename T::Bits>(address) + index)) : 0.0f;
+__device__ __forceinline__ typename T::Bits read(int64_t address, int64_t index, bool there) {
+  return there ? load_early(as<typename T::Bits>(address) + index) : typename T::Bits(0);
 }
 template <class T>
 __device__ __forceinline__ void write(int64_t address, int64_t index, float value) {
   to<typename T::Bits>(address)[index] = T::store(value);
 }
 
+// What a thread keeps of its outputs of `own` tiles, from where the launch's steps start.
+template <class T, int STATES, int U>
+__device__ __forceinline__ void start(const Args& a, const Where<U>& w, float* kept, int own, bool has, bool has_k,
+                                      int64_t unit, int64_t column, int each, int outputs) {
+  if (!w.works) return;
+  for (int i = 0; i < own * outputs; i++) {
+    const int tile = i / outputs, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % outputs);
+    float* state = kept + tile * each + w.output(i % outputs);
+    auto first = [&](int64_t given, int64_t before, int64_t index, bool there) {
+      if (!there || b >= a.B) return 0.0f;
+      return a.starts ? T::load(read<T>(given, index, given != 0)) : as<float>(before)[index];
+    };
+    state[0] = first(a.h_start, a.h_kept, (w.d * a.B + b) * a.P + column, has_k);
+    if (STATES == 2) state[kRows * U] = first(a.c_start, a.c_kept, (w.d * a.B + b) * a.H + unit, has);
+  }
+}
+
+// And where they leave off.
+template <class T, int STATES, int U>
+__device__ __forceinline__ void leave(const Args& a, const Where<U>& w, const float* kept, int own, bool has,
+                                      bool has_k, int64_t unit, int64_t column, int each, int outputs) {
+  if (!w.works) return;
+  for (int i = 0; i < own * outputs; i++) {
+    const int tile = i / outputs, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % outputs);
+    const float* state = kept + tile * each + w.output(i % outputs);
+    auto last = [&](int64_t given, int64_t after, int64_t index, float value) {
+      if (a.leaves)
+        write<T>(given, index, value);
+      else
+        to<float>(after)[index] = value;
+    };
+    if (b >= a.B) continue;
+    if (has_k) last(a.h_left, a.h_kept, (w.d * a.B + b) * a.P + column, state[0]);
+    if (STATES == 2 && has) last(a.c_left, a.c_kept, (w.d * a.B + b) * a.H + unit, state[kRows * U]);
+  }
+}
+
 // An element at `place`, beside the next thread's: all threads of a warp come here, and neighbours have
 // neighbouring columns of a row.
-template <class T>
+template <class T, bool ALONE>
 __device__ __forceinline__ void publish(char* place, float value, bool there) {
-  if constexpr (T::kBytes == 4) {
+  if constexpr (ALONE) {
+    if (there) *reinterpret_cast<typename T::Bits*>(place) = T::store(value);
+  } else if constexpr (T::kBytes == 4) {
     if (there) store_relaxed(place, T::store(value));
   } else {
     const uint32_t own = T::store(value), other = __shfl_down_sync(0xffffffffu, own, 1);
@@ -111,45 +150,56 @@ __device__ __forceinline__ void publish(char* place, float value, bool there) {
 
 // One stage's exchange: slots of [groups, B, stride], or where a block is alone places of [kRows, stride] in
 // shared memory.
-template <class T>
+template <class T, bool ALONE>
 struct Exchange {
   char* base;
   int64_t apart;  // bytes from slot to slot
   int64_t row;    // from row to row
   __device__ __forceinline__ Exchange(const Args& a, int64_t address, int64_t stride, char* alone) {
     row = stride * T::kBytes;
-    const bool block = a.mode == kBlock;
     const int64_t groups = a.D * a.heads;
-    base = block ? alone : to<char>(address) + int64_t(blockIdx.z) * a.B * row;
-    apart = block ? kRows * row : groups * a.B * row;
+    base = ALONE ? alone : to<char>(address) + int64_t(blockIdx.z) * a.B * row;
+    apart = ALONE ? kRows * row : groups * a.B * row;
   }
   __device__ __forceinline__ char* slot(int64_t i) const { return base + i * apart; }
 };
 
-// The recurrent product of a stage, from its exchange into the block's sums.
-template <int WK, class T, int TILES, int DEPTH, int HELD>
-__device__ __forceinline__ void product(Product<T, TILES, DEPTH, HELD>& weights, const Exchange<T>& exchange, int64_t slot,
-                                        int first_row, const Args& a, bool wait, float* sums, int row) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int r = lane / 4;
-  // In a block that is alone all rows are there.
-  const bool all = a.mode == kBlock;
-  const char* source = exchange.slot(slot) + int64_t(all ? r : first_row + r) * exchange.row + lane % 4 * 16;
-  const bool live_0 = all || first_row + r < a.B, live_1 = all || first_row + r + 8 < a.B;
-  float acc[TILES][4];
-  weights.multiply(acc, source, 8 * exchange.row, live_0, live_1, wait, a.patience, a.exact);
-  if (weights.pieces > 0)
-    weights.put(acc, sums + warp % WK * kRows * row + warp / WK * TILES * 8, row);
+// The slot of the first stage's exchange that step s reads: of its own, or where nobody waits one of two.
+__device__ __forceinline__ int64_t slot_of(const Args& a, int64_t s) {
+  return a.mode == kGrid ? s - a.origin : (s - a.origin) & 1;
 }
 
-// The sum of a column over the parts of k.
-template <int WK>
-__device__ __forceinline__ float total(const float* sums, int row, int pieces, int r, int column) {
-  float sum = 0.0f;
+// The recurrent product of a stage, from its exchange into the block's sums, and all of a thread's outputs from
+// there: found[i][g], of its i-th output and gate g.
+template <class S, int GATES, int U, int WK, class T, int TILES, int DEPTH, int HELD>
+__device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES], Product<T, TILES, DEPTH, HELD>& weights,
+                                        const Exchange<T, S::kAlone>& exchange, int64_t slot, int first_row,
+                                        const Args& a, bool wait, int pieces, const Where<U>& w, float* sums) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4;
+  // In a block that is alone all rows are there.
+  const char* place =
+      exchange.slot(slot) + int64_t(S::kAlone ? r : first_row + r) * exchange.row + lane % 4 * 16;
+  float acc[TILES][4];
+  weights.multiply(acc,
+                   {place, 8 * exchange.row, S::kAlone || first_row + r < a.B,
+                    S::kAlone || first_row + r + 8 < a.B, wait, a.eager != 0, a.patience},
+                   a.exact);
+  if (weights.pieces > 0)
+    weights.put(acc, sums + warp % WK * kRows * S::kRow + warp / WK * TILES * 8, S::kRow);
+  __syncthreads();
+  if (w.works) {
 #pragma unroll
-  for (int w = 0; w < WK; w++)
-    if (w < pieces) sum += sums[(w * kRows + r) * row + column];
-  return sum;
+    for (int i = 0; i < S::kOutputs; i++)
+#pragma unroll
+      for (int g = 0; g < GATES; g++) {
+        const float* sum = sums + w.row(i) * S::kRow + g * U + w.unit - w.unit_0;
+        found[i][g] = 0.0f;
+#pragma unroll
+        for (int part = 0; part < WK; part++)
+          if (part < pieces) found[i][g] += sum[part * kRows * S::kRow];
+      }
+  }
+  __syncthreads();  // the next product may write its sums
 }
 
 }  // namespace fastrnn::cuda

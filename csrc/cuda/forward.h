@@ -14,12 +14,11 @@ template <class Cell, class T, int U, int WK, bool PROJECTED>
 struct Forward {
   static constexpr bool kMid = Cell::kStages == 2, kTwo = kMid || PROJECTED;
   static constexpr int kGates = Cell::kGates, kFirst = Cell::kStageGates[0];  // gates of the first stage
-  using S = Shape<U, WK, kFirst, 2>;
-  static constexpr int kTiles1 = kFirst * U / 8 / S::kWn, kTiles2 = U / 8 / S::kWn;
+  using S = Shape<U, WK, kFirst>;
   static constexpr int kColumns1 = kFirst * U / 8, kColumns2 = U / 8;
-
+  static constexpr int kTiles1 = kColumns1 / S::kWn, kTiles2 = kColumns2 / S::kWn;
   // A thread has 255; the more outputs it has, the more it keeps for them.
-  static constexpr int kMost = (S::kOutputs == 1 ? 160 : S::kOutputs == 2 ? 150 : 112) - (kTwo ? 32 : 0);
+  static constexpr int kMost = (S::kOutputs == 1 ? 160 : S::kOutputs == 2 ? 150 : 80) - (kTwo ? 32 : 0);
   static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
   static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
@@ -28,9 +27,12 @@ struct Forward {
 
 template <class Cell, class T, int U, int WK, bool PROJECTED>
 __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Args& a) {
-  constexpr int OUT = S::kOutputs, G = kGates, SAVED = Cell::kSaved, STATES = Cell::kStates;
+  using Bits = typename T::Bits;
+  constexpr bool ALONE = S::kAlone;
+  constexpr int OUT = S::kOutputs, G = kGates, STATES = Cell::kStates;
+  constexpr int64_t SAVED = Cell::kSaved;
   FASTRNN_SHARED(shared);
-  const Where<T, U> w(a);
+  const Where<U> w(a);
   const int wk = threadIdx.x / 32 % WK, wn = threadIdx.x / 32 / WK;
   const int tiles = int((a.B + kRows - 1) / kRows), own = (tiles + int(a.grid_x) - 1) / int(a.grid_x);
   float* const sums = reinterpret_cast<float*>(shared);
@@ -51,31 +53,24 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
     second.prepare(as<uint4>(a.weights_2) + block * pieces_2 * kColumns2 * 32, kColumns2, pieces_2, wk, WK,
                    wn * kTiles2, a.in_registers, resident + a.shared_1 * kWarps * kTiles1 * 32,
                    int(a.shared_2));
-  const Exchange<T> ex1(a, a.exchange_1, a.stride_1, alone);
-  const Exchange<T> ex2(a, a.exchange_2, a.stride_2, alone + 2 * kRows * a.stride_1 * T::kBytes);
+  const Exchange<T, ALONE> ex1(a, a.exchange_1, a.stride_1, alone);
+  const Exchange<T, ALONE> ex2(a, a.exchange_2, a.stride_2, alone + 2 * kRows * a.stride_1 * T::kBytes);
 
   const bool has = w.works && w.unit < w.HH;  // a unit; a column of h, which a projection has fewer of
   const bool has_k = w.works && w.unit < w.K;
   const int64_t unit = w.head * w.HH + w.unit, column = w.head * w.K + w.unit;
-  const int width = PROJECTED ? w.K : w.HH, exists = (width + 7) / 8 * 8, exists_2 = (w.HH + 7) / 8 * 8;
+  // Columns that the exchanges have.
+  const bool exists = w.works && w.unit < a.used_1, exists_2 = w.works && w.unit < a.used_2;
   float bias_x[G], bias_h[G];
 #pragma unroll
   for (int g = 0; g < G; g++) {
     const int64_t ih = w.d ? a.b_ih_1 : a.b_ih_0, hh = w.d ? a.b_hh_1 : a.b_hh_0;
-    bias_x[g] = read<T>(ih, g * a.H + unit, has && ih);
-    bias_h[g] = read<T>(hh, g * a.H + unit, has && hh);
+    bias_x[g] = T::load(read<T>(ih, g * a.H + unit, has && ih));
+    bias_h[g] = T::load(read<T>(hh, g * a.H + unit, has && hh));
   }
 
-  for (int i = 0; i < own * OUT; i++) {
-    const int tile = i / OUT, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % OUT);
-    float* state = kept + tile * S::kKept + w.output(i % OUT);
-    if (!w.works) continue;
-    const bool there = b < a.B;
-    state[0] = there && has_k ? as<float>(a.h_state)[(w.d * a.B + b) * a.P + column] : 0.0f;
-    if (STATES == 2)
-      state[kRows * U] = there && has ? as<float>(a.c_state)[(w.d * a.B + b) * a.H + unit] : 0.0f;
-  }
-  if (a.mode == kBlock) {
+  start<T, STATES>(a, w, kept, own, has, has_k, unit, column, S::kKept, OUT);
+  if constexpr (ALONE) {
     // Its first h, zeroed where the first step does so; what no thread writes must be no NaN.
     for (int64_t i = threadIdx.x; i < kRows * (2 * a.stride_1 + a.stride_2) * T::kBytes / 4; i += kThreads)
       reinterpret_cast<uint32_t*>(alone)[i] = 0;
@@ -84,140 +79,138 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
     for (int i = 0; i < OUT; i++) {
       const Place now = place(a, a.begin, w.d, int(blockIdx.x) * kRows + w.row(i));
       const float h = w.works && !now.cut ? kept[w.output(i)] : 0.0f;
-      publish<T>(ex1.slot((a.begin - a.origin) % a.slots) + w.row(i) * ex1.row + w.unit * T::kBytes, h,
-                 w.works && w.unit < exists);
+      publish<T, ALONE>(ex1.slot(slot_of(a, a.begin)) + w.row(i) * ex1.row + w.unit * T::kBytes, h, exists);
     }
     __syncthreads();
   }
 
-  int turn = 0;
-  // The sums' next buffer; where there is one alone, or blocks meet here, all threads are done with the last.
-  auto fresh = [&]() { return sums + (S::kBuffers ? turn++ % 2 * (S::kSums / 2) : 0); };
   for (int64_t s = a.begin; s < a.end; s++) {
-    const int64_t from = (s - a.origin) % a.slots, next = (s + 1 - a.origin) % a.slots;
-    const int64_t middle = a.mode == kBlock ? 0 : from;
+    const int64_t from = slot_of(a, s), next = slot_of(a, s + 1), middle = ALONE ? 0 : from;
     for (int tile = 0; tile < own; tile++) {
       const int row_0 = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows;
       if (row_0 >= a.B) break;
       float* const state = kept + tile * S::kKept + int(threadIdx.x);
       Place at[OUT];
       bool cut_next[OUT];
-      float x[OUT][G], r_z[OUT][2] = {};
-      int local[OUT];
+      Bits x[OUT][G];
+      float r_z[OUT][2] = {};
+      int64_t local[OUT];
 #pragma unroll
       for (int i = 0; i < OUT; i++) {
         const int b = row_0 + w.row(i);
         at[i] = w.works ? place(a, s, w.d, b) : Place{0, false, false, false};
         cut_next[i] = a.flags && w.works && s + 1 < a.T && place(a, s + 1, w.d, b).cut;
-        local[i] = int(w.d * a.rows + at[i].row - (w.d ? a.base_1 : a.base_0));
+        local[i] = w.d * a.rows + at[i].row - (w.d ? a.base_1 : a.base_0);
 #pragma unroll
         for (int g = 0; g < G; g++)
-          x[i][g] = read<T>(a.gates, (int64_t(local[i]) * SAVED + g) * a.H + unit, at[i].on && has) + bias_x[g];
+          x[i][g] = read<T>(a.gates, (local[i] * SAVED + g) * a.H + unit, at[i].on && has);
       }
-      // Of outputs that run on: h and its image in y.
-      auto finish = [&](int i, float h_new, int64_t column, bool there, bool exists) {
+      // h: told to the others, then kept and shown.
+      auto tell = [&](int i, float h_new, bool there) {
         const int b = row_0 + w.row(i);
-        float* const h = state + i * kThreads;
-        const float kept_h = at[i].on ? h_new : *h;
-        if (w.works) *h = kept_h;
-        publish<T>(ex1.slot(next) + (a.mode == kBlock ? w.row(i) : b) * ex1.row + w.unit * T::kBytes,
-                   there && !cut_next[i] ? kept_h : 0.0f, exists && (b < a.B || a.mode == kBlock));
-        if (there && at[i].here) write<T>(a.y, at[i].row * a.D * a.P + w.d * a.P + column, at[i].on ? h_new : 0.0f);
+        const float h = at[i].on ? h_new : state[i * kThreads];
+        publish<T, ALONE>(ex1.slot(next) + (ALONE ? w.row(i) : b) * ex1.row + w.unit * T::kBytes,
+                          there && !cut_next[i] ? h : 0.0f, exists && (b < a.B || ALONE));
+        if (w.works) state[i * kThreads] = h;
+      };
+      auto show = [&](int i, float h_new, int64_t column, bool there) {
+        if (there && at[i].here)
+          write<T>(a.y, at[i].row * a.D * a.P + w.d * a.P + column, at[i].on ? h_new : 0.0f);
       };
       auto tell_middle = [&](int i, float value) {
         const int b = row_0 + w.row(i);
-        publish<T>(ex2.slot(middle) + (a.mode == kBlock ? w.row(i) : b) * ex2.row + w.unit * T::kBytes,
-                   has && at[i].on ? value : 0.0f,
-                   w.works && w.unit < exists_2 && (b < a.B || a.mode == kBlock));
+        publish<T, ALONE>(ex2.slot(middle) + (ALONE ? w.row(i) : b) * ex2.row + w.unit * T::kBytes,
+                          has && at[i].on ? value : 0.0f, exists_2 && (b < a.B || ALONE));
       };
 
       if (a.first < 2) {
-        float* const sum = fresh();
-        product<WK>(first, ex1, from, row_0, a, a.mode == kGrid && s > a.begin, sum, S::kRow);
-        __syncthreads();
+        float gh[OUT][kFirst];
+        product<S, kFirst, U, WK>(gh, first, ex1, from, row_0, a, a.mode == kGrid && s > a.begin, pieces_1, w, sums);
+        Vec<float, STATES> after[OUT];
+        Vec<float, Cell::kSaved> saved[OUT];
+        if (w.works) {
 #pragma unroll
-        for (int i = 0; i < OUT; i++) {
-          if (OUT == 1 && !w.works) break;
-          float gh[kFirst];
+          for (int i = 0; i < OUT; i++) {
+            float* const h = state + i * kThreads;
+            Vec<float, STATES> before;
+            before[0] = at[i].cut ? 0.0f : *h;
+            if constexpr (STATES == 2) before[1] = at[i].cut ? 0.0f : h[kRows * U];
+            if constexpr (kMid) {
+              Vec<float, 2> gx{{T::load(x[i][0]) + bias_x[0], T::load(x[i][1]) + bias_x[1]}};
+              Vec<float, 2> g2{{gh[i][0] + bias_h[0], gh[i][1] + bias_h[1]}}, found;
+              float mid;
+              Cell::forward_first(gx, g2, before, mid, found);
+              after[i][0] = mid, r_z[i][0] = found[0], r_z[i][1] = found[1];
+            } else {
+              Vec<float, G> gx, g_h;
 #pragma unroll
-          for (int g = 0; g < kFirst; g++)
-            gh[g] = total<WK>(sum, S::kRow, pieces_1, w.row(i), g * U + w.unit - w.unit_0) + bias_h[g];
-          float* const h = state + i * kThreads;
-          Vec<float, STATES> before, after;
-          before[0] = at[i].cut ? 0.0f : *h;
-          if constexpr (STATES == 2) before[1] = at[i].cut ? 0.0f : h[kRows * U];
-          const bool live = has && at[i].on;
-          if constexpr (kMid) {
-            Vec<float, 2> gx{{x[i][0], x[i][1]}}, g2{{gh[0], gh[1]}}, saved;
-            float mid;
-            Cell::forward_first(gx, g2, before, mid, saved);
-            r_z[i][0] = saved[0], r_z[i][1] = saved[1];
-            tell_middle(i, mid);
-            if (live) {
-              write<T>(a.gates, int64_t(local[i]) * SAVED * a.H + unit, saved[0]);
-              write<T>(a.gates, (int64_t(local[i]) * SAVED + 1) * a.H + unit, saved[1]);
+              for (int g = 0; g < G; g++) gx[g] = T::load(x[i][g]) + bias_x[g], g_h[g] = gh[i][g] + bias_h[g];
+              Cell::forward(gx, g_h, before, after[i], saved[i]);
             }
-          } else {
-            Vec<float, G> gx, g_h;
-            Vec<float, SAVED> saved;
+          }
 #pragma unroll
-            for (int g = 0; g < G; g++) gx[g] = x[i][g], g_h[g] = gh[g];
-            Cell::forward(gx, g_h, before, after, saved);
-            if constexpr (STATES == 2) {
-              if (at[i].on && w.works) h[kRows * U] = after[1];
-            }
-            if constexpr (PROJECTED)
-              tell_middle(i, after[0]);
+          for (int i = 0; i < OUT; i++) {
+            if constexpr (kTwo)
+              tell_middle(i, after[i][0]);
             else
-              finish(i, after[0], unit, has, w.works && w.unit < exists);
-            if (live && a.save) {
+              tell(i, after[i][0], has);
+          }
 #pragma unroll
-              for (int g = 0; g < SAVED; g++) write<T>(a.gates, (int64_t(local[i]) * SAVED + g) * a.H + unit, saved[g]);
-              if constexpr (PROJECTED) write<T>(a.mid, local[i] * a.H + unit, after[0]);
-            }
-            if constexpr (STATES == 2) {
-              if (a.seq && has && at[i].here)
-                to<float>(a.seq)[(w.d * a.N + at[i].row) * a.H + unit] = at[i].on ? after[1] : 0.0f;
+          for (int i = 0; i < OUT; i++) {
+            const bool live = has && at[i].on;
+            if constexpr (kMid) {
+              if (live && (a.save || a.last == 1)) {  // or the second stage's launch needs them
+                write<T>(a.gates, local[i] * SAVED * a.H + unit, r_z[i][0]);
+                write<T>(a.gates, (local[i] * SAVED + 1) * a.H + unit, r_z[i][1]);
+              }
+            } else {
+              if constexpr (!PROJECTED) show(i, after[i][0], unit, has);
+              if (live && a.save) {
+#pragma unroll
+                for (int g = 0; g < SAVED; g++)
+                  write<T>(a.gates, (local[i] * SAVED + g) * a.H + unit, saved[i][g]);
+                if constexpr (PROJECTED) write<T>(a.mid, local[i] * a.H + unit, after[i][0]);
+              }
+              if constexpr (STATES == 2) {
+                if (at[i].on) state[i * kThreads + kRows * U] = after[i][1];
+                if (a.seq && has && at[i].here)
+                  to<float>(a.seq)[(w.d * a.N + at[i].row) * a.H + unit] = at[i].on ? after[i][1] : 0.0f;
+              }
             }
           }
         }
-        if (!S::kBuffers || a.mode == kBlock) __syncthreads();
+        if constexpr (ALONE) __syncthreads();
       }
       if constexpr (kTwo) {
         if (a.last < 2) continue;
-        float* const sum = fresh();
-        product<WK>(second, ex2, middle, row_0, a, a.mode == kGrid, sum, S::kRow);
-        __syncthreads();
+        float found[OUT][1];
+        product<S, 1, U, WK>(found, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums);
+        if (w.works) {
 #pragma unroll
-        for (int i = 0; i < OUT; i++) {
-          if (OUT == 1 && !w.works) break;
-          float h_new = total<WK>(sum, S::kRow, pieces_2, w.row(i), w.unit - w.unit_0);
-          if constexpr (kMid) {
-            const bool live = has && at[i].on;
-            Vec<float, 1> gx{{x[i][2]}}, g1{{h_new + bias_h[2]}}, before, after, saved;
-            Vec<float, 2> found{{r_z[i][0], r_z[i][1]}};
-            // A launch of this stage alone reads what the first one left.
-            if (a.first == 2) found = {{0.0f, read<T>(a.gates, (int64_t(local[i]) * SAVED + 1) * a.H + unit, live)}};
-            before[0] = at[i].cut ? 0.0f : state[i * kThreads];
-            Cell::forward(gx, g1, before, found, after, saved);
-            finish(i, after[0], unit, has, w.works && w.unit < exists);
-            if (live && a.save) write<T>(a.gates, (int64_t(local[i]) * SAVED + 2) * a.H + unit, saved[0]);
-          } else {
-            finish(i, h_new, column, has_k, w.works && w.unit < exists);
+          for (int i = 0; i < OUT; i++) {
+            if constexpr (kMid) {
+              const bool live = has && at[i].on;
+              Vec<float, 1> gx{{T::load(x[i][2]) + bias_x[2]}}, g1{{found[i][0] + bias_h[2]}}, before, after, saved;
+              Vec<float, 2> first_found{{r_z[i][0], r_z[i][1]}};
+              // A launch of this stage alone reads what the first one left.
+              if (a.first == 2)
+                first_found = {{0.0f, T::load(read<T>(a.gates, (local[i] * SAVED + 1) * a.H + unit, live))}};
+              before[0] = at[i].cut ? 0.0f : state[i * kThreads];
+              Cell::forward(gx, g1, before, first_found, after, saved);
+              tell(i, after[0], has);
+              show(i, after[0], unit, has);
+              if (live && a.save) write<T>(a.gates, (local[i] * SAVED + 2) * a.H + unit, saved[0]);
+            } else {
+              tell(i, found[i][0], has_k);
+              show(i, found[i][0], column, has_k);
+            }
           }
         }
-        if (!S::kBuffers || a.mode == kBlock) __syncthreads();
+        if constexpr (ALONE) __syncthreads();
       }
     }
   }
-
-  for (int i = 0; i < own * OUT; i++) {
-    const int tile = i / OUT, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % OUT);
-    const float* state = kept + tile * S::kKept + w.output(i % OUT);
-    if (!w.works || b >= a.B) continue;
-    if (has_k) to<float>(a.h_state)[(w.d * a.B + b) * a.P + column] = state[0];
-    if (STATES == 2 && has) to<float>(a.c_state)[(w.d * a.B + b) * a.H + unit] = state[kRows * U];
-  }
+  leave<T, STATES>(a, w, kept, own, has, has_k, unit, column, S::kKept, OUT);
 }
 
 template <class Cell, class T, int U, int WK, bool PROJECTED>

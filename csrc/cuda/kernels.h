@@ -9,7 +9,7 @@ namespace fastrnn::cuda {
 struct Kernel {
   void (*function)(Args) = nullptr;
   int64_t (*fixed)(const Args&, int64_t tiles) = nullptr;  // fixed_bytes
-  int parts = 0;                                           // of k
+  int parts = 0, gates = 0;                                // of k; of the cell
   int tiles_1 = 0, held_1 = 0, tiles_2 = 0, held_2 = 0;    // a warp's column tiles, and its pieces in registers
   int columns_1 = 0, columns_2 = 0;                        // tiles of 8 of the block
 };
@@ -28,13 +28,14 @@ Kernel kernel_of() {
   Kernel kernel;
   if constexpr (BACKWARD) {
     using K = Backward<Cell, T, U, WK, PROJECTED>;
-    kernel = describe<K>(scan_backward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns, K::kColumns);
+    kernel = describe<K>(scan_backward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns1, K::kColumns2);
     kernel.fixed = [](const Args& a, int64_t tiles) { return fixed_bytes<typename K::S>(a, T::kBytes, tiles); };
   } else {
     using K = Forward<Cell, T, U, WK, PROJECTED>;
     kernel = describe<K>(scan_forward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns1, K::kColumns2);
     kernel.fixed = [](const Args& a, int64_t tiles) { return fixed_bytes<typename K::S>(a, T::kBytes, tiles); };
   }
+  kernel.gates = Cell::kGates;
   return kernel;
 }
 

@@ -60,30 +60,34 @@ struct Product {
 
   __device__ __forceinline__ int64_t piece(int j) const { return first + j * step; }
 
-  // source: row lane / 4 of the source, at this lane's part of a piece; `below` bytes further the row 8 below;
-  // a row that is not there reads as zeros. wait: until all of it is there.
-  __device__ __forceinline__ void multiply(float (&acc)[TILES][4], const char* source, int64_t below, bool live_0,
-                                           bool live_1, bool wait, int64_t patience, bool exact) {
+  // Where a product's sequences come from: this lane's row, at its part of a piece; `below` bytes further the
+  // row 8 below. A row that is not there reads as zeros. wait: until all of it is there; eager: see Args.
+  struct Source {
+    const char* place;
+    int64_t below;
+    bool live_0, live_1, wait, eager;
+    int64_t patience;
+  };
+
+  __device__ __forceinline__ void multiply(float (&acc)[TILES][4], Source source, bool exact) {
     uint4 a[DEPTH][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
     if (begin_shared) {
-#pragma unroll
-      for (int i = 0; i < DEPTH; i++) fetch(a[i], i, source, below, live_0, live_1);
+      begin<0>(a, source);
 #pragma unroll
       for (int j = 0; j < HELD; j++) {
         if (j < pieces) {
-          settle(a[j % DEPTH], j, source, below, live_0, live_1, wait, patience);
+          settle(a[j % DEPTH], j, source);
 #pragma unroll
           for (int n = 0; n < TILES; n++) add(acc[n], a[j % DEPTH], held[j][n], exact);
-          fetch(a[j % DEPTH], j + DEPTH, source, below, live_0, live_1);
+          fetch(a[j % DEPTH], j + DEPTH, source);
         }
       }
     } else {
-#pragma unroll
-      for (int i = 0; i < DEPTH; i++) fetch(a[(HELD + i) % DEPTH], i, source, below, live_0, live_1);
+      begin<HELD % DEPTH>(a, source);
     }
     for (int first_j = begin_shared; first_j < pieces; first_j += DEPTH) {
 #pragma unroll
@@ -98,10 +102,10 @@ struct Product {
 #pragma unroll
           for (int n = 0; n < EARLY; n++) b[n] = w[n * 32];
           uint4(&part)[2] = a[(HELD + i) % DEPTH];
-          settle(part, j, source, below, live_0, live_1, wait, patience);
+          settle(part, j, source);
 #pragma unroll
           for (int n = 0; n < TILES; n++) add(acc[n], part, n < EARLY ? b[n] : w[n * 32], exact);
-          fetch(part, j + DEPTH, source, below, live_0, live_1);
+          fetch(part, j + DEPTH, source);
         }
       }
     }
@@ -119,24 +123,51 @@ struct Product {
   }
 
  private:
-  __device__ __forceinline__ void fetch(uint4 (&a)[2], int j, const char* source, int64_t below, bool live_0,
-                                        bool live_1) const {
+  __device__ __forceinline__ void fetch(uint4 (&a)[2], int j, const Source& source) const {
     if (j >= pieces) return;
-    const char* p = source + piece(j) * kPieceBytes;
-    a[0] = live_0 ? load_relaxed(p) : uint4{0, 0, 0, 0};
-    a[1] = live_1 ? load_relaxed(p + below) : uint4{0, 0, 0, 0};
+    const char* p = source.place + piece(j) * kPieceBytes;
+    a[0] = source.live_0 ? load_relaxed(p) : uint4{0, 0, 0, 0};
+    a[1] = source.live_1 ? load_relaxed(p + source.below) : uint4{0, 0, 0, 0};
   }
 
-  static __device__ __forceinline__ bool pending(const uint4& v) {
-    return v.x == kPending || v.y == kPending || v.z == kPending || v.w == kPending;
+  static __device__ __forceinline__ bool pending(const uint4 (&a)[2]) {
+    return a[0].x == kPending || a[0].y == kPending || a[0].z == kPending || a[0].w == kPending ||
+           a[1].x == kPending || a[1].y == kPending || a[1].z == kPending || a[1].w == kPending;
   }
 
-  __device__ __forceinline__ void settle(uint4 (&a)[2], int j, const char* source, int64_t below, bool live_0,
-                                         bool live_1, bool wait, int64_t patience) const {
-    if (wait) {
-      while (pending(a[0]) || pending(a[1])) {
-        if (--patience < 0) give_up();
-        fetch(a, j, source, below, live_0, live_1);
+  // The first pieces, from slot FROM of the ring on. What is fetched too early is fetched again: of many blocks
+  // that would take the cache's whole time, so these look for their first piece alone, then fetch the others.
+  template <int FROM>
+  __device__ __forceinline__ void begin(uint4 (&a)[DEPTH][2], Source& source) const {
+    if (!source.wait || source.eager) {
+#pragma unroll
+      for (int i = 0; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+      if (!source.wait) return;
+      bool again = true;
+      while (again) {
+        again = false;
+#pragma unroll
+        for (int i = 0; i < DEPTH; i++) {
+          if (i < pieces && pending(a[(FROM + i) % DEPTH])) {
+            again = true;
+            fetch(a[(FROM + i) % DEPTH], i, source);
+          }
+        }
+        if (again && --source.patience < 0) give_up();
+      }
+    } else {
+      fetch(a[FROM], 0, source);
+      if (pieces > 0) settle(a[FROM], 0, source);
+#pragma unroll
+      for (int i = 1; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+    }
+  }
+
+  __device__ __forceinline__ void settle(uint4 (&a)[2], int j, Source& source) const {
+    if (source.wait) {
+      while (pending(a)) {
+        if (--source.patience < 0) give_up();
+        fetch(a, j, source);
       }
     }
     __syncwarp();
