@@ -38,7 +38,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
   using Bits = typename T::Bits;
   constexpr bool ALONE = S::kAlone;
   constexpr int OUT = S::kOutputs, G = Cell::kGates, STATES = Cell::kStates;
-  constexpr int64_t SAVED = Cell::kSaved, GRADS = Cell::kGrads;
+  constexpr int SAVED = Cell::kSaved, GRADS = Cell::kGrads;
   FASTRNN_SHARED(shared);
   const Where<U> w(a);
   const int wk = threadIdx.x / 32 % WK, wn = threadIdx.x / 32 / WK;
@@ -63,8 +63,9 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
   const Exchange<T, ALONE> ex1(a, a.exchange_1, a.stride_1, alone);
   const Exchange<T, ALONE> ex2(a, a.exchange_2, a.stride_2, alone + 2 * kRows * a.stride_1 * T::kBytes);
 
+  const int H = int(a.H), D_P = int(a.D * a.P);
   const bool has = w.works && w.unit < w.HH, has_k = w.works && w.unit < w.K;
-  const int64_t unit = w.head * w.HH + w.unit, column = w.head * w.K + w.unit;
+  const int unit = w.head * w.HH + w.unit, column = w.head * w.K + w.unit;
   const int gate_width = (w.HH + 7) / 8 * 8;  // from gate to gate in an exchange
   const bool exists = w.works && w.unit < gate_width, exists_k = w.works && w.unit < a.used_2;
 
@@ -83,53 +84,57 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       const int row_0 = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows;
       if (row_0 >= a.B) break;
       float* const state = kept + tile * S::kKept + int(threadIdx.x);
-      Place at[OUT];
-      bool cut_after[OUT];
-      int64_t local[OUT];
+      Place at[OUT] = {};
+      bool cut_after[OUT] = {};
+      int rows[OUT] = {};
       Bits saved[OUT][SAVED], dy[OUT], h_before[OUT];
       uint32_t dc_seq[OUT], c_before[OUT], c_new[OUT];
       float dh[OUT] = {};
+      auto look = [&]() {
+        if (!w.works) return;
 #pragma unroll
-      for (int i = 0; i < OUT; i++) {
-        const int b = row_0 + w.row(i);
-        at[i] = w.works && !ends ? place(a, s, w.d, b) : Place{0, false, false, false};
-        cut_after[i] = a.flags && w.works && step > 0 && place(a, s + 1, w.d, b).cut;
-        local[i] = w.d * a.N + at[i].row;
-        const bool live = at[i].on && has;
+        for (int i = 0; i < OUT; i++) {
+          const int b = row_0 + w.row(i);
+          if (!ends) at[i] = place(a, s, w.d, b);
+          cut_after[i] = a.flags && step > 0 && place(a, s + 1, w.d, b).cut;
+          rows[i] = w.d * int(a.N) + at[i].row;
+          const bool live = at[i].on && has;
+          const int64_t of_gates = wide(rows[i], SAVED * H) + unit, of_state = wide(rows[i], H) + unit;
 #pragma unroll
-        for (int g = 0; g < SAVED; g++)
-          saved[i][g] = read<T>(a.gates, (local[i] * SAVED + g) * a.H + unit, live);
-        dy[i] = read<T>(a.dy, at[i].row * a.D * a.P + w.d * a.P + column, a.dy && at[i].on && has_k);
-        const int64_t back = w.d ? a.B : -a.B;  // to the row of the step before, where all sequences run
-        h_before[i] = 0, c_before[i] = 0, c_new[i] = 0, dc_seq[i] = 0;
-        if constexpr (Cell::kStates == 1 && Cell::kGates > 1) {  // else the cell reads no h
-          if (a.h_before)
-            h_before[i] = read<T>(a.h_before, local[i] * a.P + unit, live);
-          else if (s > 0)
-            h_before[i] = read<T>(a.y, (at[i].row + back) * a.D * a.P + w.d * a.P + unit, live);
-          else
-            h_before[i] = read<T>(a.h_first, (w.d * a.B + b) * a.P + unit, live);
+          for (int g = 0; g < SAVED; g++) saved[i][g] = read<T>(a.gates, of_gates + g * H, live);
+          dy[i] = read<T>(a.dy, wide(at[i].row, D_P) + w.d * int(a.P) + column, a.dy && at[i].on && has_k);
+          // From a row to that of the step before, where all sequences run.
+          const int back = w.d ? int(a.B) : -int(a.B);
+          h_before[i] = 0, c_before[i] = 0, c_new[i] = 0, dc_seq[i] = 0;
+          if constexpr (STATES == 1 && G > 1) {  // else the cell reads no h
+            if (a.h_before)
+              h_before[i] = read<T>(a.h_before, of_state, live);
+            else if (s > 0)
+              h_before[i] = read<T>(a.y, wide(at[i].row + back, D_P) + w.d * int(a.P) + unit, live);
+            else
+              h_before[i] = read<T>(a.h_first, wide(w.d * int(a.B) + b, int(a.P)) + unit, live);
+          }
+          if constexpr (STATES == 2) {
+            if (a.c_before)
+              c_before[i] = read<Float32>(a.c_before, of_state, live);
+            else if (s > 0)
+              c_before[i] = read<Float32>(a.seq, of_state + wide(back, H), live);
+            else
+              c_before[i] = float_bits(T::load(read<T>(a.c_first, wide(w.d * int(a.B) + b, H) + unit, live)));
+            c_new[i] = read<Float32>(a.seq, of_state, live);
+            dc_seq[i] = read<Float32>(a.dseq, of_state, a.dseq && live);
+          }
         }
-        if constexpr (STATES == 2) {
-          if (a.c_before)
-            c_before[i] = read<Float32>(a.c_before, local[i] * a.H + unit, live);
-          else if (s > 0)
-            c_before[i] = read<Float32>(a.seq, (local[i] + back) * a.H + unit, live);
-          else
-            c_before[i] = float_bits(T::load(read<T>(a.c_first, (w.d * a.B + b) * a.H + unit, live)));
-          c_new[i] = read<Float32>(a.seq, local[i] * a.H + unit, live);
-          dc_seq[i] = read<Float32>(a.dseq, local[i] * a.H + unit, a.dseq && live);
-        }
-      }
+      };
       // Gradients of gates' recurrent parts, gate by gate in the exchange.
       auto tell = [&](const Exchange<T, ALONE>& exchange, int64_t slot, int i, int gate, float value, bool there) {
         const int b = row_0 + w.row(i);
-        publish<T, ALONE>(exchange.slot(slot) + (ALONE ? w.row(i) : b) * exchange.row +
+        publish<T, ALONE>(exchange.slot(slot) + wide(ALONE ? w.row(i) : b, exchange.row) +
                               (gate * gate_width + w.unit) * T::kBytes,
                           value, there && (b < a.B || ALONE));
       };
-      auto store = [&](int i, int64_t gate, float value) {
-        if (has && at[i].here) write<T>(a.dg, (local[i] * GRADS + gate) * a.H + unit, value);
+      auto store = [&](int i, int gate, float value) {
+        if (has && at[i].here) write<T>(a.dg, wide(rows[i], GRADS * H) + gate * H + unit, value);
       };
       // Of the cell: the gradients of all gates, told and stored.
       auto whole = [&]() {
@@ -173,7 +178,9 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
         float found[OUT][1] = {};
         if (step > 0)
           product<S, 1, U, WK>(found, first, ex1, from, row_0, a, a.mode == kGrid && step > a.begin, pieces_1, w,
-                               sums);
+                               sums, look);
+        else
+          look();
         if (w.works) {
 #pragma unroll
           for (int i = 0; i < OUT; i++) {
@@ -185,7 +192,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
               carry[0] = at[i].on ? 0.0f : all;
               if (!ends) {
                 tell(ex2, middle, i, 0, has_k ? dh[i] : 0.0f, exists_k);
-                if (has_k && at[i].here) write<T>(a.dmid, local[i] * a.P + column, dh[i]);
+                if (has_k && at[i].here) write<T>(a.dmid, wide(rows[i], int(a.P)) + column, dh[i]);
               }
             } else if constexpr (kMid) {
               carry[0] = at[i].on ? dh[i] : all;  // for the second stage
@@ -210,7 +217,9 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       if constexpr (kTwo) {
         if (a.last < 2 || ends) continue;
         float through[OUT][1];
-        product<S, 1, U, WK>(through, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums);
+        product<S, 1, U, WK>(through, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums, [&]() {
+          if (a.first == 2) look();
+        });
         if (w.works) {
 #pragma unroll
           for (int i = 0; i < OUT; i++) {

@@ -33,6 +33,9 @@ __host__ __device__ int64_t fixed_bytes(const Args& a, int element, int64_t tile
   return bytes;
 }
 
+// A product of sizes that has more digits than they: one instruction, where 64-bit sizes would take several.
+__device__ __forceinline__ int64_t wide(int a, int b) { return int64_t(a) * b; }
+
 // A sequence at a step.
 struct Place {
   int row;        // of y and its like; gates and mid begin at base
@@ -71,8 +74,8 @@ struct Where {
 };
 
 __device__ __forceinline__ Place place(const Args& a, int64_t s, int d, int b) {
-  const int64_t t = d ? a.T - 1 - s : s;
-  Place p{int(t * a.B) + b, b < a.B, false, false};
+  const int t = int(d ? a.T - 1 - s : s);
+  Place p{t * int(a.B) + b, b < a.B, false, false};
   if (a.offsets) {
     const int64_t* offset = as<int64_t>(a.offsets) + t;
     p.here = p.here && b < offset[1] - offset[0];
@@ -80,7 +83,7 @@ __device__ __forceinline__ Place place(const Args& a, int64_t s, int d, int b) {
   }
   p.on = p.here;
   if (a.flags && p.here) {
-    const int flag = as<uint8_t>(a.flags)[(d * a.T + t) * a.B + b];
+    const int flag = as<uint8_t>(a.flags)[wide(d * int(a.T) + t, int(a.B)) + b];
     p.on = flag & 1, p.cut = flag & 2;
   }
   return p;
@@ -154,12 +157,12 @@ template <class T, bool ALONE>
 struct Exchange {
   char* base;
   int64_t apart;  // bytes from slot to slot
-  int64_t row;    // from row to row
+  int row;        // from row to row
   __device__ __forceinline__ Exchange(const Args& a, int64_t address, int64_t stride, char* alone) {
-    row = stride * T::kBytes;
+    row = int(stride) * T::kBytes;
     const int64_t groups = a.D * a.heads;
     base = ALONE ? alone : to<char>(address) + int64_t(blockIdx.z) * a.B * row;
-    apart = ALONE ? kRows * row : groups * a.B * row;
+    apart = ALONE ? int64_t(kRows * row) : groups * a.B * row;
   }
   __device__ __forceinline__ char* slot(int64_t i) const { return base + i * apart; }
 };
@@ -171,19 +174,20 @@ __device__ __forceinline__ int64_t slot_of(const Args& a, int64_t s) {
 
 // The recurrent product of a stage, from its exchange into the block's sums, and all of a thread's outputs from
 // there: found[i][g], of its i-th output and gate g.
-template <class S, int GATES, int U, int WK, class T, int TILES, int DEPTH, int HELD>
+template <class S, int GATES, int U, int WK, class T, int TILES, int DEPTH, int HELD, class F>
 __device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES], Product<T, TILES, DEPTH, HELD>& weights,
                                         const Exchange<T, S::kAlone>& exchange, int64_t slot, int first_row,
-                                        const Args& a, bool wait, int pieces, const Where<U>& w, float* sums) {
+                                        const Args& a, bool wait, int pieces, const Where<U>& w, float* sums,
+                                        F meanwhile) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4;
   // In a block that is alone all rows are there.
   const char* place =
-      exchange.slot(slot) + int64_t(S::kAlone ? r : first_row + r) * exchange.row + lane % 4 * 16;
+      exchange.slot(slot) + wide(S::kAlone ? r : first_row + r, exchange.row) + lane % 4 * 16;
   float acc[TILES][4];
   weights.multiply(acc,
-                   {place, 8 * exchange.row, S::kAlone || first_row + r < a.B,
+                   {place, int64_t(8 * exchange.row), S::kAlone || first_row + r < a.B,
                     S::kAlone || first_row + r + 8 < a.B, wait, a.eager != 0, a.patience},
-                   a.exact);
+                   a.exact, meanwhile);
   if (weights.pieces > 0)
     weights.put(acc, sums + warp % WK * kRows * S::kRow + warp / WK * TILES * 8, S::kRow);
   __syncthreads();

@@ -15,6 +15,8 @@ struct Forward {
   static constexpr bool kMid = Cell::kStages == 2, kTwo = kMid || PROJECTED;
   static constexpr int kGates = Cell::kGates, kFirst = Cell::kStageGates[0];  // gates of the first stage
   using S = Shape<U, WK, kFirst>;
+  // The cell adds its gates' two parts; else it keeps a recurrent one for itself.
+  static constexpr bool kAdds = Cell::kSaved == kGates;
   static constexpr int kColumns1 = kFirst * U / 8, kColumns2 = U / 8;
   static constexpr int kTiles1 = kColumns1 / S::kWn, kTiles2 = kColumns2 / S::kWn;
   // A thread has 255; the more outputs it has, the more it keeps for them.
@@ -30,7 +32,7 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
   using Bits = typename T::Bits;
   constexpr bool ALONE = S::kAlone;
   constexpr int OUT = S::kOutputs, G = kGates, STATES = Cell::kStates;
-  constexpr int64_t SAVED = Cell::kSaved;
+  constexpr int SAVED = Cell::kSaved;
   FASTRNN_SHARED(shared);
   const Where<U> w(a);
   const int wk = threadIdx.x / 32 % WK, wn = threadIdx.x / 32 / WK;
@@ -56,9 +58,10 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
   const Exchange<T, ALONE> ex1(a, a.exchange_1, a.stride_1, alone);
   const Exchange<T, ALONE> ex2(a, a.exchange_2, a.stride_2, alone + 2 * kRows * a.stride_1 * T::kBytes);
 
+  const int H = int(a.H), D_P = int(a.D * a.P), rows_0 = int(w.d * a.rows - (w.d ? a.base_1 : a.base_0));
   const bool has = w.works && w.unit < w.HH;  // a unit; a column of h, which a projection has fewer of
   const bool has_k = w.works && w.unit < w.K;
-  const int64_t unit = w.head * w.HH + w.unit, column = w.head * w.K + w.unit;
+  const int unit = w.head * w.HH + w.unit, column = w.head * w.K + w.unit;
   // Columns that the exchanges have.
   const bool exists = w.works && w.unit < a.used_1, exists_2 = w.works && w.unit < a.used_2;
   float bias_x[G], bias_h[G];
@@ -67,6 +70,7 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
     const int64_t ih = w.d ? a.b_ih_1 : a.b_ih_0, hh = w.d ? a.b_hh_1 : a.b_hh_0;
     bias_x[g] = T::load(read<T>(ih, g * a.H + unit, has && ih));
     bias_h[g] = T::load(read<T>(hh, g * a.H + unit, has && hh));
+    if (kAdds) bias_x[g] += bias_h[g], bias_h[g] = 0.0f;
   }
 
   start<T, STATES>(a, w, kept, own, has, has_k, unit, column, S::kKept, OUT);
@@ -90,42 +94,45 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
       const int row_0 = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows;
       if (row_0 >= a.B) break;
       float* const state = kept + tile * S::kKept + int(threadIdx.x);
-      Place at[OUT];
-      bool cut_next[OUT];
+      Place at[OUT] = {};
+      bool cut_next[OUT] = {};
       Bits x[OUT][G];
       float r_z[OUT][2] = {};
-      int64_t local[OUT];
+      int64_t of_gates[OUT];
+      auto look = [&]() {
+        if (!w.works) return;
 #pragma unroll
-      for (int i = 0; i < OUT; i++) {
-        const int b = row_0 + w.row(i);
-        at[i] = w.works ? place(a, s, w.d, b) : Place{0, false, false, false};
-        cut_next[i] = a.flags && w.works && s + 1 < a.T && place(a, s + 1, w.d, b).cut;
-        local[i] = w.d * a.rows + at[i].row - (w.d ? a.base_1 : a.base_0);
+        for (int i = 0; i < OUT; i++) {
+          const int b = row_0 + w.row(i);
+          at[i] = place(a, s, w.d, b);
+          cut_next[i] = a.flags && s + 1 < a.T && place(a, s + 1, w.d, b).cut;
+          of_gates[i] = wide(rows_0 + at[i].row, SAVED * H) + unit;
 #pragma unroll
-        for (int g = 0; g < G; g++)
-          x[i][g] = read<T>(a.gates, (local[i] * SAVED + g) * a.H + unit, at[i].on && has);
-      }
+          for (int g = 0; g < G; g++) x[i][g] = read<T>(a.gates, of_gates[i] + g * H, at[i].on && has);
+        }
+      };
       // h: told to the others, then kept and shown.
       auto tell = [&](int i, float h_new, bool there) {
         const int b = row_0 + w.row(i);
         const float h = at[i].on ? h_new : state[i * kThreads];
-        publish<T, ALONE>(ex1.slot(next) + (ALONE ? w.row(i) : b) * ex1.row + w.unit * T::kBytes,
+        publish<T, ALONE>(ex1.slot(next) + wide(ALONE ? w.row(i) : b, ex1.row) + w.unit * T::kBytes,
                           there && !cut_next[i] ? h : 0.0f, exists && (b < a.B || ALONE));
         if (w.works) state[i * kThreads] = h;
       };
-      auto show = [&](int i, float h_new, int64_t column, bool there) {
+      auto show = [&](int i, float h_new, int column, bool there) {
         if (there && at[i].here)
-          write<T>(a.y, at[i].row * a.D * a.P + w.d * a.P + column, at[i].on ? h_new : 0.0f);
+          write<T>(a.y, wide(at[i].row, D_P) + w.d * int(a.P) + column, at[i].on ? h_new : 0.0f);
       };
       auto tell_middle = [&](int i, float value) {
         const int b = row_0 + w.row(i);
-        publish<T, ALONE>(ex2.slot(middle) + (ALONE ? w.row(i) : b) * ex2.row + w.unit * T::kBytes,
+        publish<T, ALONE>(ex2.slot(middle) + wide(ALONE ? w.row(i) : b, ex2.row) + w.unit * T::kBytes,
                           has && at[i].on ? value : 0.0f, exists_2 && (b < a.B || ALONE));
       };
 
       if (a.first < 2) {
         float gh[OUT][kFirst];
-        product<S, kFirst, U, WK>(gh, first, ex1, from, row_0, a, a.mode == kGrid && s > a.begin, pieces_1, w, sums);
+        product<S, kFirst, U, WK>(gh, first, ex1, from, row_0, a, a.mode == kGrid && s > a.begin, pieces_1, w,
+                              sums, look);
         Vec<float, STATES> after[OUT];
         Vec<float, Cell::kSaved> saved[OUT];
         if (w.works) {
@@ -144,7 +151,7 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
             } else {
               Vec<float, G> gx, g_h;
 #pragma unroll
-              for (int g = 0; g < G; g++) gx[g] = T::load(x[i][g]) + bias_x[g], g_h[g] = gh[i][g] + bias_h[g];
+              for (int g = 0; g < G; g++) gx[g] = T::load(x[i][g]) + bias_x[g], g_h[g] = kAdds ? gh[i][g] : gh[i][g] + bias_h[g];
               Cell::forward(gx, g_h, before, after[i], saved[i]);
             }
           }
@@ -160,21 +167,21 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
             const bool live = has && at[i].on;
             if constexpr (kMid) {
               if (live && (a.save || a.last == 1)) {  // or the second stage's launch needs them
-                write<T>(a.gates, local[i] * SAVED * a.H + unit, r_z[i][0]);
-                write<T>(a.gates, (local[i] * SAVED + 1) * a.H + unit, r_z[i][1]);
+                write<T>(a.gates, of_gates[i], r_z[i][0]);
+                write<T>(a.gates, of_gates[i] + H, r_z[i][1]);
               }
             } else {
               if constexpr (!PROJECTED) show(i, after[i][0], unit, has);
               if (live && a.save) {
 #pragma unroll
                 for (int g = 0; g < SAVED; g++)
-                  write<T>(a.gates, (local[i] * SAVED + g) * a.H + unit, saved[i][g]);
-                if constexpr (PROJECTED) write<T>(a.mid, local[i] * a.H + unit, after[i][0]);
+                  write<T>(a.gates, of_gates[i] + g * H, saved[i][g]);
+                if constexpr (PROJECTED) write<T>(a.mid, wide(rows_0 + at[i].row, H) + unit, after[i][0]);
               }
               if constexpr (STATES == 2) {
                 if (at[i].on) state[i * kThreads + kRows * U] = after[i][1];
                 if (a.seq && has && at[i].here)
-                  to<float>(a.seq)[(w.d * a.N + at[i].row) * a.H + unit] = at[i].on ? after[i][1] : 0.0f;
+                  to<float>(a.seq)[wide(w.d * int(a.N) + at[i].row, H) + unit] = at[i].on ? after[i][1] : 0.0f;
               }
             }
           }
@@ -184,7 +191,9 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
       if constexpr (kTwo) {
         if (a.last < 2) continue;
         float found[OUT][1];
-        product<S, 1, U, WK>(found, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums);
+        product<S, 1, U, WK>(found, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums, [&]() {
+          if (a.first == 2) look();
+        });
         if (w.works) {
 #pragma unroll
           for (int i = 0; i < OUT; i++) {
@@ -194,12 +203,12 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
               Vec<float, 2> first_found{{r_z[i][0], r_z[i][1]}};
               // A launch of this stage alone reads what the first one left.
               if (a.first == 2)
-                first_found = {{0.0f, T::load(read<T>(a.gates, (local[i] * SAVED + 1) * a.H + unit, live))}};
+                first_found = {{0.0f, T::load(read<T>(a.gates, of_gates[i] + H, live))}};
               before[0] = at[i].cut ? 0.0f : state[i * kThreads];
               Cell::forward(gx, g1, before, first_found, after, saved);
               tell(i, after[0], has);
               show(i, after[0], unit, has);
-              if (live && a.save) write<T>(a.gates, (local[i] * SAVED + 2) * a.H + unit, saved[0]);
+              if (live && a.save) write<T>(a.gates, of_gates[i] + 2 * H, saved[0]);
             } else {
               tell(i, found[i][0], has_k);
               show(i, found[i][0], column, has_k);

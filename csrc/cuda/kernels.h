@@ -41,9 +41,7 @@ Kernel kernel_of() {
 
 template <class Cell, class T, bool BACKWARD, bool PROJECTED>
 Kernel of_units(const Args& a) {
-  if (a.mode == kBlock) return a.units == 64    ? kernel_of<Cell, T, BACKWARD, 64, 1, PROJECTED>()
-                               : a.units == 128 ? kernel_of<Cell, T, BACKWARD, 128, 1, PROJECTED>()
-                                                : Kernel{};
+  if (a.mode == kBlock) return a.units == 64 ? kernel_of<Cell, T, BACKWARD, 64, 1, PROJECTED>() : Kernel{};
   switch (a.units) {
     case 8:
       return kernel_of<Cell, T, BACKWARD, 8, kWarps, PROJECTED>();

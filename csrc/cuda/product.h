@@ -69,14 +69,16 @@ struct Product {
     int64_t patience;
   };
 
-  __device__ __forceinline__ void multiply(float (&acc)[TILES][4], Source source, bool exact) {
+  // meanwhile: done while the first pieces are on their way.
+  template <class F>
+  __device__ __forceinline__ void multiply(float (&acc)[TILES][4], Source source, bool exact, F meanwhile) {
     uint4 a[DEPTH][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
     if (begin_shared) {
-      begin<0>(a, source);
+      begin<0>(a, source, meanwhile);
 #pragma unroll
       for (int j = 0; j < HELD; j++) {
         if (j < pieces) {
@@ -87,7 +89,7 @@ struct Product {
         }
       }
     } else {
-      begin<HELD % DEPTH>(a, source);
+      begin<HELD % DEPTH>(a, source, meanwhile);
     }
     for (int first_j = begin_shared; first_j < pieces; first_j += DEPTH) {
 #pragma unroll
@@ -137,11 +139,12 @@ struct Product {
 
   // The first pieces, from slot FROM of the ring on. What is fetched too early is fetched again: of many blocks
   // that would take the cache's whole time, so these look for their first piece alone, then fetch the others.
-  template <int FROM>
-  __device__ __forceinline__ void begin(uint4 (&a)[DEPTH][2], Source& source) const {
+  template <int FROM, class F>
+  __device__ __forceinline__ void begin(uint4 (&a)[DEPTH][2], Source& source, F& meanwhile) const {
     if (!source.wait || source.eager) {
 #pragma unroll
       for (int i = 0; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+      meanwhile();
       if (!source.wait) return;
       bool again = true;
       while (again) {
@@ -157,6 +160,7 @@ struct Product {
       }
     } else {
       fetch(a[FROM], 0, source);
+      meanwhile();
       if (pieces > 0) settle(a[FROM], 0, source);
 #pragma unroll
       for (int i = 1; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
