@@ -16,17 +16,18 @@ import fastrnn
 from fastrnn import cuda
 from fastrnn.cuda import Config
 
-# Of a batch in so many tiles; "cache": no register holds weights, and a block takes all tiles.
+# Of a batch in so many tiles; "tall" and "cache": a block takes them all, one after another; "cache": no register
+# holds weights.
 KERNELS = {
     "step": lambda tiles: Config("step", 8, tiles),
     "grid": lambda tiles: Config("grid", 8, tiles),
+    "tall": lambda tiles: Config("grid", 8, 1),
     "cache": lambda tiles: Config("grid", 16, 1, False),
     "block": lambda tiles: Config("block", 64, tiles),
 }
 ON_THE_GPU = {  # what the emulation, whose compiler is slow, has not
     "wide": lambda tiles: Config("grid", 32, tiles),
     "wide step": lambda tiles: Config("step", 32, tiles),
-    "large block": lambda tiles: Config("block", 128, tiles),
 }
 
 
@@ -237,3 +238,12 @@ def test_the_choice_fits_the_device():
                             assert config.mode != "grid" or blocks <= 132
                             assert config.mode != "block" or config.units >= H
                             assert config.mode == "grid" or config.at_once == -(-B // 16)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
+def test_a_block_of_several_tiles(cell, engine, monkeypatch):
+    """Whose loads run ahead of its products, of all that is there and of a part."""
+    for most in (1, cuda.EAGER_BYTES):
+        monkeypatch.setattr(cuda, "EAGER_BYTES", most)
+        for kernel in ("tall", "cache"):
+            check(cell, kernel, engine, T=4, B=50, I=3, H=40, dtype=torch.bfloat16, mask="lengths+reset")

@@ -83,6 +83,11 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
     for (int tile = 0; tile < own; tile++) {
       const int row_0 = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows;
       if (row_0 >= a.B) break;
+      // The block's next tile, or its first one of the next step.
+      const int row_then = row_0 + int(a.grid_x) * kRows;
+      const bool more = tile + 1 < own && row_then < a.B;
+      const Rows then{more ? from : next, more ? row_then : int(blockIdx.x) * kRows};
+      const bool ahead = !kTwo && !ALONE && own > 1 && (more || step + 1 < a.end);
       float* const state = kept + tile * S::kKept + int(threadIdx.x);
       Place at[OUT] = {};
       bool cut_after[OUT] = {};
@@ -177,7 +182,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       if (a.first < 2) {
         float found[OUT][1] = {};
         if (step > 0)
-          product<S, 1, U, WK>(found, first, ex1, from, row_0, a, a.mode == kGrid && step > a.begin, pieces_1, w,
+          product<S, 1, U, WK>(found, first, ex1, Rows{from, row_0}, ahead ? &then : nullptr, a, a.mode == kGrid && step > a.begin, pieces_1, w,
                                sums, look);
         else
           look();
@@ -217,7 +222,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       if constexpr (kTwo) {
         if (a.last < 2 || ends) continue;
         float through[OUT][1];
-        product<S, 1, U, WK>(through, second, ex2, middle, row_0, a, a.mode == kGrid, pieces_2, w, sums, [&]() {
+        product<S, 1, U, WK>(through, second, ex2, Rows{middle, row_0}, nullptr, a, a.mode == kGrid, pieces_2, w, sums, [&]() {
           if (a.first == 2) look();
         });
         if (w.works) {

@@ -172,24 +172,39 @@ __device__ __forceinline__ int64_t slot_of(const Args& a, int64_t s) {
   return a.mode == kGrid ? s - a.origin : (s - a.origin) & 1;
 }
 
+// A product's source: 16 rows of a slot.
+struct Rows {
+  int64_t slot;
+  int first;
+};
+
 // The recurrent product of a stage, from its exchange into the block's sums, and all of a thread's outputs from
-// there: found[i][g], of its i-th output and gate g.
+// there: found[i][g], of its i-th output and gate g. then: the source of the block's next such product, whose
+// loads then lie under this one's end, or nullptr.
 template <class S, int GATES, int U, int WK, class T, int TILES, int DEPTH, int HELD, class F>
 __device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES], Product<T, TILES, DEPTH, HELD>& weights,
-                                        const Exchange<T, S::kAlone>& exchange, int64_t slot, int first_row,
+                                        const Exchange<T, S::kAlone>& exchange, Rows rows, const Rows* then,
                                         const Args& a, bool wait, int pieces, const Where<U>& w, float* sums,
                                         F meanwhile) {
+  using Weights = Product<T, TILES, DEPTH, HELD>;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4;
-  // In a block that is alone all rows are there.
-  const char* place =
-      exchange.slot(slot) + wide(S::kAlone ? r : first_row + r, exchange.row) + lane % 4 * 16;
+  auto source = [&](const Rows& of) {
+    // In a block that is alone all rows are there.
+    const char* place =
+        exchange.slot(of.slot) + wide(S::kAlone ? r : of.first + r, exchange.row) + lane % 4 * 16;
+    return typename Weights::Source{place,
+                                    int64_t(8 * exchange.row),
+                                    S::kAlone || of.first + r < a.B,
+                                    S::kAlone || of.first + r + 8 < a.B,
+                                    wait,
+                                    a.eager != 0,
+                                    a.patience};
+  };
   float acc[TILES][4];
-  weights.multiply(acc,
-                   {place, int64_t(8 * exchange.row), S::kAlone || first_row + r < a.B,
-                    S::kAlone || first_row + r + 8 < a.B, wait, a.eager != 0, a.patience},
-                   a.exact, meanwhile);
+  weights.multiply(acc, source(rows), a.exact, meanwhile);
   if (weights.pieces > 0)
     weights.put(acc, sums + warp % WK * kRows * S::kRow + warp / WK * TILES * 8, S::kRow);
+  if (then) weights.look_ahead(source(*then));
   __syncthreads();
   if (w.works) {
 #pragma unroll

@@ -28,6 +28,8 @@ constexpr Registers share_registers(int tiles, int widest, bool two, int outputs
 template <class T, int TILES, int DEPTH, int HELD>
 struct Product {
   uint4 held[HELD > 0 ? HELD : 1][TILES];
+  uint4 a[DEPTH][2];      // parts of the source on their way, a ring
+  bool on_their_way;      // those of the next product are
   const uint4* packed;  // this warp's first tile, and lane, of the block's weights
   const uint4* shared;  // likewise of its pieces after those held
   int64_t apart;        // from piece to piece of packed
@@ -39,7 +41,7 @@ struct Product {
   __device__ __forceinline__ void prepare(const uint4* weights, int columns, int count, int part, int parts,
                                           int first_tile, bool in_registers, uint4* resident, int in_shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    first = part, step = parts;
+    first = part, step = parts, on_their_way = false;
     pieces = count > part ? (count - part + parts - 1) / parts : 0;
     packed = weights + first_tile * 32 + lane;
     apart = int64_t(columns) * 32;
@@ -72,13 +74,12 @@ struct Product {
   // meanwhile: done while the first pieces are on their way.
   template <class F>
   __device__ __forceinline__ void multiply(float (&acc)[TILES][4], Source source, bool exact, F meanwhile) {
-    uint4 a[DEPTH][2];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
       for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
     if (begin_shared) {
-      begin<0>(a, source, meanwhile);
+      begin<0>(source, meanwhile);
 #pragma unroll
       for (int j = 0; j < HELD; j++) {
         if (j < pieces) {
@@ -89,7 +90,7 @@ struct Product {
         }
       }
     } else {
-      begin<HELD % DEPTH>(a, source, meanwhile);
+      begin<HELD % DEPTH>(source, meanwhile);
     }
     for (int first_j = begin_shared; first_j < pieces; first_j += DEPTH) {
 #pragma unroll
@@ -111,6 +112,15 @@ struct Product {
         }
       }
     }
+  }
+
+  // The first pieces of the next product's source, which is likely to be there.
+  __device__ __forceinline__ void look_ahead(const Source& source) {
+    if (begin_shared)
+      fetch_ring<0>(source);
+    else
+      fetch_ring<HELD % DEPTH>(source);
+    on_their_way = true;
   }
 
   // acc into sums [16, row].
@@ -137,13 +147,19 @@ struct Product {
            a[1].x == kPending || a[1].y == kPending || a[1].z == kPending || a[1].w == kPending;
   }
 
+  template <int FROM>
+  __device__ __forceinline__ void fetch_ring(const Source& source) {
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+  }
+
   // The first pieces, from slot FROM of the ring on. What is fetched too early is fetched again: of many blocks
   // that would take the cache's whole time, so these look for their first piece alone, then fetch the others.
   template <int FROM, class F>
-  __device__ __forceinline__ void begin(uint4 (&a)[DEPTH][2], Source& source, F& meanwhile) const {
-    if (!source.wait || source.eager) {
-#pragma unroll
-      for (int i = 0; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+  __device__ __forceinline__ void begin(Source& source, F& meanwhile) {
+    if (!source.wait || source.eager || on_their_way) {
+      if (!on_their_way) fetch_ring<FROM>(source);
+      on_their_way = false;
       meanwhile();
       if (!source.wait) return;
       bool again = true;
