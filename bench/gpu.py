@@ -7,12 +7,16 @@ microseconds a step, medians of alternating samples.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,7 @@ import fastrnn
 
 SIZES, BATCHES, LENGTHS = (64, 128, 256, 512, 768, 1024, 2048), (1, 16, 64, 128), (256, 1024)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ROUNDS, SAMPLE = 7, 0.02  # samples of each, and seconds that one should take
+ROUNDS, SAMPLE = 5, 0.01  # samples of each, and seconds that one should take
 # Microseconds that a step of an LSTM's forward pass takes at least on an H100 SXM, in 16 bits: the latency of
 # the exchange between multiprocessors, tensor cores' time, shared memory's and the cache's traffic.
 LIMITS = {
@@ -118,13 +122,28 @@ def calls(module: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], An
     return {"forward": forward, "training": training}
 
 
+def layer(package: Any, case: tuple[str, str, int, int, int], device: torch.device) -> torch.nn.Module:
+    cell, dtype, _, _, H = case
+    torch.manual_seed(0)
+    return getattr(package, cell.upper())(H, H).to(device, DTYPES[dtype])
+
+
+def sequence(case: tuple[str, str, int, int, int], device: torch.device) -> torch.Tensor:
+    _, dtype, T, B, H = case
+    return torch.randn(T, B, H, device=device, dtype=DTYPES[dtype], requires_grad=True)
+
+
+def prepare(case: tuple[str, str, int, int, int], device: torch.device) -> None:
+    """Runs a case once, for its kernels to lie compiled in Triton's cache."""
+    for call in calls(layer(fastrnn, case, device), sequence(case, device)).values():
+        call()
+    Timer(device).synchronize()
+
+
 def measure(case: tuple[str, str, int, int, int], device: torch.device) -> list[Row]:
     cell, dtype, T, B, H = case
-    modules = []
-    for package in (fastrnn, torch.nn):
-        torch.manual_seed(0)
-        modules.append(getattr(package, cell.upper())(H, H).to(device, DTYPES[dtype]))
-    x = torch.randn(T, B, H, device=device, dtype=DTYPES[dtype], requires_grad=True)
+    modules = [layer(package, case, device) for package in (fastrnn, torch.nn)]
+    x = sequence(case, device)
     ours, theirs = (calls(module, x) for module in modules)
     kernel = str(fastrnn.explain(modules[0], x).kernel)
     rows = []
@@ -171,16 +190,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name, what in (("steps", "T"), ("batch", "B"), ("hidden", "H")):
         parser.add_argument(f"--{name}", nargs="+", type=int, metavar=what)
     parser.add_argument("--minutes", type=float, default=60, help="leave out what does not fit")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=os.cpu_count(),
+        help="processes that compile the kernels, before any timing",
+    )
     parser.add_argument("--json", type=Path, default=Path("out/gpu.json"), metavar="PATH")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
     about = machine(args.device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
+    chosen = list(cases(args))
+    if args.device.type != "cpu" and args.jobs > 1 and args.backend == "triton":
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
+            # One length: kernels do not depend on it.
+            first = [case for case in chosen if case[2] == chosen[0][2]]
+            list(pool.map(prepare, first, itertools.repeat(args.device)))
     print(HEADER)
     rows: list[Row] = []
     left = 0
-    for case in cases(args):
+    for case in chosen:
         if time.monotonic() > end:
             left += 1
             continue

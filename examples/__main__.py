@@ -15,8 +15,13 @@ from .sentiment import sentiment
 from .speech import speech
 from .tagging import tagging
 from .translation import translation
+from .trees_listops import trees_listops
+from .trees_syntax import trees_syntax
 
-EXAMPLES = {example.__name__: example for example in (translation, captioning, sentiment, tagging, speech)}
+EXAMPLES = {
+    example.__name__: example
+    for example in (translation, captioning, sentiment, tagging, speech, trees_listops, trees_syntax)
+}
 
 
 def main() -> int:
@@ -37,7 +42,7 @@ def main() -> int:
         name: common.run(name, EXAMPLES[name], args.quick, args.out) for name in args.names or EXAMPLES
     }
     for name, figure in figures.items():
-        print(f"{name:12s} {figure}")
+        print(f"{name:13s} {figure}")
     print(f"in {time.perf_counter() - began:.0f} s")
     return 0 if all(figure.reached for figure in figures.values()) else 1
 

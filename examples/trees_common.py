@@ -107,7 +107,7 @@ def train(
 
 def beside_recursion(model: Classifier, trees: Sequence[Tree], rounds: int = 3) -> None:
     """The layer beside a Python recursion over torch.nn modules: the same numbers, and how long both take for
-    forward and backward. Raises AssertionError where the numbers differ."""
+    forward and backward. Raises RuntimeError where the numbers differ."""
     batch = Batch.of(trees)
     x = model.embedding(batch.tokens).detach().requires_grad_()
     recursion, arguments = Recursion(model.tree), children_of(batch.forest)
@@ -128,19 +128,10 @@ def beside_recursion(model: Classifier, trees: Sequence[Tree], rounds: int = 3) 
             took[name].append(time.perf_counter() - start)
     for name, a, b in zip(("h", "its gradient"), ours(), theirs(), strict=True):
         difference = float((a - b).abs().max() / b.abs().max())
-        assert difference < 1e-4, f"{name} differs by {difference}"
+        if not difference < 1e-4:
+            raise RuntimeError(f"{name} differs from the recursion's by {difference}")
     fast, slow = (statistics.median(took[name]) for name in ("ours", "theirs"))
     print(
         f"{len(trees)} trees, {batch.forest.num_nodes} nodes, forward and backward: Python recursion "
         f"{slow * 1e3:.1f} ms, fastrnn {fast * 1e3:.1f} ms: {slow / fast:.0f} times as fast, the same numbers"
     )
-
-
-def finish(accuracy: float, expected: float, quick: bool) -> int:
-    """The exit code: 0 where the expected result was reached; a quick run expects nothing."""
-    if quick:
-        print(f"quick: accuracy {accuracy:.3f}; a full run should reach {expected}")
-        return 0
-    verdict = "reached" if accuracy >= expected else "NOT reached"
-    print(f"accuracy {accuracy:.3f}, expected at least {expected}: {verdict}")
-    return int(accuracy < expected)

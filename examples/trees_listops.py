@@ -1,23 +1,23 @@
 """Nested arithmetic by a recursive network: the value of an expression such as [MAX 4 [SUM 9 3 5] 2].
 
-    python examples/trees_listops.py            # some minutes on two cores; --quick: seconds
+    python -m examples.trees_listops            # some minutes on two cores; --quick: seconds
 
 After ListOps (Nangia & Bowman 2018, arXiv:1804.06028): MAX, MIN and SUM (modulo 10) of two to four digits or
 expressions, made by rule. The network learns from the value of every subexpression, and is right about a
-held-out expression where its value is exactly met. Expected: 0.93 (0.95 was measured) of 2000 held-out
+held-out expression where its value is exactly met. Expected: 0.95 (0.967 was measured) of 2000 held-out
 expressions, of which the training set has none.
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import sys
+from pathlib import Path
 
-import torch
-from trees_common import Classifier, Tree, beside_recursion, finish, train
+from . import common
+from .trees_common import Classifier, Tree, beside_recursion, train
 
-EXPECTED = 0.93
+EXPECTED = 0.95
 # Tokens: the digits, then these.
 OPERATIONS = (max, min, lambda values: sum(values) % 10)
 NAMES = ("MAX", "MIN", "SUM")
@@ -71,20 +71,16 @@ def data(count: int, held_out: int) -> tuple[list[Tree], list[Tree]]:
     return trees[held_out:], trees[:held_out]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smoke test: few expressions, one epoch")
-    quick = parser.parse_args().quick
-    torch.manual_seed(0)
-    trees, held_out = data(500, 100) if quick else data(100_000, 2_000)
+def trees_listops(quick: bool, out: Path) -> common.Figure:
+    trees, held_out = data(2_000, 200) if quick else data(100_000, 2_000)
     nodes = sum(len(tree.parents) for tree in trees)
-    print(f"{len(trees)} expressions of {nodes / len(trees):.1f} nodes, the first: {text(trees[0])}")
+    print(f"{len(trees):,} expressions of {nodes / len(trees):.1f} nodes, the first: {text(trees[0])}")
     print(f"its value: {trees[0].labels[0]}")
-    model = Classifier(13, 10, 32 if quick else 128)
-    accuracy = train(model, trees, held_out, 1 if quick else 10, 100, 3e-3)
+    model = Classifier(13, 10, 64 if quick else 128)
+    accuracy = train(model, trees, held_out, 3 if quick else 10, 50, 1e-2 if quick else 3e-3)
     beside_recursion(model, trees[: 20 if quick else 100])
-    return finish(accuracy, EXPECTED, quick)
+    return common.Figure("expressions whose value is met", accuracy, 0.3 if quick else EXPECTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(common.main("trees_listops", trees_listops, __doc__))

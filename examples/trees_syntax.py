@@ -1,6 +1,6 @@
 """What does a function do? The first word of its name, predicted from its syntax tree.
 
-    python examples/trees_syntax.py             # some minutes on two cores; --quick: seconds
+    python -m examples.trees_syntax             # some minutes on two cores; --quick: seconds
 
 The trees are those of Python's standard library, which every machine has: each function's `ast`, a node for
 each syntax node with its kind and, where it has one, its identifier. Its own name is taken out, wherever it
@@ -10,7 +10,6 @@ functions (0.71 with Python 3.11), of which the most frequent word, "init", is a
 
 from __future__ import annotations
 
-import argparse
 import ast
 import collections
 import re
@@ -21,8 +20,8 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from trees_common import Classifier, Tree, beside_recursion, finish, train
+from . import common
+from .trees_common import Classifier, Tree, beside_recursion, train
 
 EXPECTED = 0.65
 WORDS, IDENTIFIERS, MOST_NODES = 12, 2000, 300
@@ -104,21 +103,17 @@ def data(most_files: int | None) -> tuple[list[Tree], list[Tree], list[str], int
     return *sets, labels, len(vocabulary) + 1
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="a smoke test: few files, one epoch")
-    quick = parser.parse_args().quick
-    torch.manual_seed(0)
-    trees, held_out, labels, vocabulary = data(60 if quick else None)
+def trees_syntax(quick: bool, out: Path) -> common.Figure:
+    trees, held_out, labels, vocabulary = data(150 if quick else None)
     nodes = sum(len(tree.parents) for tree in trees)
     share = sum(tree.labels[0] == 0 for tree in held_out) / len(held_out)
-    print(f"{len(trees)} functions of {nodes / len(trees):.1f} nodes, {len(held_out)} held out")
+    print(f"{len(trees):,} functions of {nodes / len(trees):.1f} nodes, {len(held_out)} held out")
     print(f"words: {', '.join(labels)}; always {labels[0]!r} would be right about {share:.3f}")
-    model = Classifier(vocabulary, len(labels), 32 if quick else 128)
-    accuracy = train(model, trees, held_out, 1 if quick else 8, 64, 3e-3)
+    model = Classifier(vocabulary, len(labels), 64 if quick else 128)
+    accuracy = train(model, trees, held_out, 4 if quick else 8, 64, 1e-2 if quick else 3e-3)
     beside_recursion(model, trees[: 20 if quick else 100])
-    return finish(accuracy, EXPECTED, quick)
+    return common.Figure("functions whose first word is found", accuracy, 0.4 if quick else EXPECTED)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(common.main("trees_syntax", trees_syntax, __doc__))

@@ -4,13 +4,14 @@ import fastrnn
 lstm = fastrnn.LSTM(256, 512, num_layers=2)   # torch.nn.LSTM's signature, parameters and results
 """
 
-from . import functional
+from . import functional, init
 from ._version import __version__
-from .attention import Attention, AttentionDecoder
+from .attention import Attention
 from .backends import BackendError, Explanation, backend, explain
 from .bidirectional import Bidirectional
 from .cells import GRUCell, LSTMCell, RNNCell
 from .conversion import convert, revert
+from .decoder import AttentionDecoder
 from .forest import Forest
 from .generation import generate
 from .inference import freeze, quantize
@@ -49,6 +50,7 @@ __all__ = [
     "freeze",
     "functional",
     "generate",
+    "init",
     "quantize",
     "revert",
 ]

@@ -7,6 +7,7 @@ from: a replaced weight of the wrong shape and a PackedSequence of the wrong wid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -231,6 +232,35 @@ def cell_sizes(x: Tensor, hx: Sequence[Tensor], input_size: int, hidden_size: in
         if h.dim() != 2 or h.size(1) != hidden_size:
             found = h.size(1) if h.dim() > 1 and h.size(1) != hidden_size else list(h.shape)
             raise RuntimeError(f"hidden{k} has inconsistent hidden_size: got {found}, expected {hidden_size}")
+
+
+def is_tensor(name: str, value: object) -> None:
+    """TypeError unless value is a tensor."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(value).__name__}")
+
+
+def finite(name: str, value: object) -> None:
+    """TypeError unless value is a number (a tensor would lose its gradient), ValueError unless finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
+    """ValueError unless value is one of those allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def positive(**sizes: int) -> None:
+    """TypeError for a size that is no int, ValueError for one below 1."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero, got {size}")
 
 
 def shape(name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:

@@ -1,7 +1,6 @@
-"""Attention over a memory, and the decoder that attends at every step.
+"""Attention over a memory.
 
-Dimensions: Tq queries (the decoder's steps), S memory, B batch, Q query, M memory features, V features of the
-values, I input, H hidden, L layers.
+Dimensions: Tq queries, S memory, B batch, Q query, M memory features, V features of the values.
 """
 
 from __future__ import annotations
@@ -14,47 +13,55 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, functional
-from .reference import CELLS
+from .backends import Explanation, decide_attention, explained, in_autocast
+from .modules import leaf_call, traced
 
 SCORES = ("dot", "general", "additive")
-_CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "rnn_tanh"}
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-def _positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
-
-
-def _options(module: nn.Module, **usual: Any) -> str:
+def options_repr(module: nn.Module, **usual: Any) -> str:
     """The options that are not as usual, for a repr."""
     given = {name: getattr(module, name) for name in usual}
     return "".join(f", {name}={value!r}" for name, value in given.items() if value != usual[name])
 
 
-def _time_first(t: Tensor, batched: bool, batch_first: bool) -> Tensor:
+def time_first(t: Tensor, batched: bool, batch_first: bool) -> Tensor:
     """[T, B, .] of a sequence as the caller has it."""
     if not batched:
         return t.unsqueeze(1)
     return t.transpose(0, 1) if batch_first else t
 
 
-def _as_laid(t: Tensor, batched: bool, batch_first: bool) -> Tensor:
+def as_laid(t: Tensor, batched: bool, batch_first: bool) -> Tensor:
     """The way back."""
     if not batched:
         return t.squeeze(1)
     return t.transpose(0, 1) if batch_first else t
 
 
-def _uniform(bound: float, *parameters: Tensor) -> None:
+def sequence(
+    name: str,
+    t: Tensor,
+    symbols: Sequence[str],
+    sizes: Sequence[int],
+    batched: bool,
+    batch_first: bool,
+) -> Tensor:
+    """[T, B, .] of a sequence, after a check in the caller's words; symbols, sizes: of T, B and width."""
+    order = (0, 2) if not batched else (1, 0, 2) if batch_first else (0, 1, 2)
+    wanted = tuple(sizes[i] for i in order)
+    _checks.shape(name, t, f"[{', '.join(symbols[i] for i in order)}]", wanted)
+    return time_first(t, batched, batch_first)
+
+
+def steps_and_batch(t: Tensor, batched: bool, batch_first: bool) -> tuple[int, int]:
+    """T and B of a sequence as the caller has it."""
+    if not batched:
+        return t.shape[0], 1
+    return (t.shape[1], t.shape[0]) if batch_first else (t.shape[0], t.shape[1])
+
+
+def uniform(bound: float, *parameters: Tensor) -> None:
     for p in parameters:
         nn.init.uniform_(p, -bound, bound)
 
@@ -75,8 +82,8 @@ class Attention(nn.Module):
     Parameters are drawn from U(-1/sqrt(n), 1/sqrt(n)) for n inputs, as torch.nn.Linear's. See `forward` for
     shapes and errors.
 
-    Raises ValueError for an unknown score, sizes <= 0 and for "dot" with Q != M; TypeError for sizes that are
-    no int and a batch_first that is no bool.
+    Raises ValueError for an unknown score, sizes <= 0, a scale that is not finite and for "dot" with Q != M;
+    TypeError for sizes that are no int, a scale that is no number and a batch_first that is no bool.
     """
 
     def __init__(
@@ -92,9 +99,11 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         Q, M = query_size, query_size if memory_size is None else memory_size
-        _one_of("score", score, SCORES)
-        _positive(query_size=Q, memory_size=M)
+        _checks.one_of("score", score, SCORES)
+        _checks.positive(query_size=Q, memory_size=M)
         _checks.bool_option("batch_first", batch_first)
+        if scale is not None:
+            _checks.finite("scale", scale)
         if score == "dot" and Q != M:
             raise ValueError(
                 f'score="dot" needs query_size == memory_size, got {Q} and {M}: score="general" has a weight '
@@ -115,11 +124,15 @@ class Attention(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the parameters anew."""
         for p in self.parameters(recurse=False):
-            _uniform(1 / math.sqrt(p.shape[-1]), p)
+            uniform(1 / math.sqrt(p.shape[-1]), p)
 
     def extra_repr(self) -> str:
-        options = _options(self, score="dot", scale=None, batch_first=False)
+        options = options_repr(self, score="dot", scale=None, batch_first=False)
         return f"{self.query_size}, {self.memory_size}{options}"
+
+    def _explain(self, query: Tensor) -> Explanation:
+        x = in_autocast(query)
+        return explained(decide_attention(x), x, f"{self.score} attention", "online softmax")
 
     def forward(
         self,
@@ -148,26 +161,29 @@ class Attention(nn.Module):
         Raises ValueError for shapes that do not agree, a mask that is not bool and lengths outside [0, S] (on
         the CPU; elsewhere they are clamped), RuntimeError for dtypes and devices that differ.
         """
-        batched = query.dim() == 3
-        if query.dim() not in (2, 3) or memory.dim() != query.dim():
-            raise ValueError(
-                "query and memory must both have 3 dimensions, or unbatched 2, got "
-                f"{query.dim()} and {memory.dim()}"
-            )
-        if values is not None and values.dim() != memory.dim():
-            raise ValueError(
-                f"values must have {memory.dim()} dimensions like the memory, got {values.dim()}"
-            )
-        query, memory = (_time_first(t, batched, self.batch_first) for t in (query, memory))
-        values = memory if values is None else _time_first(values, batched, self.batch_first)
-        Tq, B = query.shape[:2]
-        S = memory.shape[0]
-        _checks.shape("query", query, "[Tq, B, Q]", (Tq, B, self.query_size))
-        _checks.shape("memory", memory, "[S, B, M]", (S, B, self.memory_size))
-        _checks.shape("values", values, "[S, B, V]", (S, B, values.shape[-1]))
+        proxy = traced(query, memory, values, lengths, mask)
+        if proxy is not None:
+            options = {"lengths": lengths, "mask": mask, "need_weights": None if need_weights else False}
+            recorded: tuple[Tensor, Tensor | None] = leaf_call(self, proxy, (query, memory, values), options)
+            return recorded
+        given = {"query": query, "memory": memory, "values": memory if values is None else values}
         owner = next(self.parameters(recurse=False), query)
-        for name, tensor in (("query", query), ("memory", memory), ("values", values)):
-            _checks.float_like(name, tensor, owner, "the query" if owner is query else "the parameters")
+        for name, t in given.items():
+            _checks.is_tensor(name, t)
+            _checks.float_like(name, t, owner, "the query" if owner is query else "the parameters")
+        batched, first = query.dim() == 3, self.batch_first
+        for name, t in given.items():
+            if t.dim() not in (2, 3) or t.dim() != query.dim():
+                raise ValueError(
+                    "query, memory and values must all have 3 dimensions, or unbatched 2, got "
+                    f"{', '.join(f'{t.dim()} ({name})' for name, t in given.items())}"
+                )
+        Tq, B = steps_and_batch(query, batched, first)
+        S = steps_and_batch(memory, batched, first)[0]
+        query = sequence("query", query, ("Tq", "B", "Q"), (Tq, B, self.query_size), batched, first)
+        memory = sequence("memory", memory, ("S", "B", "M"), (S, B, self.memory_size), batched, first)
+        sizes = (S, B, given["values"].shape[-1])
+        values = sequence("values", given["values"], ("S", "B", "V"), sizes, batched, first)
         mask = _checks.attention_mask(lengths, mask, (B, Tq, S), query.device, batched)
         query = self.project_query(query, Tq <= S)
         keys = self.project_memory(memory, mask, Tq <= S)
@@ -182,7 +198,7 @@ class Attention(nn.Module):
         )
         if weights is not None and not batched:
             weights = weights.squeeze(0)
-        return _as_laid(context, batched, self.batch_first), weights
+        return as_laid(context, batched, self.batch_first), weights
 
     def project_query(self, query: Tensor, few: bool = False) -> Tensor:
         """[.., Q] as the scores of `functional.attention` take it. few: "general" multiplies its weight with
@@ -208,231 +224,3 @@ def attended(memory: Tensor, mask: Tensor | None) -> Tensor:
     return torch.where(
         any_query.mT[:, :, None], memory, torch.zeros((), dtype=memory.dtype, device=memory.device)
     )
-
-
-class AttentionDecoder(nn.Module):
-    """Luong's decoder (2015, arXiv:1508.04025): a recurrent network that attends to a memory at every step.
-
-        h_t = cell([x_t; a_{t-1}])      a_0 = 0; without input_feeding h_t = cell(x_t)
-        c_t = attention of the top layer's h_t over the memory
-        a_t = tanh(W_c [c_t; h_t])
-
-    cell           "lstm", "gru" or "rnn" (tanh), as `fastrnn.LSTM`, `GRU` and `RNN`
-    num_layers     layers of it; only the first reads a_{t-1}
-    score          of the attention, see `Attention`: "dot" needs hidden_size == memory_size
-    dropout        of the output of every layer but the last, in training, as in torch.nn
-    batch_first    the batch is the first dimension of inputs, memory and output
-
-    Parameters: weight_ih_l{k} [G*H, I + H] (layer 0 without input_feeding [G*H, I], the others [G*H, H]),
-    weight_hh_l{k} [G*H, H], bias_ih_l{k}, bias_hh_l{k} [G*H] as in torch.nn, drawn from
-    U(-1/sqrt(H), 1/sqrt(H)); weight_c [H, M + H], drawn as torch.nn.Linear's; and those of `attention`.
-    See `forward` for shapes and errors.
-
-    Raises ValueError for an unknown cell or score, sizes <= 0 and a dropout outside [0, 1], TypeError for
-    sizes that are no int and options that are no bool.
-    """
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        memory_size: int,
-        *,
-        cell: str = "lstm",
-        num_layers: int = 1,
-        score: str = "dot",
-        input_feeding: bool = True,
-        dropout: float = 0.0,
-        batch_first: bool = False,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        H, M = hidden_size, memory_size
-        _one_of("cell", cell, tuple(_CELLS))
-        _positive(input_size=input_size, hidden_size=H, memory_size=M, num_layers=num_layers)
-        _checks.bool_option("input_feeding", input_feeding)
-        _checks.bool_option("batch_first", batch_first)
-        if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must lie in [0, 1], got {dropout}")
-        self.input_size, self.hidden_size, self.memory_size = input_size, H, M
-        self.cell, self.num_layers, self.input_feeding = cell, num_layers, input_feeding
-        self.dropout, self.batch_first = dropout, batch_first
-        options: dict[str, Any] = {"device": device, "dtype": dtype}
-        rows = CELLS[_CELLS[cell]].gates * H
-        for k in range(num_layers):
-            width = H if k else input_size + (H if input_feeding else 0)
-            for name, shape in zip(_NAMES, ((rows, width), (rows, H), (rows,), (rows,)), strict=True):
-                self.register_parameter(f"{name}_l{k}", nn.Parameter(torch.empty(shape, **options)))
-        self.weight_c = nn.Parameter(torch.empty(H, M + H, **options))
-        self.attention = Attention(H, M, score=score, **options)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draws the parameters anew."""
-        for params in self._layer_weights():
-            _uniform(1 / math.sqrt(self.hidden_size), *params)
-        _uniform(1 / math.sqrt(self.weight_c.shape[1]), self.weight_c)
-        self.attention.reset_parameters()
-
-    def extra_repr(self) -> str:
-        options = _options(
-            self, cell="lstm", num_layers=1, input_feeding=True, dropout=0.0, batch_first=False
-        )
-        return f"{self.input_size}, {self.hidden_size}, {self.memory_size}{options}"
-
-    def _layer_weights(self) -> list[list[Tensor]]:
-        return [[getattr(self, f"{name}_l{k}") for name in _NAMES] for k in range(self.num_layers)]
-
-    def forward(
-        self,
-        inputs: Tensor,
-        memory: Tensor,
-        state: Tensor | Sequence[Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Any, Tensor]:
-        """Teacher forcing: all steps, each with its own input.
-
-        inputs   [Tq, B, I], [B, Tq, I] with batch_first, [Tq, I] unbatched
-        memory   [S, B, M] likewise
-        state    an encoder's h_n [L, B, H], for the LSTM (h_n, c_n), or what the decoder returned; zeros
-                 where None
-        lengths  LongTensor [B], each memory's own length
-        returns  (output [Tq, B, H] as the inputs lie: every a_t; state; weights [B, Tq, S])
-
-        The state is (h_n, c_n, a) for the LSTM, (h_n, a) for the others, with a [B, H] the last output;
-        without input_feeding what an encoder has. Padding is read as little as by `Attention`.
-
-        Raises ValueError for shapes that do not agree and lengths outside [0, S] (on the CPU; elsewhere they
-        are clamped), TypeError for a state of another kind, RuntimeError for Tq = 0 and for dtypes and
-        devices that differ.
-        """
-        if inputs.dim() not in (2, 3):
-            raise ValueError(f"inputs must have 3 dimensions, or unbatched 2, got {inputs.dim()}")
-        batched = inputs.dim() == 3
-        x = _time_first(inputs, batched, self.batch_first)
-        _checks.some_steps(x.shape[0])
-        out, state, weights = self._run("inputs", "[Tq, B, I]", x, memory, state, lengths, batched)
-        return _as_laid(out, batched, self.batch_first), state, weights
-
-    def step(
-        self,
-        input_t: Tensor,
-        memory: Tensor,
-        state: Tensor | Sequence[Tensor] | None = None,
-        *,
-        lengths: Tensor | None = None,
-    ) -> tuple[Tensor, Any, Tensor]:
-        """One step, as of a program that generates: `forward` of a single step.
-
-        input_t  [B, I], or [I] unbatched; the rest as in `forward`
-        returns  (output [B, H], state, weights [B, S])
-        """
-        if input_t.dim() not in (1, 2):
-            raise ValueError(f"input_t must have 2 dimensions, or unbatched 1, got {input_t.dim()}")
-        batched = input_t.dim() == 2
-        x = input_t[None] if batched else input_t[None, None]
-        out, state, weights = self._run("input_t", "[1, B, I]", x, memory, state, lengths, batched)
-        return out.flatten(0, 1) if batched else out.flatten(), state, weights.squeeze(-2)
-
-    def _run(
-        self,
-        name: str,
-        symbols: str,
-        x: Tensor,
-        memory: Tensor,
-        state: Tensor | Sequence[Tensor] | None,
-        lengths: Tensor | None,
-        batched: bool,
-    ) -> tuple[Tensor, Any, Tensor]:
-        """(output [Tq, B, H], state, weights) of x [Tq, B, I], after all checks."""
-        Tq, B = x.shape[:2]
-        _checks.shape(name, x, symbols, (Tq, B, self.input_size))
-        _checks.float_like(name, x, self.weight_c, "the parameters")
-        if memory.dim() != 2 + batched:
-            raise ValueError(f"memory must have {2 + batched} dimensions like the input, got {memory.dim()}")
-        memory = _time_first(memory, batched, self.batch_first)
-        S = memory.shape[0]
-        _checks.shape("memory", memory, "[S, B, M]", (S, B, self.memory_size))
-        _checks.float_like("memory", memory, self.weight_c, "the parameters")
-        mask = _checks.attention_mask(lengths, None, (B, Tq, S), x.device, batched)
-        states, feed = self._states(state, x, batched)
-        run = self._scan if self.input_feeding and Tq > 1 else self._composed
-        out, last, weights = run(x, memory, states, feed, mask)
-        if self.input_feeding:
-            last = (*last, out[-1])
-        if not batched:
-            weights, last = weights.squeeze(0), tuple(s.squeeze(-2) for s in last)
-        return out, last if len(last) > 1 else last[0], weights
-
-    def _states(
-        self, state: Tensor | Sequence[Tensor] | None, x: Tensor, batched: bool
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """The layers' states, each [L, B, H], and a [B, H], of what the caller has."""
-        L, B, H = self.num_layers, x.shape[1], self.hidden_size
-        count = CELLS[_CELLS[self.cell]].states
-        names = ("h_n", "c_n")[:count]
-        if state is None:
-            return (x.new_zeros(L, B, H),) * count, x.new_zeros(B, H)
-        given = (state,) if isinstance(state, Tensor) else tuple(state)
-        most = count + self.input_feeding
-        if len(given) not in (count, most) or not all(isinstance(s, Tensor) for s in given):
-            wanted = " or ".join(f"({', '.join((*names, 'a')[:n])})" for n in sorted({count, most}))
-            kinds = ", ".join(type(s).__name__ for s in given)
-            raise TypeError(f"the state of this decoder must be {wanted}, got ({kinds})")
-        if not batched:
-            given = tuple(s.unsqueeze(-2) for s in given)
-        for name, s in zip(names, given, strict=False):
-            _checks.shape(name, s, "[L, B, H]", (L, B, H))
-        if len(given) > count:
-            _checks.shape("a", given[count], "[B, H]", (B, H))
-        for name, s in zip((*names, "a"), given, strict=False):
-            _checks.float_like(name, s, self.weight_c, "the parameters")
-        return given[:count], given[count] if len(given) > count else x.new_zeros(B, H)
-
-    def _dropped(self, y: Tensor, k: int) -> Tensor:
-        """Layer k's output as the layer above it reads it."""
-        if self.dropout > 0 and self.training and k < self.num_layers - 1:
-            return torch.dropout(y, self.dropout, True)
-        return y
-
-    def _composed(
-        self, x: Tensor, memory: Tensor, states: tuple[Tensor, ...], feed: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """One step; or all, layer after layer, where none reads what came of the step before it."""
-        y = torch.cat([x, feed[None]], -1) if self.input_feeding else x
-        columns = []
-        for k, params in enumerate(self._layer_weights()):
-            first = [s[k : k + 1] for s in states]
-            y, last, _ = functional.layer(_CELLS[self.cell], y, first, params)
-            columns.append(last)
-            y = self._dropped(y, k)
-        context, weights = self.attention(y, memory, mask=mask)
-        out = nn.functional.linear(torch.cat([context, y], -1), self.weight_c).tanh()
-        return out, tuple(torch.cat(column) for column in zip(*columns, strict=True)), weights
-
-    def _scan(
-        self, x: Tensor, memory: Tensor, states: tuple[Tensor, ...], feed: Tensor, mask: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-        """All steps in one scan. What is one product for all of the memory is made before it: its keys, and
-        W_c's part of it, since W_c c = sum_s w_s (W_c m_s)."""
-        attention, M = self.attention, self.memory_size
-        memory = attended(memory, mask)
-        ones = x.new_ones(*x.shape[:2], self.hidden_size)
-        dropping = self.dropout > 0 and self.training
-        return functional.decoder(
-            _CELLS[self.cell],
-            x,
-            states,
-            feed,
-            self._layer_weights(),
-            self.weight_c[:, M:],
-            attention.project_memory(memory, None),
-            nn.functional.linear(memory, self.weight_c[:, :M]),
-            w_q=getattr(attention, "weight_q", None),
-            v=getattr(attention, "v", None),
-            mask=mask,
-            drops=[self._dropped(ones, k) for k in range(self.num_layers - 1)] if dropping else [],
-            scale=1.0 if attention.scale is None else attention.scale,
-        )

@@ -7,9 +7,8 @@ import importlib.util
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -208,12 +207,34 @@ def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
     return decision.backend
 
 
+def decide_fused(x: Tensor, what: str) -> Decision:
+    """`decide` for what has kernels for the CPU alone."""
+    decision = decide(x)
+    if decision.backend not in ("cuda", "triton"):
+        return decision
+    if current_backend() == decision.backend:
+        return Decision(None, f"it has no kernel for {what}")
+    return Decision("reference", f"the {decision.backend} backend has no kernel for {what}")
+
+
+def decide_attention(x: Tensor) -> Decision:
+    """`decide` for attention, which has kernels for the CPU, and in Triton, those for GPU tensors alone."""
+    asked = current_backend()
+    if asked == "cuda":
+        return Decision(None, "it has no kernel for attention")
+    if asked == "triton" and x.device.type == "cpu":
+        return Decision(None, "its kernels of attention take GPU tensors, the input is on cpu")
+    if asked in ("auto", "triton") and x.device.type in TRITON_DEVICES and _why_not_triton(x) is None:
+        return Decision("triton", "asked for" if asked == "triton" else "the fastest backend for this input")
+    decision = decide(x)
+    if decision.backend == "cuda":
+        return Decision("reference", "the cuda backend has no kernel for attention")
+    return decision
+
+
 def choose_fused(x: Tensor, what: str) -> str:
     """ "cpu" or "reference": the backend of what has kernels for the CPU alone."""
-    backend = choose(x)
-    if backend in ("cuda", "triton") and current_backend() == backend:
-        raise BackendError(f'backend="{backend}" cannot serve this call: it has no kernel for {what}')
-    return "cpu" if backend == "cpu" else "reference"
+    return choose(x, lambda x: decide_fused(x, what))
 
 
 @dataclass(frozen=True)
@@ -261,47 +282,51 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     return f"{threads} threads ({', '.join(shares)}; {cache >> 10} KB of second-level cache each)"
 
 
-def _explain_tree(layer: torch.nn.Module, input: Any) -> Explanation:
-    x: Any = layer.weight_ih if input is None else input
-    decision, cell = decide_tree(x), layer._cell
+def explained(decision: Decision, x: Tensor, name: str, how: str) -> Explanation:
+    """Of what plain torch, or a kernel that runs it in this way, computes for x."""
     if decision.backend is None:
         return Explanation(None, None, decision.reason)
     if decision.backend == "reference":
-        return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
+        return Explanation("reference", f"{name} by plain torch operations", decision.reason)
+    if decision.backend == "triton":
+        kernel = f"{name} {how} in Triton, {str(x.dtype).removeprefix('torch.')} products"
+        return Explanation("triton", kernel, decision.reason)
     arithmetic = "float64" if x.dtype == torch.float64 else "float32"
-    kernel = f"{cell} levels in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
+    kernel = f"{name} {how} in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
     return Explanation("cpu", kernel, decision.reason)
+
+
+def in_autocast(x: Tensor) -> Tensor:
+    """x, or where autocast would cast it something of the type that it would have."""
+    dtype = autocast_dtype(x)
+    return x if dtype is None else x.new_empty(0, dtype=dtype)
 
 
 def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Explanation:
     """Which kernel would run for layer(input), and why; nothing is run.
 
-    layer: a fastrnn layer or cell, recursive ones too; input: what would be passed to it, a tensor, a
+    layer: a layer, cell or attention of fastrnn's; input: what would be passed to it first, a tensor, a
     PackedSequence, or None to a recursive layer. Raises TypeError where the layer is not one of fastrnn's.
     """
-    cell = getattr(layer, "_cell", None)
-    if cell in TREE_CELLS:
-        return _explain_tree(layer, input)
-    if cell not in CELLS:
+    cell, own = getattr(layer, "_cell", None), getattr(layer, "_explain", None)
+    if own is None and cell not in CELLS:
         raise TypeError(f"explain takes a fastrnn layer or cell, got {type(layer).__name__}")
-    if input is None:
+    if input is None and cell not in TREE_CELLS:
         raise TypeError(f"a {type(layer).__name__} needs an input")
-    x = input.data if isinstance(input, PackedSequence) else input
-    dtype = autocast_dtype(x)
-    if dtype is not None:
-        x = x.new_empty(0, dtype=dtype)
+    if own is not None:
+        found: Explanation = own(input)
+        return found
+    assert input is not None
+    assert cell is not None
+    x = in_autocast(input.data if isinstance(input, PackedSequence) else input)
     decision = decide(x)
-    if decision.backend is None:
-        return Explanation(None, None, decision.reason)
     packed = getattr(layer, "kernel_note", "")
-    if packed and decision.backend != "cpu":
+    if decision.backend is not None and packed and decision.backend != "cpu":
         return Explanation(
             None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"
         )
-    if decision.backend == "reference":
-        return Explanation("reference", f"{cell} by plain torch operations", decision.reason)
     if decision.backend in ("cuda", "triton"):
-        describe: Any = cuda.describe
+        describe: Callable[..., tuple[str, str]] = cuda.describe
         if decision.backend == "triton":
             describe = importlib.import_module("fastrnn.triton_kernels").describe
 
@@ -309,6 +334,8 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         D = 2 if getattr(layer, "bidirectional", False) else 1
         kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
         return Explanation(decision.backend, kernel, decision.reason, split)
-    arithmetic = "float64" if x.dtype == torch.float64 else "float32"
-    kernel = f"{cell} scan in C++, {kernels.instruction_set()}, {arithmetic} arithmetic{packed}"
-    return Explanation("cpu", kernel, decision.reason, _split(layer, input, x, "int8" in packed))
+    said = explained(decision, x, cell, "scan")
+    if said.backend != "cpu":
+        return said
+    split = _split(layer, input, x, "int8" in packed)
+    return replace(said, kernel=f"{said.kernel}{packed}", split=split)

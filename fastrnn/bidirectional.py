@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _checks
+from .backends import Explanation, explain
 from .inference import Packed
-from .modules import _Layer, leaf_call
+from .modules import _Layer, leaf_call, traced
 
 MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "concat": lambda f, b: torch.cat((f, b), -1),
@@ -134,7 +134,7 @@ class Bidirectional(torch.nn.Module):
         self, forward_layer: RNNBase, backward_layer: RNNBase | None = None, *, merge: str | None = "concat"
     ) -> None:
         super().__init__()
-        if merge is not None and merge not in MERGES:
+        if merge not in (None, *MERGES):
             raise ValueError(f"merge must be one of {', '.join(MERGES)} or None, got {merge!r}")
         for name, layer in (("forward_layer", forward_layer), ("backward_layer", backward_layer)):
             if not isinstance(layer, RNNBase) and not (layer is None and name == "backward_layer"):
@@ -164,6 +164,23 @@ class Bidirectional(torch.nn.Module):
     def extra_repr(self) -> str:
         return f"merge={self.merge!r}"
 
+    def _explain(self, input: Any) -> Explanation:
+        """Of both layers, as of one where they run alike."""
+        f, b = (
+            explain(layer, input)
+            if isinstance(layer, _Layer)
+            else Explanation("torch", type(layer).__name__, "a layer of torch.nn")
+            for layer in (self.forward_layer, self.backward_layer)
+        )
+        if f == b or f.backend is None or b.backend is None:
+            return b if b.backend is None else f
+
+        def both(name: str) -> str | None:
+            first, second = getattr(f, name), getattr(b, name)
+            return first if first == second else f"forward {first}, backward {second}"
+
+        return Explanation(both("backend"), both("kernel"), both("reason") or "", both("split"))
+
     def forward(
         self, input: Tensor | PackedSequence, hx: Any = None, *, lengths: Tensor | None = None
     ) -> Any:
@@ -182,8 +199,9 @@ class Bidirectional(torch.nn.Module):
         Raises what the layers raise; ValueError for lengths as `LSTM.forward` does; TypeError for an hx that
         is no pair.
         """
-        if isinstance(input, Proxy):
-            return leaf_call(self, input, (input,) if hx is None else (input, hx), {"lengths": lengths})
+        proxy = traced(input, hx, lengths)
+        if proxy is not None:
+            return leaf_call(self, proxy, (input, hx), {"lengths": lengths})
         self._check_layers()
         hx_f, hx_b = _pair(hx)
         time, rows = 0, None
@@ -191,6 +209,7 @@ class Bidirectional(torch.nn.Module):
             _checks.padded_only(lengths, None)
             rows = _packed_rows(input)
         else:
+            _checks.is_tensor("input", input)
             _checks.layer_ranks("Bidirectional", input, None)
             batch_first = self.forward_layer.batch_first and input.dim() == 3
             time = 1 if batch_first else 0

@@ -115,7 +115,7 @@ class LSTMCell(_Cell):
 
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> Any:
         if isinstance(input, Proxy):
-            return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+            return leaf_call(self, input, (input, hx), {})
         streamed = self._streamed(input, hx)
         if streamed is not None:
             return tuple(streamed)
@@ -164,7 +164,7 @@ class GRUCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
-            return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+            return leaf_call(self, input, (input, hx), {})
         states = None if hx is None else (hx,)
         streamed = self._streamed(input, states)
         if streamed is not None:
@@ -213,7 +213,7 @@ class RNNCell(_Cell):
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
         if isinstance(input, Proxy):
-            return leaf_call(self, input, (input,) if hx is None else (input, hx), {})
+            return leaf_call(self, input, (input, hx), {})
         states = None if hx is None else (hx,)
         streamed = self._streamed(input, states)
         if streamed is not None:

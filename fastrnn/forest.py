@@ -5,7 +5,7 @@ Dimensions: N nodes, L levels, E edges.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -25,14 +25,19 @@ def is_direction(direction: object) -> str:
     return str(direction)
 
 
-def _indices(name: str, values: Tensor | Sequence[int], count: int | None = None) -> Tensor:
+def _indices(name: str, values: Tensor | Sequence[int], count: int | None = None, of: str = "node") -> Tensor:
     """`values` as a LongTensor [count] on the CPU."""
     if not isinstance(values, Tensor):
-        values = list(values)
-        for i, value in enumerate(values):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ValueError(f"{name} must be integers: that of node {i} is {value!r}")
-        values = torch.tensor(values, dtype=torch.int64)
+        if not isinstance(values, Iterable):
+            raise ValueError(f"{name} must be a LongTensor [N] or integers, got {type(values).__name__}")
+        numbers = list(values)
+        for i, value in enumerate(numbers):
+            if isinstance(value, bool) or not hasattr(value, "__index__"):
+                raise ValueError(f"{name} must be integers: that of {of} {i} is {value!r}")
+            numbers[i] = int(value)
+            if abs(numbers[i]) >= 2**63:
+                raise ValueError(f"{name} must be integers of 64 bits: that of {of} {i} is {value!r}")
+        values = torch.tensor(numbers, dtype=torch.int64)
     if values.dim() != 1:
         several = f": node 0 has {values[0].numel()}" if values.dim() > 1 and values.shape[0] else ""
         raise ValueError(f"{name} must be [N], one for each node, got {list(values.shape)}{several}")
@@ -48,9 +53,15 @@ def _indices(name: str, values: Tensor | Sequence[int], count: int | None = None
     return values.detach().cpu().contiguous()
 
 
+def _rows(name: str, values: Tensor, count: int, of: str) -> None:
+    """ValueError unless there is a row for each."""
+    if values.dim() == 0 or values.shape[0] != count:
+        raise ValueError(f"{name} takes a row for each of {count} {of}, got {list(values.shape)}")
+
+
 def _local(parents: Tensor, lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
     """Parents that are counted within each tree as rows of the forest; and where each tree begins."""
-    sizes = _indices("lengths", lengths)
+    sizes = _indices("lengths", lengths, of="tree")
     if sizes.numel() and int(sizes.min()) < 1:
         tree = int((sizes < 1).nonzero()[0])
         raise ValueError(f"lengths must be at least 1, that of tree {tree} is {int(sizes[tree])}")
@@ -302,19 +313,20 @@ class Forest:
         )
 
     def at_roots(self, h: Tensor) -> Tensor:
-        """[N, ...] -> [trees, ...]: each tree's root, in the order of `roots`."""
+        """[N, ...] -> [trees, ...]: each tree's root, in the order of `roots`. ValueError for
+        other than N rows."""
+        _rows("at_roots", h, self.num_nodes, "nodes")
         return h.index_select(0, self.roots)
 
     def at_leaves(self, h: Tensor) -> Tensor:
-        """[N, ...] -> [leaves, ...], in the order of `leaves`."""
+        """[N, ...] -> [leaves, ...], in the order of `leaves`. ValueError for other than N rows."""
+        _rows("at_leaves", h, self.num_nodes, "nodes")
         return h.index_select(0, self.leaves)
 
     def from_leaves(self, x: Tensor) -> Tensor:
-        """[leaves, ...] in the order of `leaves` -> [N, ...], zeros at inner nodes."""
-        if x.dim() == 0 or x.shape[0] != self.leaves.numel():
-            raise ValueError(
-                f"from_leaves takes a row for each of {self.leaves.numel()} leaves, got {list(x.shape)}"
-            )
+        """[leaves, ...] in the order of `leaves` -> [N, ...], zeros at inner nodes. ValueError for another
+        number of rows."""
+        _rows("from_leaves", x, self.leaves.shape[0], "leaves")
         return x.new_zeros(self.num_nodes, *x.shape[1:]).index_copy(0, self.leaves, x)
 
     def schedule(self, direction: str) -> Tensor:
@@ -325,10 +337,18 @@ class Forest:
         return self._schedules[direction]
 
     def steps(self, direction: str) -> Steps:
-        """The schedule as the plain reference reads it, on this forest's device."""
+        """The schedule as the plain reference reads it, on this forest's device; computed at the first call,
+        which must not stand in a compiled graph (RuntimeError)."""
         key = (direction, self.device)
         if key not in self._steps:
-            self._steps[key] = schedule_steps(self.schedule(direction), self.device)
+            if torch.compiler.is_compiling():
+                raise RuntimeError(
+                    "torch.func and the reference take a forest level by level, which no compiled graph can "
+                    f"work out: call forest.steps({direction!r}) before"
+                )
+            # What is kept outlives a transform of torch.func that asks first: it must be none of its tensors.
+            with torch._C._DisableFuncTorch():
+                self._steps[key] = schedule_steps(self.schedule(direction), self.device)
         return self._steps[key]
 
     def __reduce__(self) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks, fused, kernels, ops, reference, transforms
-from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused
+from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused, decide_attention
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
@@ -144,10 +144,11 @@ def rnn(
     return y, h
 
 
-def _narrow(flat: Sequence[Tensor | None]) -> tuple[torch.dtype, list[Tensor | None]]:
+def _narrow(flat: Sequence[Tensor | None], widen: bool = True) -> tuple[torch.dtype, list[Tensor | None]]:
     """The type of the results, that of the first tensor or autocast's, and all in that of the arithmetic.
 
-    16 bits are for what is kept, as in `layer`: the arithmetic is float32's, rounded once.
+    16 bits are for what is kept, as in `layer`: the arithmetic is float32's, rounded once; kernels that see
+    to that themselves need no wide copies.
     """
     first = flat[0]
     assert first is not None
@@ -161,7 +162,7 @@ def _narrow(flat: Sequence[Tensor | None]) -> tuple[torch.dtype, list[Tensor | N
         same = t.to(dtype) if autocast is not None and t.dtype in AUTOCAST_DTYPES else t
         if same.dtype != dtype:
             raise RuntimeError(f"all tensors must be {dtype} like the first, got {t.dtype}")
-        cast.append(same.float() if dtype in (torch.float16, torch.bfloat16) else same)
+        cast.append(same.float() if widen and dtype in (torch.float16, torch.bfloat16) else same)
     return dtype, cast
 
 
@@ -191,10 +192,11 @@ def attention(
     BackendError where the backend asked for has no such kernel.
     """
     _checks.attention_sizes(query, keys, values, v, mask)
-    dtype, wide = _narrow([query, keys, values, v, mask])
+    backend = choose(query, decide_attention)
+    kernel = backend != "reference" and RECORDER.take is None  # an exported model has plain operations
+    dtype, flat = _narrow([query, keys, values, v, mask], widen=not (kernel and backend == "triton"))
     call = fused.Attention(scale, need_weights)
-    kernel = _has_kernel(query, "attention")
-    context, *weights = fused.run(call, wide) if kernel else call.reference(wide)
+    context, *weights = fused.run(call, flat) if kernel else call.reference(flat)
     return context.to(dtype), weights[0].to(dtype) if need_weights else None
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import reference, transforms
 from ._checks import same_device
-from .kernels import LOADED
+from .kernels import LOADED, compute_dtype
 from .ops import below_autograd, is_batched, no_transforms, register_flops, wants_grad
 from .reference import CELLS
 
@@ -252,21 +252,14 @@ def _fake_attention(
     same_device(query, [keys, values], _present((v,)), (mask,))
     (Tq, B, _), S = query.shape, keys.shape[0]
     weights = query.new_empty((B, Tq, S) if need_weights else 0)
-    return query.new_empty(Tq, B, values.shape[2]), weights, query.new_empty(B, Tq)
+    lse = query.new_empty(B, Tq, dtype=compute_dtype(query))
+    return query.new_empty(Tq, B, values.shape[2]), weights, lse
 
 
 def _fake_attention_backward(
-    dcontext: Tensor | None,
-    dweights: Tensor | None,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    v: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    context: Tensor,
-    lse: Tensor,
+    dcontext: Tensor | None, dweights: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    query, keys, values, v, mask, _, context, lse = args
     rows = [keys, values, context, lse, *_present((dcontext, dweights))]
     same_device(query, rows, _present((v,)), (mask,))
     dv = query.new_empty(0 if v is None else v.shape)
@@ -344,6 +337,17 @@ def _decoder_backward_flops(
     return 2 * _decoder_flops(cell, *inputs)
 
 
+def _triton(name: str) -> Any:
+    """A kernel of triton_kernels.attention, imported at its first call."""
+
+    def call(*args: Any) -> Any:
+        from .triton_kernels import attention
+
+        return getattr(attention, name)(*args)
+
+    return call
+
+
 if LOADED:
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
     for _name, _fake, _rule, _flops in (
@@ -360,3 +364,6 @@ if LOADED:
         torch.library.register_fake(f"fastrnn::{_name}", _fake)
         _LIBRARY.impl(_name, _rule, "Autograd", with_keyset=True)
         register_flops(_name, _flops)
+    for _key in ("CUDA", "XPU"):
+        _LIBRARY.impl("attention", _triton("forward"), _key)
+        _LIBRARY.impl("attention_backward", _triton("backward"), _key)

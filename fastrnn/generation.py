@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from . import _checks
 
 STRATEGIES = ("greedy", "sample", "beam")
 
@@ -41,6 +42,7 @@ def _integer(name: str, value: object, low: int) -> None:
 
 
 def _check(
+    step_fn: StepFn,
     start: Tensor,
     max_steps: int,
     end: int | None,
@@ -49,7 +51,10 @@ def _check(
     top_k: int,
     beam_size: int,
     length_penalty: float,
+    generator: torch.Generator | None,
 ) -> None:
+    if not callable(step_fn):
+        raise TypeError(f"step_fn must be callable, got {type(step_fn).__name__}")
     if not isinstance(start, Tensor):
         raise TypeError(f"start must be a LongTensor [B], got {type(start).__name__}")
     if start.dtype != torch.int64 or start.dim() != 1:
@@ -61,10 +66,12 @@ def _check(
     _integer("beam_size", beam_size, 1)
     if end is not None:
         _integer("end", end, 0)
-    if not (temperature >= 0 and math.isfinite(temperature)):
-        raise ValueError(f"temperature must be a finite number, 0 or more, got {temperature}")
-    if not math.isfinite(length_penalty):
-        raise ValueError(f"length_penalty must be a finite number, got {length_penalty}")
+    _checks.finite("temperature", temperature)
+    if temperature < 0:
+        raise ValueError(f"temperature must be 0 or more, got {temperature}")
+    _checks.finite("length_penalty", length_penalty)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
 
 
 def _step(step_fn: StepFn, token: Tensor, state: Any, end: int | None) -> tuple[Tensor, Tensor, Any]:
@@ -225,7 +232,7 @@ def generate(
     No gradients are kept. Raises TypeError and ValueError for options and tensors other than these, and
     ValueError where logits are NaN.
     """
-    _check(start, max_steps, end, strategy, temperature, top_k, beam_size, length_penalty)
+    _check(step_fn, start, max_steps, end, strategy, temperature, top_k, beam_size, length_penalty, generator)
     if strategy == "beam":
         return _beam(step_fn, start, state, max_steps, end, beam_size, length_penalty)
     heat = temperature if strategy == "sample" else 0.0

@@ -55,7 +55,7 @@ def capability(device: torch.device) -> int | None:
 
 
 @contextlib.contextmanager
-def _alone(device: torch.device) -> Any:
+def alone(device: torch.device) -> Any:
     """On this device, and without autocast, which would round the products."""
     with contextlib.ExitStack() as stack:
         if device.type != "cpu":
@@ -229,7 +229,7 @@ def forward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     """torch.ops.fastrnn.layer's arguments and results; saved is of x's type."""
     call = Call(Inputs(cell, x, states, params, lengths, batch_sizes, reset))
-    with _alone(x.device):
+    with alone(x.device):
         return _forward(engine, call, save, save or return_states)
 
 
@@ -301,7 +301,7 @@ def backward(
                 f"got {list(tensor.shape)} on {tensor.device}"
             )
     engine.check(call)
-    with _alone(x.device):
+    with alone(x.device):
         return _backward(engine, call, dy, dlast, dseq, y, seq, saved, need_x, need_params)
 
 

@@ -69,10 +69,23 @@ def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
     return twin
 
 
+def traced(*arguments: Any) -> Proxy | None:
+    """The first of fx's stand-ins among a call's arguments."""
+    for argument in arguments:
+        if isinstance(argument, Proxy):
+            return argument
+    return None
+
+
 def leaf_call(module: torch.nn.Module, proxy: Proxy, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Records the module as one `call_module` node of an fx trace, as fx does for torch.nn's own layers."""
+    """Records the module as one `call_module` node of an fx trace, as fx does for torch.nn's own layers.
+
+    args, options: what goes by place and by name; None is what need not be given.
+    """
     tracer: Any = proxy.tracer
-    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    while args[-1] is None:
+        args = args[:-1]
+    given = {name: value for name, value in options.items() if value is not None}
     return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
 
 
@@ -178,8 +191,8 @@ class _Layer(torch_rnn.RNNBase):
             if result is not None:
                 return result
         if isinstance(input, Proxy):
-            options = {"lengths": lengths, "reset": reset, "return_states": return_states}
-            return leaf_call(self, input, (input,) if hx is None else (input, hx), options)
+            options = {"lengths": lengths, "reset": reset, "return_states": return_states or None}
+            return leaf_call(self, input, (input, hx), options)
         output, last, states = self._run(input, hx, lengths, reset, return_states)
         hidden = last if self.mode == "LSTM" else last[0]
         return (output, hidden, states) if return_states else (output, hidden)

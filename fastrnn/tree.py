@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
-from .backends import AUTOCAST_DTYPES, autocast_dtype
+from .backends import AUTOCAST_DTYPES, Explanation, autocast_dtype, decide_tree, explained
 from .forest import Forest, is_direction
+from .modules import leaf_call, traced
 from .tree_ops import tree
 from .tree_reference import TREE_CELLS
 
@@ -76,6 +77,10 @@ class _Tree(nn.Module):
             text += ", bias=False"
         return text + ("" if self.direction == "up" else f", direction='{self.direction}'")
 
+    def _explain(self, x: Tensor | None) -> Explanation:
+        first = self.weight_ih if x is None else x
+        return explained(decide_tree(first), first, self._cell, "levels")
+
     def _states(self, x: Tensor | None, forest: Forest) -> tuple[Tensor, ...]:
         if not isinstance(forest, Forest):
             raise TypeError(f"forest must be a fastrnn.Forest, got {type(forest).__name__}")
@@ -125,6 +130,10 @@ class _TreeLSTM(_Tree):
         Raises ValueError for an x of another shape and, naming the node, for more children than the arity;
         TypeError for what is no Forest, RuntimeError for dtypes and devices.
         """
+        proxy = traced(x, forest)
+        if proxy is not None:
+            both: tuple[Tensor, Tensor] = leaf_call(self, proxy, (x, forest), {})
+            return both
         h, c = self._states(x, forest)
         return h, c
 
@@ -245,6 +254,10 @@ class TreeRNN(_Tree):
 
     def forward(self, x: Tensor | None, forest: Forest) -> Tensor:
         """h [N, H] of every node; arguments and errors as `NaryTreeLSTM`'s."""
+        proxy = traced(x, forest)
+        if proxy is not None:
+            h: Tensor = leaf_call(self, proxy, (x, forest), {})
+            return h
         return self._states(x, forest)[0]
 
     def extra_repr(self) -> str:

@@ -187,18 +187,9 @@ def _fake_tree(
 
 
 def _fake_tree_backward(
-    cell: str,
-    dh: Tensor | None,
-    dstates: list[Tensor],
-    x: Tensor | None,
-    params: list[Tensor],
-    schedule: Tensor,
-    h: Tensor,
-    states: list[Tensor],
-    saved: list[Tensor],
-    need_x: bool,
-    need_params: bool,
+    cell: str, dh: Tensor | None, dstates: list[Tensor], x: Tensor | None, params: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
+    _, h, states, saved, need_x, need_params = rest
     given = [g for g in (dh, *dstates, h, *states, *saved) if g is not None]
     same_device(params[0] if x is None else x, given, params)
     dx = x.new_empty(x.shape) if need_x and x is not None else params[0].new_empty(0)

@@ -11,7 +11,7 @@ from helpers import random_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
-from fastrnn import backends, functional
+from fastrnn import backends, cuda, functional
 from fastrnn.backends import current_backend
 
 
@@ -124,13 +124,54 @@ def test_explain():
             fastrnn.explain(stranger, x)
 
 
+def test_explain_attention():
+    x, explain = torch.randn(4, 3, 2), fastrnn.explain
+    general = fastrnn.Attention(2, 5, score="general")
+    assert str(explain(general, x)).startswith("backend cpu, kernel general attention online softmax in C++")
+    fed = fastrnn.AttentionDecoder(2, 5, 5, cell="gru")
+    assert "gru decoder scan in C++" in explain(fed, x).kernel
+    for decoder, inputs in ((fed, x[:1]), (fastrnn.AttentionDecoder(2, 5, 5, input_feeding=False), x)):
+        assert "scan in C++, then dot attention online softmax" in explain(decoder, inputs).kernel
+    fed.batch_first = True
+    assert "gru scan in C++, then" in explain(fed, x[:, :1]).kernel
+    with fastrnn.backend("reference"):
+        assert explain(fed, x).kernel == "gru decoder by plain torch operations"
+    for layer in (general, fed):
+        with fastrnn.backend("cuda"):
+            assert explain(layer, x).backend is None
+        with pytest.raises(TypeError, match="needs an input"):
+            explain(layer, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert "float32 arithmetic" in explain(general, x).kernel
+
+
+def test_explain_both_directions():
+    x, explain = torch.randn(4, 3, 2), fastrnn.explain
+    lstm, gru = fastrnn.LSTM(2, 3), fastrnn.GRU(2, 3)
+    assert explain(fastrnn.Bidirectional(lstm), x) == explain(lstm, x)
+    said = explain(fastrnn.Bidirectional(lstm, gru), x)
+    assert said.backend == "cpu"
+    assert said.kernel.startswith("forward lstm scan in C++")
+    assert ", backward gru scan in C++" in said.kernel
+    said = explain(fastrnn.Bidirectional(torch.nn.LSTM(2, 3), gru), x)
+    assert said.backend == "forward torch, backward cpu"
+    with fastrnn.backend("cuda"):
+        assert explain(fastrnn.Bidirectional(lstm, gru), x).backend is None
+
+
 @pytest.mark.skipif(backends.TRITON_MISSING is not None, reason="Triton is not installed")
 @pytest.mark.parametrize("device", backends.TRITON_DEVICES)
-def test_what_a_gpu_takes(device):
+def test_what_a_gpu_takes(device, monkeypatch):
     """Without one: of fake tensors, which have its name."""
     with FakeTensorMode():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert backends.choose(torch.empty(2, device=device, dtype=dtype)) == "triton"
+            x = torch.empty(2, device=device, dtype=dtype)
+            monkeypatch.setattr(cuda, "LIBRARY", None)
+            assert backends.choose(x) == "triton"
+            monkeypatch.setattr(cuda, "LIBRARY", object())  # as of a build with nvcc
+            assert backends.choose(x) == ("cuda" if device == "cuda" else "triton")
+            assert backends.decide_fused(x, "it").backend == "reference"
+            assert backends.decide_attention(x).backend == "triton"
         for dtype in (torch.float64, torch.complex64, torch.complex128):
             x = torch.empty(2, device=device, dtype=dtype)
             assert backends.decide(x).backend == "reference"

@@ -301,6 +301,7 @@ BAD_LAYERS = [
         ValueError,
         "merge must be one of concat, sum, mul, mean or None, got 'add'",
     ),
+    ((gru(3, 4),), {"merge": ["sum"]}, ValueError, r"or None, got \['sum'\]"),
     ((gru(3, 4), gru(5, 4)), {}, ValueError, "one input_size, got 3 and 5"),
     ((gru(3, 4), gru(3, 4, batch_first=True)), {}, ValueError, "one batch_first, got False and True"),
     (
@@ -333,6 +334,7 @@ def test_bad_inputs(kind):
         (x[0, 0], {}, ValueError, "Expected input to be 2D or 3D, got 1D"),
         (x[:, 0], {"lengths": torch.tensor([2])}, ValueError, "lengths needs a batched input"),
         (packed, {"lengths": torch.tensor(ENDS)}, ValueError, "cannot be combined with a PackedSequence"),
+        (x.tolist(), {}, TypeError, "input must be a Tensor, got list"),
         (x[:0], {}, RuntimeError, "sequence length to be larger than 0"),
         (x[..., :2], {}, RuntimeError, "Expected 3, got 2"),
     ]

@@ -7,8 +7,9 @@ import warnings
 
 import pytest
 import torch
+from helpers import F64, assert_same, randn
 from torch import nn
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fastrnn
@@ -161,3 +162,40 @@ def test_traced(kind, gradients):
         x = torch.randn(T, B, 4)
         assert_same_training(traced, model, x)
         torch.testing.assert_close(loaded(x), model(x))
+
+
+def attention_and_decoder():
+    torch.manual_seed(0)
+    decoder = fastrnn.AttentionDecoder(4, 6, 6, num_layers=2, dtype=F64)
+    return [(fastrnn.Attention(6, dtype=F64), 6), (decoder, 4)]
+
+
+def test_attention_exports_with_dynamic_sizes():
+    T, B, S = (torch.export.Dim(name, min=2) for name in "TBS")
+    for module, width in attention_and_decoder():
+        shapes = ({0: T, 1: B}, {0: S, 1: B})
+        program = torch.export.export(module, (randn(5, 3, width), randn(7, 3, 6)), dynamic_shapes=shapes)
+        other = randn(9, 2, width), randn(30, 2, 6)
+        assert_same(program.module()(*other), module(*other))
+
+
+def test_attention_and_trees_compile_twice_for_any_size():
+    """Once for the first size, once for all others."""
+    lengths = torch.tensor([2, 1])
+    bi, tree = fastrnn.Bidirectional(fastrnn.GRU(4, 6, dtype=F64)), fastrnn.NaryTreeLSTM(4, 6, dtype=F64)
+    calls = [
+        *((m, lambda n, w=w: ((randn(n, 2, w), randn(2 * n, 2, 6)), {})) for m, w in attention_and_decoder()),
+        (bi, lambda n: ((randn(n, 2, 4),), {"lengths": lengths})),
+        (
+            tree,
+            lambda n: ((randn(n, 4), fastrnn.Forest.from_parents([-1, *(i // 2 for i in range(n - 1))])), {}),
+        ),
+    ]
+    for module, given in calls:
+        torch._dynamo.reset()
+        counter = CompileCounter()
+        compiled = torch.compile(module, fullgraph=True, backend=counter)
+        for n in (5, 9, 12, 20):
+            args, options = given(n)
+            assert_same(compiled(*args, **options), module(*args, **options))
+        assert counter.frame_count <= 2

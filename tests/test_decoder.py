@@ -258,6 +258,9 @@ def test_dropout_draws_what_torch_draws(feeding):
         assert_same(results[0][0][1], theirs)
     decoder.eval()
     assert torch.equal(decoder(x, memory)[0], decoder(x, memory)[0])
+    with pytest.warns(UserWarning, match="dropout=0.5 falls between layers, and there is one"):
+        one = fastrnn.AttentionDecoder(2, 6, 6, dropout=0.5, input_feeding=feeding, dtype=F64)
+    assert torch.equal(one(x, memory)[0], one.eval()(x, memory)[0])  # the last layer's output is not dropped
 
 
 @each_feeding
@@ -452,6 +455,9 @@ BAD = {
     "another a": (lambda x, m, s: (x, m, (*s[:2], s[2][:1])), ValueError, r"a must be \[B, H\]"),
     "dtypes": (lambda x, m, s: (x.float(), m, s), RuntimeError, "inputs must be torch.float64"),
     "ranks": (lambda x, m, s: (x[0, 0], m, s), ValueError, "inputs must have 3 dimensions"),
+    "tokens": (lambda x, m, s: (x[..., 0].long(), m, s), ValueError, "inputs must be a floating point"),
+    "lists": (lambda x, m, s: (x, m.tolist(), s), TypeError, "memory must be a Tensor, got list"),
+    "a number": (lambda x, m, s: (x, m, 3), TypeError, r"\(h_n, c_n\) or .*, got \(int\)"),
 }
 
 
@@ -467,7 +473,8 @@ def test_bad_input(name):
     ("options", "error", "text"),
     [
         ({"cell": "LSTM"}, ValueError, "cell must be one of 'lstm', 'gru', 'rnn', got 'LSTM'"),
-        ({"score": "general", "dropout": 2}, ValueError, r"dropout must lie in \[0, 1\], got 2"),
+        ({"score": "general", "dropout": 2}, ValueError, r"dropout must be a number in \[0, 1\], got 2"),
+        ({"score": "general", "dropout": True}, ValueError, "number in .*, got True"),
         ({}, ValueError, "query_size == memory_size"),
         ({"num_layers": 0}, ValueError, "num_layers must be greater than zero"),
         ({"input_feeding": 1}, TypeError, "input_feeding should be of type bool"),

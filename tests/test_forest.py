@@ -7,6 +7,7 @@ import copy
 import itertools
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -77,6 +78,24 @@ def test_lengths_count_within_each_tree():
     assert one.roots.tolist() == [1, 2]
 
 
+def test_integers_of_any_kind():
+    for kind in (np.int64, torch.tensor, int):
+        assert Forest.from_parents([kind(-1), kind(0)]).parents.tolist() == [-1, 0]
+    assert Forest.from_parents(np.array([-1, 0])).num_nodes == 2
+
+
+def test_rows_that_are_not_the_forests():
+    trees = forest([-1, 0, 0])
+    for call, count in (
+        (trees.at_roots, "3 nodes"),
+        (trees.at_leaves, "3 nodes"),
+        (trees.from_leaves, "2 lea"),
+    ):
+        for shape in ((4, 1), (1, 3), ()):
+            with pytest.raises(ValueError, match=f"a row for each of {count}.*got"):
+                call(torch.zeros(shape))
+
+
 def test_nested_trees_are_numbered_in_post_order():
     """Leaves from left to right, a list of trees, one leaf alone, names that are lists."""
     trees = Forest.from_nested([((("a", "b"), [1, 2]), None), "alone", ("x",)])
@@ -144,6 +163,10 @@ F, I32 = torch.float32, torch.int32
         (lambda: Forest.from_parents(torch.tensor([-1, 0], dtype=I32)), "LongTensor .* got torch.int32"),
         (lambda: Forest.from_parents([-1, "a"]), "must be integers: that of node 1 is 'a'"),
         (lambda: Forest.from_parents([-1, True]), "that of node 1 is True"),
+        (lambda: Forest.from_parents([-1, 2**70]), "of 64 bits: that of node 1 is 1180591620717411303424"),
+        (lambda: Forest.from_parents(3), "parents must be a LongTensor \\[N\\] or integers, got int"),
+        (lambda: Forest.from_parents([[-1], [0, 1]]), r"that of node 0 is \[-1\]"),
+        (lambda: Forest.from_parents([-1], lengths=["a"]), "lengths must be integers: that of tree 0 is 'a'"),
         (lambda: Forest.from_parents(torch.tensor([[-1, 0], [0, 0]])), r"got \[2, 2\]: node 0 has 2"),
         (lambda: forest([-1, 0, 0], [0, 1, 1]), "nodes 1 and 2 have the same parent 0 and the same slot 1"),
         (lambda: forest([-1, 0], [0, -1]), "the slot of node 1 is -1"),

@@ -315,9 +315,12 @@ BAD_OPTIONS = [
     ({"max_steps": 2.0}, TypeError, "max_steps must be an int, got float"),
     ({"beam_size": 0}, ValueError, "beam_size must be 1 or more, got 0"),
     ({"top_k": -2}, ValueError, "top_k must be 0 or more"),
-    ({"temperature": -1.0}, ValueError, "temperature must be a finite number, 0 or more, got -1.0"),
-    ({"temperature": float("nan")}, ValueError, "temperature"),
-    ({"length_penalty": float("inf")}, ValueError, "length_penalty must be a finite number"),
+    ({"temperature": -1.0}, ValueError, "temperature must be 0 or more, got -1.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature must be finite, got nan"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+    ({"length_penalty": float("inf")}, ValueError, "length_penalty must be finite, got inf"),
+    ({"length_penalty": None}, TypeError, "length_penalty must be a number, got NoneType"),
+    ({"generator": 3}, TypeError, "generator must be a torch.Generator, got int"),
     ({"end": V}, ValueError, r"end must be a token in \[0, V\) = \[0, 4\), got 4"),
     ({"end": -1}, ValueError, "end must be 0 or more"),
     ({"start": START.int()}, ValueError, r"start must be a LongTensor \[B\], got torch.int32"),
@@ -329,14 +332,17 @@ BAD_OPTIONS = [
         r"3 rows in dimension 1, got \[2, 5, 6\]",
     ),
     ({"strategy": "beam", "state": object()}, TypeError, "nest of tensors, got a object"),
+    ({"step_fn": 3}, TypeError, "step_fn must be callable, got int"),
 ]
 
 
 @pytest.mark.parametrize(("options", "error", "text"), BAD_OPTIONS)
 def test_bad_options(options, error, text):
-    given = {"start": START, "max_steps": 3, **options}
+    def step(token, state):
+        return torch.zeros(len(token), V), state
+
     with pytest.raises(error, match=text):
-        fastrnn.generate(lambda token, state: (torch.zeros(len(token), V), state), **given)
+        fastrnn.generate(**{"step_fn": step, "start": START, "max_steps": 3, **options})
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "sample", "beam"])

@@ -13,6 +13,7 @@ from helpers import CELLS, F64, LAYERS, assert_same, each_layer, grads, hidden, 
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import pack_padded_sequence
 
+import fastrnn
 from fastrnn.modules import GRU, LSTM, RNN
 
 T, B, IN, H = 4, 2, 3, 5
@@ -306,6 +307,52 @@ def test_fx_keeps_options_and_states():
     traced = torch.fx.symbolic_trace(model)
     args = (randn(T, B, IN), *hidden(model.rnn, B), torch.tensor([1, 4]))
     assert_same(traced(*args), model(*args))
+
+
+# Modules that are more than a layer, and what they are called with.
+MODULES = {
+    "attention": (
+        fastrnn.Attention(IN, dtype=F64),
+        (randn(T, B, IN), randn(2, B, IN)),
+        {"need_weights": False},
+    ),
+    "attention, lengths": (
+        fastrnn.Attention(IN, 4, score="general", dtype=F64),
+        (randn(T, B, IN), randn(2, B, 4)),
+        {"lengths": torch.tensor([2, 1])},
+    ),
+    "decoder": (fastrnn.AttentionDecoder(IN, H, H, dtype=F64), (randn(T, B, IN), randn(2, B, H)), {}),
+    "decoder, state": (
+        fastrnn.AttentionDecoder(IN, H, H, cell="gru", dtype=F64),
+        (randn(T, B, IN), randn(2, B, H), randn(1, B, H)),
+        {},
+    ),
+    "bidirectional": (
+        fastrnn.Bidirectional(GRU(IN, H, dtype=F64)),
+        (randn(T, B, IN),),
+        {"lengths": torch.tensor([1, 4])},
+    ),
+    "tree": (fastrnn.TreeRNN(IN, H, dtype=F64), (None, fastrnn.Forest.from_parents([-1, 0, 0])), {}),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_fx_keeps_these_leaves_too(name):
+    """Whichever of the arguments is the traced one."""
+    module, args, options = MODULES[name]
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, place):
+            super().__init__()
+            self.inner, self.place = module, place
+
+        def forward(self, given):
+            return self.inner(*args[: self.place], given, *args[self.place + 1 :], **options)
+
+    for place in [0, len(args) - 1] if isinstance(args[-1], torch.Tensor) else [len(args) - 1]:
+        traced = torch.fx.symbolic_trace(Wrapper(place))
+        assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["inner"]
+        assert_same(traced(args[place]), module(*args, **options))
 
 
 @each_layer

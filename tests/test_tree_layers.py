@@ -47,6 +47,8 @@ def test_second_and_third_derivatives_without_an_input(cell):
     states(layer, None, trees)[0].square().sum().backward()
     assert layer.weight_ih.grad is None
     assert layer.bias_ih.grad.abs().sum() > 0
+    value = states(layer, None, trees)[0].square().sum()
+    assert torch.autograd.grad(value, layer.weight_ih, create_graph=True, allow_unused=True) == (None,)
 
     def third(run):
         layer.zero_grad()
@@ -174,6 +176,40 @@ def test_the_graph_holds_one_operator_a_layer():
     (graph,) = counter.graphs
     names = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
     assert sum(name.startswith("fastrnn.tree") and "schedule" not in name for name in names) == 2
+
+
+@cells
+def test_torch_func_in_a_graph(cell):
+    """First and second derivatives, of a forest whose levels are known; else the error says what to do."""
+    torch._dynamo.reset()
+    layer, trees, x = make(cell, 2, 3), forest(*TREES), torch.randn(9, 2, dtype=F64)
+
+    def first(x):
+        return grad(lambda x: sum(s.sin().sum() for s in states(layer, x, trees)))(x)
+
+    def second(x):
+        return grad(lambda x: first(x).square().sum())(x)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"call forest.steps\('up'\) before"):
+        torch.compile(first, fullgraph=True, backend="eager")(x)
+    expected = [first(x), second(x)]  # kept from within a transform, and no worse for it
+    for run, value in zip((first, second), expected, strict=True):
+        torch.testing.assert_close(torch.compile(run, fullgraph=True, backend="eager")(x), value)
+
+
+def test_second_derivatives_of_a_graph():
+    """torch's compiler has none, and says so; without its autograd they are the reference's, as in eager."""
+    torch._dynamo.reset()
+    layer, trees = make("nary", 2, 3), forest(*TREES)
+
+    def second(run):
+        x = torch.ones(9, 2, dtype=F64, requires_grad=True)
+        (slope,) = torch.autograd.grad(run(x, trees)[0].square().sum(), x, create_graph=True)
+        return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    torch.testing.assert_close(second(torch.compile(layer, fullgraph=True, backend="eager")), second(layer))
+    with pytest.raises(RuntimeError, match="does not currently support double backward"):
+        second(torch.compile(layer, fullgraph=True, backend="aot_eager"))
 
 
 @cells

@@ -11,18 +11,30 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import heuristics, layer, scan, step
+from . import attend, attention, heuristics, layer, scan, step
 
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Arguments that are float32 whatever the layer's type; others that are not of the layer's type.
 _FLOAT32 = ("seq", "h_state", "c_state", "dseq", "c_before", "h_grad", "c_grad")
-_OTHERS = {"offsets": "*i64", "flags": "*u8", "arrived": "*i32"}
+_FLOAT32 += ("lse", "delta", "dscores", "dv")
+_OTHERS = {
+    "offsets": "*i64",
+    "flags": "*u8",
+    "arrived": "*i32",
+    "mask": "*u8",
+    "attended": "*u8",
+    "scale": "fp32",
+}
 _KERNELS = {
     kernel.fn.__name__: kernel
-    for kernel in (scan.scan_forward, scan.scan_backward, step.step_forward, step.step_backward)
+    for kernel in (
+        *(scan.scan_forward, scan.scan_backward, step.step_forward, step.step_backward),
+        *(attend.attend_forward, attend.attend_weights, attend.attend_dscores),
+        *(attend.attend_dquery, attend.attend_dkeys, attend.attend_dvalues),
+    )
 }
 _LAUNCHES = {"scan": "one launch", "grid": "one launch of programs that meet", "step": "a launch a step"}
-_SIZES = (*scan.FREE, "N", "H", "P", "D")
+_SIZES = (*scan.FREE, "N", "H", "P", "D", *attend.FREE, "K", "V", "mask_b", "mask_q")
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
@@ -67,6 +79,24 @@ def kernels(
     return found
 
 
+def attention_kernels(
+    dtype: torch.dtype, target: GPUTarget, additive: bool, masked: bool, width: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """Those of a training step with queries, keys and values so wide, and all compile-time arguments."""
+    common = attention.options(dtype, precision(dtype, target), additive, masked)
+    back = {**common, "DWEIGHTS": True}
+    of_keys = {"BLOCK_C": attention.ADDITIVE_PIECE if additive else attention.columns(width)}
+    of_values = {"BLOCK_V": attention.columns(width)}
+    return [
+        ("attend_forward", {**common, **of_values}),
+        ("attend_weights", common),
+        *([("attend_dscores", back)] if additive else []),
+        ("attend_dquery", {**back, **of_keys}),
+        ("attend_dkeys", {**back, **of_keys}),
+        ("attend_dvalues", {**common, **of_values}),
+    ]
+
+
 def compile(
     name: str, dtype: torch.dtype, target: GPUTarget, options: dict[str, Any], aligned: bool = True
 ) -> Any:
@@ -84,7 +114,7 @@ def compile(
         else:
             of = "fp32" if argument in _FLOAT32 else _FLOATS[dtype]
             signature[argument] = _OTHERS.get(argument, f"*{of}")
-        if signature[argument].startswith("*") or (aligned and argument in ("H", "P")):
+        if signature[argument].startswith("*") or (aligned and argument in ("H", "P", "K", "V")):
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=compiler)

@@ -53,8 +53,8 @@ class Shape:
 
 # Bytes of R, padded, up to which a scan keeps it on the chip: with its other tiles it takes a little more of
 # the 227 KB of shared memory that a block may have at compute capability 9.0 and 10.x, 163 KB at 8.0, and
-# 99 KB at 8.6, 8.9 and 12.x. Beyond FEW_WARPS four warps would spill registers.
-LARGE, SMALL, FEW_WARPS = 128 << 10, 64 << 10, 32 << 10
+# 99 KB at 8.6, 8.9 and 12.x. Beyond FEW_WARPS (LSTM, H = 32, 16 bits) eight warps are faster than four.
+LARGE, SMALL, FEW_WARPS = 128 << 10, 64 << 10, 8 << 10
 LARGE_CAPABILITIES = (80, 87, 90, 100, 101, 103)
 # Those on which registers hold tiles of 64 sequences x 32 units, of rows that begin at multiples of 16.
 WIDE_CAPABILITIES = (90, 100, 101, 103)
@@ -75,17 +75,39 @@ def programs(shape: Shape, block_b: int, block_u: int) -> int:
     return shape.groups * -(-shape.B // block_b) * -(-max(shape.H, shape.P) // block_u)
 
 
-def tiles(shape: Shape) -> tuple[int, tuple[int, ...]]:
-    """Of a program of a step or grid the sequences, and the numbers of units to choose from. Fewer units:
-    more programs share the reading of R; but float32 in tiles of 16 x 16, and any type in tiles of 32
-    sequences, leave warps without work of their own, or lack registers."""
+def tiles(shape: Shape) -> tuple[tuple[int, int], ...]:
+    """Of a grid's programs the sequences and units to choose from: the first of which all are there at once.
+    Small ones: more programs share the reading of R. But float32 in tiles of 16 x 16, and any type in tiles
+    of 32 sequences, leave warps without work of their own, or lack registers."""
+    small: tuple[tuple[int, int], ...] = ((16, 16), (16, 32), (16, 64))
+    if shape.itemsize == 4:
+        small = small[1:]
     if shape.B <= 32 or (shape.itemsize == 4 and shape.capability not in LARGE_CAPABILITIES):
-        return 16, (16, 32, 64) if shape.itemsize == 2 else (32, 64)
-    return 64, (16, 32) if shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0 else (16,)
+        return small
+    large = ((64, 16), (64, 32)) if wide(shape) else ((64, 16),)
+    return (*small[:1], *large) if shape.itemsize == 2 else large
 
 
-def warps(block_b: int, block_u: int) -> int:
-    return 4 if block_b * block_u <= 512 else 8
+def wide(shape: Shape) -> bool:
+    """Whether registers hold tiles of 64 sequences x 32 units."""
+    return shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0
+
+
+def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
+    """A grid or step in these tiles.
+
+    In 16 bits four warps were faster than eight on an H200 in every tile, and large pieces, loaded two or
+    three ahead, up to twice as fast as pieces of 32: what a step waits for is one piece after another.
+    """
+    large = shape.capability in LARGE_CAPABILITIES
+    if shape.itemsize == 4:
+        return Config(kernel, block_b, block_u, 32, 4 if block_b * block_u <= 512 else 8, 2)
+    if block_b == 16:
+        early = kernel == "grid" and block_u <= 32
+        return Config(kernel, block_b, block_u, 128 if block_u == 16 else 32, 4, 3 if large else 2, early)
+    if not large or shape.H % 16:
+        return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
+    return Config(kernel, block_b, block_u, 64, *((4, 4) if block_u == 16 else (8, 3)))
 
 
 def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
@@ -110,15 +132,11 @@ def configure(shape: Shape) -> Config:
     size = resident_bytes(shape, block_h, block_p)
     if size <= resident_limit(shape.capability):
         return Config("scan", 16, block_h, block_p, 4 if size <= FEW_WARPS else 8, 1)
-    block_b, units = tiles(shape)
-    # Pieces are loaded two ahead where there is shared memory for them, and registers for their addresses.
-    stages = 3 if shape.capability in LARGE_CAPABILITIES and shape.itemsize == 2 else 2
-    for block_u in units:
+    for block_b, block_u in tiles(shape):
         if programs(shape, block_b, block_u) <= shape.processors:
-            early = block_b * block_u <= 512 and shape.itemsize == 2
-            return Config("grid", block_b, block_u, 32, warps(block_b, block_u), stages, early)
-    block_u = 32 if block_b == 16 else 16
-    return Config("step", block_b, block_u, 32, warps(block_b, block_u), stages)
+            return stepping(shape, "grid", block_b, block_u)
+    block_b = tiles(shape)[-1][0]
+    return stepping(shape, "step", block_b, 32 if block_b == 16 or wide(shape) else 16)
 
 
 # --- what tuning has found

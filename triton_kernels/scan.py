@@ -55,8 +55,22 @@ def _place(s, d, T, B, b, base, offsets, flags, PACKED: tl.constexpr, MASKED: tl
 
 
 @triton.jit
+def _raw(p, row, stride, column, mask):
+    return tl.load(p + row[:, None] * stride + column[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
 def _tile(p, row, stride, column, mask):
-    return tl.load(p + row[:, None] * stride + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    return _raw(p, row, stride, column, mask).to(tl.float32)
+
+
+@triton.jit
+def _tiles(p, row, stride, H, unit, mask, COUNT: tl.constexpr):
+    """The blocks of units of so many gates."""
+    found = ()
+    for g in tl.static_range(COUNT):
+        found = found + (_raw(p, row, stride, g * H + unit, mask),)
+    return found
 
 
 @triton.jit
@@ -140,6 +154,8 @@ def scan_forward(
     if CELL_STATE:
         c = _tile(c_state, state, H, unit, live_u)
 
+    row, here, on, cut = _place(begin, d, T, B, b, base, offsets, flags, PACKED, MASKED)
+    ahead = _tiles(gates, direction * rows + row, SAVED * H, H, unit, on[:, None] & has_u[None, :], GATES)
     for s in range(begin, end):
         row, here, on, cut = _place(s, d, T, B, b, base, offsets, flags, PACKED, MASKED)
         on_u, on_k = on[:, None] & has_u[None, :], on[:, None] & has_k[None, :]
@@ -150,7 +166,12 @@ def scan_forward(
             c = tl.where(cut[:, None], 0.0, c)
         x = ()
         for g in tl.static_range(GATES):
-            x = x + (_tile(gates, local, SAVED * H, g * H + unit, on_u) + bias_x[g],)
+            x = x + (ahead[g].to(tl.float32) + bias_x[g],)
+        # The next step's are on their way while this one is computed.
+        after, _, runs, _ = _place(min(s + 1, end - 1), d, T, B, b, base, offsets, flags, PACKED, MASKED)
+        ahead = _tiles(
+            gates, direction * rows + after, SAVED * H, H, unit, runs[:, None] & has_u[None, :], GATES
+        )
         # Products are of h as y keeps it.
         operand = h.to(y.dtype.element_ty)
         if MID:
@@ -191,6 +212,27 @@ def scan_forward(
     _put(h_state, state, P, column, h, live_k)
     if CELL_STATE:
         _put(c_state, state, H, unit, c, live_u)
+
+
+@triton.jit
+def _kept(
+    gates, h_before, c_before, seq, dy, row, on, d, N, H, P, D, unit, column, has_u, has_k,
+    SAVED: tl.constexpr, STATE: tl.constexpr, CELL_STATE: tl.constexpr, DY: tl.constexpr,
+):  # fmt: skip
+    """What a step of the backward pass reads that no later step makes: what was saved, then h, c, the c after
+    and dy; the first again in place of what is not there."""
+    local = d.to(tl.int64) * N + row
+    on_u = on[:, None] & has_u[None, :]
+    saved = _tiles(gates, local, SAVED * H, H, unit, on_u, SAVED)
+    h, c, c_new, given = saved[0], saved[0], saved[0], saved[0]
+    if STATE:
+        h = _raw(h_before, local, P, unit, on_u)
+    if CELL_STATE:
+        c = _raw(c_before, local, H, unit, on_u)
+        c_new = _raw(seq, local, H, unit, on_u)
+    if DY:
+        given = _raw(dy, row, D * P, d * P + column, on[:, None] & has_k[None, :])
+    return saved + (h, c, c_new, given)
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -250,14 +292,26 @@ def scan_backward(
     if CELL_STATE:
         dc_next = _tile(c_grad, state, H, unit, live_u)
 
+    row, here, on, cut = _place(T - 1, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
+    ahead = _kept(
+        gates, h_before, c_before, seq, dy, row, on, d, N, H, P, D, unit, column, has_u, has_k,
+        SAVED, STATE, CELL_STATE, DY,
+    )  # fmt: skip
     for i in range(0, T):
         row, here, on, cut = _place(T - 1 - i, d, T, B, b, 0, offsets, flags, PACKED, MASKED)
-        on_u, on_k = on[:, None] & has_u[None, :], on[:, None] & has_k[None, :]
+        on_u = on[:, None] & has_u[None, :]
         here_u, here_k = here[:, None] & has_u[None, :], here[:, None] & has_k[None, :]
         local = direction * N + row
+        kept = ahead
+        # What the step before needs is on its way while this one is computed.
+        past, _, runs, _ = _place(max(T - 2 - i, 0), d, T, B, b, 0, offsets, flags, PACKED, MASKED)
+        ahead = _kept(
+            gates, h_before, c_before, seq, dy, past, runs, d, N, H, P, D, unit, column, has_u, has_k,
+            SAVED, STATE, CELL_STATE, DY,
+        )  # fmt: skip
         dh = tl.where(on[:, None], dh_next, 0.0)
         if DY:
-            dh += _tile(dy, row, D * P, d * P + column, on_k)
+            dh += kept[SAVED + 3].to(tl.float32)
         dc = tl.where(on[:, None], dc_next, 0.0)
         if DSEQ:
             dc += _tile(dseq, local, H, unit, on_u)
@@ -266,17 +320,14 @@ def scan_backward(
             tl.store(dmid + local[:, None] * P + column[None, :], m, mask=here_k)
             zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
             dh = _dot(m, projection, zero, OPERAND, PRECISION)
-        h = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        if STATE:
-            h = _tile(h_before, local, P, unit, on_u)
-        c = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)
-        c_new = c
-        if CELL_STATE:
-            c = _tile(c_before, local, H, unit, on_u)
-            c_new = _tile(seq, local, H, unit, on_u)
+        h, c, c_new = (
+            kept[SAVED].to(tl.float32),
+            kept[SAVED + 1].to(tl.float32),
+            kept[SAVED + 2].to(tl.float32),
+        )
         saved = ()
         for g in tl.static_range(SAVED):
-            saved = saved + (_tile(gates, local, SAVED * H, g * H + unit, on_u),)
+            saved = saved + (kept[g].to(tl.float32),)
         if MID:
             dz, dn, rest = cells.reset_backward(saved[1], saved[2], h, dh)
             zero = tl.zeros((BLOCK_B, BLOCK_H), tl.float32)

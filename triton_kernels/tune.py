@@ -44,7 +44,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
         others += [
             Config("scan", block_b, block_h, block_p, warps, 1) for block_b in (16, 32) for warps in (4, 8)
         ]
-    tiles = itertools.product((16, 32, 64), (16, 32, 64), (32, 64), (4, 8), (2, 3, 4))
+    tiles = itertools.product((16, 32, 64), (16, 32, 64), (32, 64, 128), (4, 8), (2, 3, 4))
     for block_b, block_u, block_k, warps, stages in tiles:
         if block_b > 16 and block_b // 2 >= shape.B:
             continue  # half of it would hold the batch

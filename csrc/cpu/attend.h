@@ -4,6 +4,7 @@
 
 #include <limits>
 
+#include "../cells/math.h"
 #include "attention.h"
 #include "step.h"
 
@@ -124,14 +125,14 @@ FASTRNN_HD void attend(const Memory<E>& m, const E* query, E* row, E* mixed) {
   weighted_sum(row, m.values, m.ld_values, m.S, m.V, mixed);
 }
 
-// The additive score's: dquery [K], and dkeys [S][ld_keys] and dv [K] added to. ds has the scale in it.
+// The additive score's, of units [begin, end), whole vectors: dquery [K], and dkeys [S][ld_keys] and dv [K]
+// added to. ds has the scale in it.
 template <class E>
-__attribute__((noinline)) void additive_backward(const Memory<E>& m, const E* query, const E* ds, E* dquery,
-                                                 E* dkeys, E* dv) {
+__attribute__((noinline)) void additive_backward(const Memory<E>& m, int64_t begin, int64_t end,
+                                                 const E* query, const E* ds, E* dquery, E* dkeys, E* dv) {
   using S = Simd<E>;
   constexpr int kFew = 4;
-  const int64_t end = vectors<E>(m.K) * S::W;
-  for (int64_t u0 = 0; u0 < end; u0 += kFew * S::W) {
+  for (int64_t u0 = begin; u0 < end; u0 += kFew * S::W) {
     const int few = static_cast<int>(at_most((end - u0) / S::W, kFew));
     S q[kFew], v[kFew], dq[kFew], sum[kFew];
     for (int j = 0; j < few; ++j) {

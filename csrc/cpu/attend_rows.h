@@ -170,6 +170,9 @@ struct AttendForward {
   }
 };
 
+// Members share out the positions, or what is the same for all positions by queries or units; they meet
+// wherever one reads what others have made. Nothing is added up across members: the bits do not depend on
+// them.
 template <class E>
 struct AttendBackward {
   using S = Simd<E>;
@@ -179,14 +182,16 @@ struct AttendBackward {
 
   static int64_t scratch(int64_t S_, int64_t K, int64_t V) {
     const int64_t wide = whole<E>(S_), k = whole<E>(K), v = whole<E>(V);
-    return wide * (3 * k + v + 2 * kRows) + kRows * (k + v + 1) + wide + 2 * k + 32 * S::W;
+    return wide * (3 * k + v + 2 * kRows) + kRows * (k + v + 1) + wide + k + 32 * S::W;
   }
 
   const Attend<E>& p;
-  E *keys, *packed, *dkeys, *values, *weights, *ds, *q_panels, *dc_panels, *delta, *row, *query, *dquery;
+  const Share& share;
+  int64_t block0, block1, s0, s1;  // own vectors of positions, and positions
+  E *keys, *packed, *dkeys, *values, *weights, *ds, *queries, *dc_panels, *delta, *row, *dquery;
   Weight by_keys, by_values, by_positions;
 
-  AttendBackward(const Attend<E>& args, E* at) : p(args) {
+  AttendBackward(const Attend<E>& args, const Share& part, E* at) : p(args), share(part) {
     Scratch<E> scratch{at};
     const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
     keys = scratch.take(p.S * k);
@@ -195,50 +200,93 @@ struct AttendBackward {
     values = scratch.take(wide * v);
     weights = scratch.take(wide * kRows);
     ds = scratch.take(wide * kRows);
-    q_panels = scratch.take(kRows * k);
+    queries = scratch.take(kRows * k);
     dc_panels = scratch.take(kRows * v);
     delta = scratch.take(kRows);
     row = scratch.take(wide);
-    query = scratch.take(k);
     dquery = scratch.take(k);
+    my_blocks<E>(share, p.S, block0, block1);
+    s0 = block0 * S::W;
+    s1 = at_most(block1 * S::W, p.S);
     const bool few = p.Tq <= kFew, in_place = few && !p.any && !p.v && p.K % S::W == 0;
-    if (!in_place) copy_rows(p.keys, p.ld_keys, p.S, p.K, p.any, keys);
+    if (!in_place) {
+      copy_rows(p.keys + s0 * p.ld_keys, p.ld_keys, s1 - s0, p.K, p.any ? p.any + s0 : nullptr,
+                keys + s0 * k);
+    }
     by_positions = {in_place ? p.keys : keys, Weight::kColumns, in_place ? p.ld_keys : k, nullptr};
     by_values = few ? Weight{p.values, Weight::kRows, p.ld_values, nullptr}
-                    : pack_rows(p.values, p.ld_values, p.S, p.V, values);
+                    : pack_own(p.values, p.ld_values, p.V, values);
     if (p.v) {
-      std::fill_n(dkeys, p.S * k, E(0));
+      std::fill_n(dkeys + s0 * k, (s1 - s0) * k, E(0));
     } else {
-      by_keys = few ? Weight{p.keys, Weight::kRows, p.ld_keys, nullptr}
-                    : pack_rows(p.keys, p.ld_keys, p.S, p.K, packed);
+      by_keys =
+          few ? Weight{p.keys, Weight::kRows, p.ld_keys, nullptr} : pack_own(p.keys, p.ld_keys, p.K, packed);
     }
   }
 
-  Memory<E> memory() const { return {keys, nullptr, whole<E>(p.K), 0, p.S, p.K, 0, nullptr, p.v, p.scale}; }
+  Weight pack_own(const E* from, int64_t ld, int64_t width, E* to) const {
+    pack<E>({from, false, 1, 0, p.S, ld, width, 1}, to, block0, block1);
+    return {to, Weight::kPacked, 0, nullptr};
+  }
+
+  Memory<E> memory(int64_t from, int64_t after) const {
+    const int64_t k = whole<E>(p.K);
+    return {keys + from * k, nullptr, k, 0, after - from, p.K, 0, nullptr, p.v, p.scale};
+  }
+
+  // Own vectors of `units`, f(row, unit, lanes, sum).
+  template <class A, class F>
+  void own_units(int64_t rows, int64_t units, const A& a, const Weight& w, int64_t K, F&& f) const {
+    int64_t b0, b1;
+    my_blocks<E>(share, units, b0, b1);
+    product<1>(0, rows, b0, b1, units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
+               [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { f(i, unit, lanes, v[0]); });
+  }
+
+  // f(row) for own rows.
+  template <class F>
+  void own_rows(int64_t rows, F&& f) const {
+    for (int64_t i = rows * share.part / share.parts; i < rows * (share.part + 1) / share.parts; ++i) f(i);
+  }
 
   // Panels [S/W][kRows][W].
   FASTRNN_HD static E* in_panels(E* panels, int64_t i, int64_t s) { return panels + s * kRows + i * S::W; }
 
+  // The rows as the products read them: panels [columns/W][kRows][W], of the additive score rows of queries.
+  void prepare(int64_t q0, int64_t rows) const {
+    const E* query = p.query + q0 * p.ld_query;
+    own_rows(rows, [&](int64_t i) {
+      panel(p.dcontext + (q0 + i) * p.ld_context, p.V, dc_panels + i * S::W);
+      if (p.v) {
+        copy_rows(query + i * p.ld_query, 0, 1, p.K, nullptr, queries + i * whole<E>(p.K));
+      } else {
+        panel(query + i * p.ld_query, p.K, queries + i * S::W);
+      }
+    });
+  }
+
+  static void panel(const E* from, int64_t columns, E* to) {
+    to_panels<E>({const_cast<E*>(from), 0, false}, columns, to, kRows * S::W);
+  }
+
   // The weights of queries [q0, q0 + rows), again.
   void softmax(int64_t q0, int64_t rows) const {
-    const E* queries = p.query + q0 * p.ld_query;
     const S scale(p.scale);
     const auto keep = [&](int64_t i, int64_t s, const S& e) {
       exp_(e - S(p.lse[q0 + i])).store(in_panels(weights, i, s));
     };
     if (p.v) {
       for (int64_t i = 0; i < rows; ++i) {
-        copy_rows(queries + i * p.ld_query, 0, 1, p.K, nullptr, query);
-        additive_scores(memory(), query, row);
-        for (int64_t s = 0; s < p.S; s += S::W) keep(i, s, S::load(row + s));
+        additive_scores(memory(s0, s1), queries + i * whole<E>(p.K), row + s0);
+        for (int64_t s = s0; s < s1; s += S::W) keep(i, s, S::load(row + s));
       }
     } else {
-      rows_by(rows, p.S, InRows<E>{queries, p.ld_query}, by_keys, p.K,
-              [&](int64_t i, int64_t s, int, const S& v) { keep(i, s, v * scale); });
+      own_units(rows, p.S, InRows<E>{p.query + q0 * p.ld_query, p.ld_query}, by_keys, p.K,
+                [&](int64_t i, int64_t s, int, const S& v) { keep(i, s, v * scale); });
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask : nullptr;
-      for (int64_t s = 0; s < whole<E>(p.S); ++s) {
+      for (int64_t s = s0; s < block1 * S::W; ++s) {
         if (s >= p.S || (mask && !mask[s])) in_panels(weights, i, s / S::W * S::W)[s % S::W] = E(0);
       }
     }
@@ -247,7 +295,7 @@ struct AttendBackward {
   // delta = sum of weights * their gradient, by way of the context where nothing came for the weights
   // themselves.
   void sums(int64_t q0, int64_t rows) const {
-    for (int64_t i = 0; i < rows; ++i) {
+    own_rows(rows, [&](int64_t i) {
       const int64_t at = (q0 + i) * p.ld_context, to = (q0 + i) * p.ld_weights;
       S sum(0);
       for (int64_t u = 0; u < p.V; u += S::W) {
@@ -260,66 +308,65 @@ struct AttendBackward {
         sum = sum + select<E>(w.v == S(0).v, S(0), w * S::load(p.dweights + to + s, lanes));
       }
       delta[i] = sum_of(sum);
-    }
+    });
   }
 
-  // ds, of the scores before their scale.
+  // ds, of the scores before their scale: in panels, of the additive score in rows.
   void scores(int64_t q0, int64_t rows) const {
     const S scale(p.scale), zero(0);
-    rows_by(rows, p.S, InRows<E>{p.dcontext + q0 * p.ld_context, p.ld_context}, by_values, p.V,
-            [&](int64_t i, int64_t s, int lanes, const S& v) {
-              const S w = S::load(in_panels(weights, i, s));
-              const S dw = p.dweights ? v + S::load(p.dweights + (q0 + i) * p.ld_weights + s, lanes) : v;
-              select<E>(w.v == zero.v, zero, scale * w * (dw - S(delta[i]))).store(in_panels(ds, i, s));
-            });
+    own_units(rows, p.S, InRows<E>{p.dcontext + q0 * p.ld_context, p.ld_context}, by_values, p.V,
+              [&](int64_t i, int64_t s, int lanes, const S& v) {
+                const S w = S::load(in_panels(weights, i, s));
+                const S dw = p.dweights ? v + S::load(p.dweights + (q0 + i) * p.ld_weights + s, lanes) : v;
+                select<E>(w.v == zero.v, zero, scale * w * (dw - S(delta[i])))
+                    .store(p.v ? ds + i * whole<E>(p.S) + s : in_panels(ds, i, s));
+              });
   }
 
-  // Panels [columns/W][kRows][W] of rows of a tensor.
-  void panels(const E* from, int64_t ld, int64_t rows, int64_t columns, E* to) const {
-    for (int64_t i = 0; i < rows; ++i) {
-      to_panels<E>({const_cast<E*>(from) + i * ld, 0, false}, columns, to + i * S::W, kRows * S::W);
-    }
-  }
-
-  // out [S][columns] (+)= the sum over rows of a by b.
+  // out [own positions][columns] (+)= the sum over rows of a by b.
   void outer(const E* a, const E* b, int64_t rows, int64_t columns, E* out, int64_t ld, bool add) const {
-    for (int64_t s = 0; s < p.S; s += S::W) {
+    for (int64_t s = s0; s < s1; s += S::W) {
       const int lanes = static_cast<int>(at_most(p.S - s, S::W));
       outer_product<E>({a + s * kRows, b, kRows * S::W, rows, kRows, lanes, columns, out + s * ld, ld, add});
     }
   }
 
-  void queries(int64_t q0, int64_t rows) const {
+  void query_gradient(int64_t q0, int64_t rows) const {
     E* to = p.dquery + q0 * p.ld_query;
     if (!p.v) {
-      return rows_by(rows, p.K, InPanels<E>{ds, kRows * S::W, p.S}, by_positions, p.S,
-                     [&](int64_t i, int64_t unit, int lanes, const S& v) {
-                       v.store(to + i * p.ld_query + unit, lanes);
-                     });
+      return own_units(rows, p.K, InPanels<E>{ds, kRows * S::W, p.S}, by_positions, p.S,
+                       [&](int64_t i, int64_t unit, int lanes, const S& v) {
+                         v.store(to + i * p.ld_query + unit, lanes);
+                       });
     }
-    for (int64_t i = 0; i < rows; ++i) {
-      copy_rows(p.query + (q0 + i) * p.ld_query, 0, 1, p.K, nullptr, query);
-      for (int64_t s = 0; s < p.S; s += S::W) S::load(in_panels(ds, i, s)).store(row + s);
-      additive_backward(memory(), query, row, dquery, dkeys, p.dv);
-      std::memcpy(to + i * p.ld_query, dquery, p.K * sizeof(E));
+    int64_t b0, b1;
+    my_blocks<E>(share, p.K, b0, b1);
+    const int64_t u0 = b0 * S::W, u1 = b1 * S::W, own = at_most(u1, p.K) - u0;
+    for (int64_t i = 0; i < rows && own > 0; ++i) {
+      additive_backward(memory(0, p.S), u0, u1, queries + i * whole<E>(p.K), ds + i * whole<E>(p.S), dquery,
+                        dkeys, p.dv);
+      std::memcpy(to + i * p.ld_query + u0, dquery + u0, own * sizeof(E));
     }
   }
 
-  static void run(const Attend<E>& p, E* scratch) {
-    const AttendBackward b(p, scratch);
+  static void run(const Attend<E>& p, const Share& share, E* scratch) {
+    const AttendBackward b(p, share, scratch);
     for (int64_t q0 = 0; q0 < p.Tq; q0 += kRows) {
       const int64_t rows = at_most(p.Tq - q0, kRows);
+      b.prepare(q0, rows);
+      if (p.v) end_phase(share);
       b.softmax(q0, rows);
+      if (p.dweights) end_phase(share);
       b.sums(q0, rows);
+      end_phase(share);
       b.scores(q0, rows);
-      b.queries(q0, rows);
-      b.panels(p.dcontext + q0 * p.ld_context, p.ld_context, rows, p.V, b.dc_panels);
+      end_phase(share);
+      b.query_gradient(q0, rows);
       b.outer(b.weights, b.dc_panels, rows, p.V, p.dvalues, p.ld_values, q0 > 0);
-      if (p.v) continue;
-      b.panels(p.query + q0 * p.ld_query, p.ld_query, rows, p.K, b.q_panels);
-      b.outer(b.ds, b.q_panels, rows, p.K, p.dkeys, p.ld_keys, q0 > 0);
+      if (!p.v) b.outer(b.ds, b.queries, rows, p.K, p.dkeys, p.ld_keys, q0 > 0);
+      end_phase(share);
     }
-    for (int64_t s = 0; s < p.S && p.v; ++s) {
+    for (int64_t s = b.s0; s < b.s1 && p.v; ++s) {
       std::memcpy(p.dkeys + s * p.ld_keys, b.dkeys + s * whole<E>(p.K), p.K * sizeof(E));
     }
   }

@@ -65,8 +65,11 @@ class AttentionCall {
       p.ld_values = p.ld_context = in.B * in.V;
       p.ld_weights = in.S;
       p.scale = static_cast<E>(in.scale);
-      if (any) read_mask(p, b, any + b * in.S);
     }
+    if (!any) return;
+    for_rows(in.B, in.mask->numel() / std::max<int64_t>(in.B, 1), [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) read_mask(all_[b], b, any + b * in.S);
+    });
   }
 
   std::tuple<Tensor, Tensor, Tensor> forward(bool need_weights) {
@@ -116,8 +119,9 @@ class AttentionCall {
       p.dvalues = data(dvalues) + b * V;
       p.dv = dv ? dv + b * ld_v : nullptr;
     }
-    run(B, k.backward_scratch(S, K, V), 5,
-        [&](int64_t b, E* scratch) { k.attend_backward(all_[b], scratch); });
+    run_backward(k.backward_scratch(S, K, V), [&](int64_t b, const Share& share, E* scratch) {
+      k.attend_backward(all_[b], share, scratch);
+    });
     Tensor sum = empty({in_.v ? K : 0}, in_.dtype);
     for (int64_t u = 0; u < sum.numel(); ++u) {
       double total = 0;
@@ -147,19 +151,49 @@ class AttentionCall {
     p.any = std::find(any, any + p.S, false) == any + p.S ? nullptr : any;
   }
 
-  // f(task, scratch) of all tasks, shared out over threads. products: of Tq * S * (K or V) multiplications.
+  // Threads for products of Tq * S * (K or V) multiplications, at most so many.
+  int threads(int64_t products, int64_t most) const {
+    constexpr int64_t kLeastCall = 100000;  // shorter ones are better run alone
+    const int64_t work = products * in_.B * in_.Tq * in_.S * std::max(in_.K, in_.V);
+    most = std::max<int64_t>(1, std::min(most, work / kLeastCall));
+    return static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+  }
+
+  // f(task, scratch) of all tasks, shared out over threads.
   template <class F>
   void run(int64_t tasks, int64_t scratch, int64_t products, F&& f) {
     if (tasks == 0) return;
-    constexpr int64_t kLeastCall = 100000;  // shorter ones are better run alone
-    const int64_t work = products * in_.B * in_.Tq * in_.S * std::max(in_.K, in_.V);
-    const int64_t most = std::max<int64_t>(1, std::min(tasks, work / kLeastCall));
-    const int want = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+    const int want = threads(products, tasks);
     const int64_t each = ceil_div(scratch, 64) * 64;
     E* all = arena_.template get<E>(want * each);
     run_team(want, [&](const Team& team) {
       for (int64_t i = tasks * team.member / team.size; i < tasks * (team.member + 1) / team.size; ++i)
         f(i, all + team.member * each);
+    });
+  }
+
+  // f(sequence, share, scratch): a thread takes as many sequences as all others, then groups of threads take
+  // one each of what is left.
+  template <class F>
+  void run_backward(int64_t scratch, F&& f) {
+    const int64_t B = in_.B, each = ceil_div(scratch, 64) * 64;
+    if (B == 0) return;
+    const int want = threads(5, torch::stable::get_num_threads());
+    E* all = arena_.template get<E>(std::min<int64_t>(want, B) * each);
+    run_team(want, [&](const Team& team) {
+      const int64_t rounds = B / team.size, left = B - rounds * team.size;
+      Share share{};
+      share.parts = 1;
+      for (int64_t i = 0; i < rounds; ++i) f(rounds * team.member + i, share, all + team.member * each);
+      if (left == 0) return;
+      const int64_t group = ((team.member + 1) * left - 1) / team.size;
+      const int begin = static_cast<int>(group * team.size / left);
+      share.part = team.member - begin;
+      share.parts = static_cast<int>((group + 1) * team.size / left) - begin;
+      share.places = team.group(begin);
+      // The first of the group may still need its scratch.
+      if (rounds > 0 && share.parts > 1) cpu::meet(share.places, share.part, share.parts);
+      f(rounds * team.size + group, share, all + (rounds > 0 ? begin : group) * each);
     });
   }
 

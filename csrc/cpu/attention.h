@@ -21,6 +21,7 @@ struct Memory {
 // below.
 template <class E>
 struct Decoder {
+  const CellKernels<E>* cell;
   int layers;
   Scan<E>* scan;            // [layers], of one direction each: cells, weights, states and their scratch
   int64_t B, S, K;          // S of the longest memory, K the width of a query
@@ -75,19 +76,15 @@ struct Attend {
 // Queries that one call of forward takes, at most: they share what is packed of the memory.
 inline constexpr int64_t kAttendRows = 32;
 
-// Entries of an instruction set's table: the decoder of each cell, in the order of the registry.
-template <class E>
-struct DecoderKernels {
-  void (*forward)(const Decoder<E>&, const Share&);
-  void (*backward)(const Decoder<E>&, const Share&);
-};
-
+// An instruction set's entry.
 template <class E>
 struct AttentionKernels {
-  const DecoderKernels<E>* decoders;
-  // Queries [q0, q1) of a sequence; all of them, backward. scratch: so many elements as the next two say.
+  void (*decode)(const Decoder<E>&, const Share&);
+  void (*decode_backward)(const Decoder<E>&, const Share&);
+  // Queries [q0, q1) of a sequence; all of them, backward, by the members that share it. scratch: so many
+  // elements as the next two say, of a sequence.
   void (*attend)(const Attend<E>&, int64_t q0, int64_t q1, E* scratch);
-  void (*attend_backward)(const Attend<E>&, E* scratch);
+  void (*attend_backward)(const Attend<E>&, const Share&, E* scratch);
   int64_t (*scratch)(int64_t K, int64_t V);
   int64_t (*backward_scratch)(int64_t S, int64_t K, int64_t V);
 };

@@ -2,7 +2,6 @@
 // FASTRNN_VECTOR_BYTES, includes this, and is compiled with that set's flags.
 #pragma once
 
-#include "../cells/registry.h"
 #include "attend_rows.h"
 #include "decode.h"
 
@@ -10,11 +9,9 @@ namespace fastrnn::FASTRNN_ISA {
 
 template <class E>
 const cpu::AttentionKernels<E>* attention_kernels() {
-#define FASTRNN_ENTRY(Cell) {&Decode<Cell, E>::run, &DecodeBackward<Cell, E>::run},
-  static constexpr cpu::DecoderKernels<E> decoders[] = {FASTRNN_CELLS(FASTRNN_ENTRY)};
-#undef FASTRNN_ENTRY
-  static constexpr cpu::AttentionKernels<E> kernels{decoders, &AttendForward<E>::run, &AttendBackward<E>::run,
-                                                    &AttendForward<E>::scratch, &AttendBackward<E>::scratch};
+  static constexpr cpu::AttentionKernels<E> kernels{
+      &Decode<E>::run,         &Decode<E>::run_backward,   &AttendForward<E>::run,
+      &AttendBackward<E>::run, &AttendForward<E>::scratch, &AttendBackward<E>::scratch};
   return &kernels;
 }
 

@@ -149,27 +149,38 @@ struct Backward {
     }
   }
 
+  static int64_t time(const Scan<E, A>& p, const Direction<E, A>& d, int64_t k) {
+    return d.reverse ? k : p.rows.T - 1 - k;
+  }
+
+  static void step(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, int64_t k,
+                   int64_t chunk_first) {
+    const int64_t forward = d.reverse ? -1 : 1;  // the forward scan's next step in time
+    const int64_t t = time(p, d, k);
+    const Backward b{p,
+                     d,
+                     share,
+                     step_at(p, d, t),
+                     step_at(p, d, t + forward),
+                     step_at(p, d, t - forward),
+                     d.ring[k & 1],
+                     d.ring[(k + 1) & 1],
+                     k,
+                     chunk_first};
+    b.step(at_most(share.row1, b.now.active));
+  }
+
   static void run(const Scan<E, A>& p, const Share& share) {
     for (int which = share.dir0; which < share.dir1; ++which) {
       const Direction<E, A>& d = p.dir[which];
-      const int64_t forward = d.reverse ? -1 : 1;  // the forward scan's next step in time
-      const auto time = [&](int64_t k) { return d.reverse ? k : p.rows.T - 1 - k; };
-      const int64_t chunk_first = p.rows.offset[d.reverse ? time(p.k0) : time(p.k1 - 1)];
-      for (int64_t k = p.k0; k < p.k1; ++k) {
-        const int64_t t = time(k);
-        const Backward b{p,
-                         d,
-                         share,
-                         step_at(p, d, t),
-                         step_at(p, d, t + forward),
-                         step_at(p, d, t - forward),
-                         d.ring[k & 1],
-                         d.ring[(k + 1) & 1],
-                         k,
-                         chunk_first};
-        b.step(at_most(share.row1, b.now.active));
-      }
+      const int64_t chunk_first = p.rows.offset[time(p, d, d.reverse ? p.k0 : p.k1 - 1)];
+      for (int64_t k = p.k0; k < p.k1; ++k) step(p, d, share, k, chunk_first);
     }
+  }
+
+  // Step k of a decoder's layer; all of them are one chunk.
+  static void step_alone(const Scan<E, A>& p, const Share& share, int64_t k) {
+    step(p, p.dir[0], share, k, 0);
   }
 
   // ds of the first state, in state[0] (and the other states, cut where the first step is reset).

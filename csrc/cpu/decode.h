@@ -7,16 +7,12 @@
 #pragma once
 
 #include "attend.h"
-#include "backward.h"
-#include "forward.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
-#define FASTRNN_NOINLINE __attribute__((noinline))  // what is the same for each cell is compiled once
-
-// A member's part of the scans, but for the cells.
+// A member's part of the scans.
 template <class E>
-struct DecodeShare {
+struct Decode {
   using S = Simd<E>;
   const cpu::Decoder<E>& p;
   const Share& share;
@@ -25,7 +21,7 @@ struct DecodeShare {
   int64_t block0, block1;  // own blocks of H units
   int64_t row0, row1;      // own rows for the attention
 
-  DecodeShare(const cpu::Decoder<E>& decoder, const Share& s)
+  Decode(const cpu::Decoder<E>& decoder, const Share& s)
       : p(decoder), share(s), top(p.scan[p.layers - 1].dir[0]), T(p.scan->rows.T), H(p.scan->H) {
     my_blocks<E>(s, H, block0, block1);
     const int64_t rows = s.row1 - s.row0;
@@ -56,7 +52,7 @@ struct DecodeShare {
 
   // --- forward
 
-  FASTRNN_NOINLINE void drop(int k, int64_t t) const {
+  void drop(int k, int64_t t) const {
     const E *y = static_cast<const E*>(p.scan[k].dir[0].y.data), *drop = p.drops[k];
     own([&](int64_t i, int64_t unit, int lanes) {
       const int64_t at = (t * p.B + i) * H + unit;
@@ -64,7 +60,7 @@ struct DecodeShare {
     });
   }
 
-  FASTRNN_NOINLINE void attention(int64_t t) const {
+  void attention(int64_t t) const {
     const E *h = top.ring[(t + 1) & 1], *query = h;
     int64_t ld = top.ld_ring;
     if (p.w_query) {
@@ -87,7 +83,7 @@ struct DecodeShare {
     end_phase(share);
   }
 
-  FASTRNN_NOINLINE void output(int64_t t) const {
+  void output(int64_t t) const {
     units(share.row0, share.row1, H, InRows<E>{top.ring[(t + 1) & 1], top.ld_ring}, p.w_h, H, t,
           [&](int64_t i, int64_t unit, int lanes, const S& v) {
             const S a = tanh_(v + S::load(p.mixed + i * p.ld_feed + unit));
@@ -113,7 +109,7 @@ struct DecodeShare {
     dz.store(in_panels(p.dz_panels, t, i, unit));
   }
 
-  FASTRNN_NOINLINE void begin() const {
+  void begin() const {
     own([&](int64_t i, int64_t unit, int lanes) { begin(T - 1, i, unit, lanes, S(0)); });
     end_phase(share);
   }
@@ -129,7 +125,7 @@ struct DecodeShare {
   }
 
   // Own rows of the batch: through the weights to the scores, and to the query: dh, or dquery.
-  FASTRNN_NOINLINE void attention_backward(int64_t t) const {
+  void attention_backward(int64_t t) const {
     for (int64_t i = row0; i < row1; ++i) {
       const Memory<E>& m = p.memory[i];
       const int64_t whole = vectors<E>(m.S) * S::W, at = (i * T + t) * p.S;
@@ -141,7 +137,8 @@ struct DecodeShare {
       if (m.v) {
         E *dquery = p.dquery + i * p.ld_query, *query = p.query + i * p.ld_query;
         std::memcpy(query, p.queries + (t * p.B + i) * p.K, p.K * sizeof(E));
-        additive_backward(m, query, ds, dquery, p.dkeys + i * p.S * p.ld_query, p.dv + i * p.ld_query);
+        additive_backward(m, 0, vectors<E>(m.K) * S::W, query, ds, dquery, p.dkeys + i * p.S * p.ld_query,
+                          p.dv + i * p.ld_query);
         for (int64_t u = 0; u < m.K; u += S::W) {
           S::load(dquery + u).store(in_panels(p.dquery_panels, t, i, u));
         }
@@ -165,7 +162,7 @@ struct DecodeShare {
   }
 
   // From layer l's gates to what entered it: the layer below, or the a before.
-  FASTRNN_NOINLINE void below(int l, int64_t t, int gates) const {
+  void below(int l, int64_t t, int gates) const {
     const int64_t first = t * p.B, from = first + share.row0, to = first + share.row1;
     const InPanels<E> dg{p.scan[l].dir[0].dg, p.scan[l].panel_rows * S::W, H};
     if (l > 0) {
@@ -184,97 +181,38 @@ struct DecodeShare {
     });
     end_phase(share);
   }
-};
 
-template <class Cell, class E>
-struct Decode : DecodeShare<E> {
-  using S = Simd<E>;
-  using Layer = Forward<Cell, E>;
-  using Base = DecodeShare<E>;
-  using Base::Base, Base::block0, Base::block1, Base::H, Base::p, Base::share;
-
-  // gx += W_feed a, of one stage's gates.
-  template <int N>
-  FASTRNN_HD void add_feed(const Layer& f, const E* a, int stage, int gate0) const {
-    product<N>(share.row0, share.row1, block0, block1, H, InRows<E>{a, p.ld_feed}, p.w_feed[stage], H,
-               static_cast<const E*>(nullptr), 0, f.backwards, f.gx_of(gate0, N),
-               [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& v) {
-                 for (int g = 0; g < N; ++g) {
-                   E* gx = f.gates + i * f.d.ld_gates + (gate0 + g) * H + unit;
-                   (S::load(gx, lanes) + v[g]).store(gx, lanes);
-                 }
-               });
-  }
-
-  // [chunk0, chunk1): the steps whose W x the first layer has.
-  void layer(int k, int64_t t, int64_t chunk0, int64_t chunk1) const {
-    const Scan<E>& scan = p.scan[k];
-    const Direction<E>& d = scan.dir[0];
-    typename Layer::Chunk chunk{t, t + 1};
-    if (k == 0) chunk = {chunk0, chunk1};
-    if (k > 0 || t == chunk0) Layer::input_products(scan, d, share, chunk, block0, block1);
-    const Step now = step_at(scan, d, t);
-    const int64_t place = d.save ? now.first : Layer::slot(scan, share, chunk, t);
-    const Layer f{scan,
-                  d,
-                  share,
-                  now,
-                  step_at(scan, d, t + 1),
-                  d.ring[t & 1],
-                  d.ring[(t + 1) & 1],
-                  d.gates + place * d.ld_gates,
-                  (t & 1) != 0};
-    if (k == 0) {
-      const E* a = p.feed[t & 1];
-      if constexpr (Layer::kFirst > 0) add_feed<Layer::kFirst>(f, a, 0, 0);
-      add_feed<Layer::kLast>(f, a, Cell::kStages - 1, Layer::kFirst);
-    }
-    if constexpr (Cell::kStages == 2) f.first_stage(share.row0, share.row1);
-    f.last_stage(share.row0, share.row1, block0, block1);
-    if (p.drops && k + 1 < p.layers) this->drop(k, t);
-    end_phase(share);
-  }
+  // --- the scans, whose cells are the layers' own kernels
 
   static void run(const cpu::Decoder<E>& p, const Share& share) {
     const Decode f(p, share);
     for (int64_t t0 = 0; t0 < f.T; t0 += p.scan->steps) {
       const int64_t t1 = at_most(t0 + p.scan->steps, f.T);
       for (int64_t t = t0; t < t1; ++t) {
-        for (int k = 0; k < p.layers; ++k) f.layer(k, t, t0, t1);
+        const cpu::Feed<E> feed{p.w_feed, p.feed[t & 1], p.ld_feed};
+        for (int k = 0; k < p.layers; ++k) {
+          k ? p.cell->step(p.scan[k], share, t, t, t + 1, nullptr)
+            : p.cell->step(p.scan[k], share, t, t0, t1, &feed);
+          if (p.drops && k + 1 < p.layers) f.drop(k, t);
+          end_phase(share);
+        }
         f.attention(t);
         f.output(t);
       }
     }
   }
-};
 
-template <class Cell, class E>
-struct DecodeBackward {
-  static void run(const cpu::Decoder<E>& p, const Share& share) {
-    using Layer = Backward<Cell, E>;
-    const DecodeShare<E> f(p, share);
+  static void run_backward(const cpu::Decoder<E>& p, const Share& share) {
+    const Decode f(p, share);
     f.begin();
     for (int64_t t = f.T - 1; t >= 0; --t) {
-      const int64_t k = f.T - 1 - t;
       f.attention_backward(t);
       for (int l = p.layers - 1; l >= 0; --l) {
-        const Scan<E>& scan = p.scan[l];
-        const Direction<E>& d = scan.dir[0];
-        const Layer b{scan,
-                      d,
-                      share,
-                      step_at(scan, d, t),
-                      step_at(scan, d, t + 1),
-                      step_at(scan, d, t - 1),
-                      d.ring[k & 1],
-                      d.ring[(k + 1) & 1],
-                      k,
-                      0};
-        b.step(share.row1);
-        f.below(l, t, Cell::kGates);
+        p.cell->step_backward(p.scan[l], share, f.T - 1 - t);
+        f.below(l, t, p.cell->gates);
       }
     }
-    for (int l = 0; l < p.layers; ++l) Layer::finish(p.scan[l], share);
+    for (int l = 0; l < p.layers; ++l) p.cell->finish(p.scan[l], share);
   }
 };
 

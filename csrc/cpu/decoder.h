@@ -44,13 +44,9 @@ template <class E>
 class DecoderCall {
  public:
   DecoderCall(const CellKernels<E>& cell, const DecoderInputs& in)
-      : cell_(cell),
-        kernels_(attention_kernels<E>().decoders[&cell - kernels<E>().cells]),
-        in_(in),
-        table_(in.sizes(0)),
-        scans_(in.L),
-        memory_(in.B) {
+      : cell_(cell), in_(in), table_(in.sizes(0)), scans_(in.L), memory_(in.B) {
     const int64_t B = in.B, L = in.L;
+    p_.cell = &cell;
     p_.layers = static_cast<int>(L);
     p_.scan = scans_.data();
     p_.B = B;
@@ -90,7 +86,7 @@ class DecoderCall {
   }
 
   const CellKernels<E>& cell_;
-  const DecoderKernels<E>& kernels_;
+  const AttentionKernels<E>& kernels_ = attention_kernels<E>();
   const Kernels<E>& cells_ = kernels<E>();
   const DecoderInputs& in_;
   const RowTable table_;

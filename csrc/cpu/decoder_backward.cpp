@@ -50,7 +50,7 @@ class DecoderBackward : DecoderCall<E> {
     const Plan plan = this->plan(this->step_weights());
     run_team(plan.threads(), [&](const Team& team) {
       weights_.pack(team);
-      kernels_.backward(p_, plan.share(team));
+      kernels_.decode_backward(p_, plan.share(team));
     });
     for (int64_t k = 0; k < L; ++k) layer_gradients(k);
     input_gradient(G, H, I);

@@ -107,7 +107,7 @@ class DecoderForward : DecoderCall<E> {
     const Plan plan = this->plan(this->step_weights());
     run_team(plan.threads(), [&](const Team& team) {
       weights_.pack(team);
-      kernels_.forward(p_, plan.share(team));
+      kernels_.decode(p_, plan.share(team));
     });
 
     for (int j = 0; j < cell_.states; ++j) out_.last.push_back(empty({L, B, H}, in_.dtype));

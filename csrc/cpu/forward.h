@@ -189,6 +189,46 @@ struct Forward {
     }
   }
 
+  // gx += the feed, of one stage's gates.
+  template <int N>
+  FASTRNN_HD void add_feed(const cpu::Feed<E>& feed, int stage, int gate0, int64_t block0,
+                           int64_t block1) const {
+    product<N>(share.row0, share.row1, block0, block1, p.H, InRows<E>{feed.rows, feed.ld}, feed.w[stage], p.H,
+               static_cast<const E*>(nullptr), 0, backwards, gx_of(gate0, N),
+               [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& v) {
+                 Vec<S, N> gx;
+                 load_gx(i, unit, lanes, gate0, gx);
+                 for (int g = 0; g < N; ++g) gx[g] = gx[g] + v[g];
+                 save(i, unit, lanes, gate0, gx);
+               });
+  }
+
+  // Step t of a decoder's layer, which makes the gx of steps [t0, t1) at their first. Nobody meets after it.
+  static void step_alone(const Scan<E, A>& p, const Share& share, int64_t t, int64_t t0, int64_t t1,
+                         const cpu::Feed<E>* feed) {
+    const Direction<E, A>& d = p.dir[0];
+    const Chunk c{t0, t1};
+    int64_t block0, block1;
+    my_blocks<E>(share, p.H, block0, block1);
+    if (t == t0) input_products(p, d, share, c, block0, block1);
+    const Step now = step_at(p, d, t);
+    const Forward f{p,
+                    d,
+                    share,
+                    now,
+                    step_at(p, d, t + 1),
+                    d.ring[t & 1],
+                    d.ring[(t + 1) & 1],
+                    d.gates + (d.save ? now.first : slot(p, share, c, t)) * d.ld_gates,
+                    (t & 1) != 0};
+    if (feed) {
+      if constexpr (kFirst > 0) f.template add_feed<kFirst>(*feed, 0, 0, block0, block1);
+      f.template add_feed<kLast>(*feed, Cell::kStages - 1, kFirst, block0, block1);
+    }
+    if constexpr (Cell::kStages == 2) f.first_stage(share.row0, share.row1);
+    f.last_stage(share.row0, share.row1, block0, block1);
+  }
+
   static void run(const Scan<E, A>& p, const Share& share) {
     const int64_t T = p.rows.T;
     int64_t block0, block1;

@@ -17,17 +17,22 @@ constexpr cpu::CellKernels<E, A> cell_kernels() {
   // The rows of saved values receive the input product first; the first of two stages saves its gates.
   static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
   static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");
-  return {Cell::kName,
-          Cell::kGates,
-          Cell::kStates,
-          Cell::kSaved,
-          Cell::kGrads,
-          Cell::kStages,
-          Cell::kStageGates,
-          Cell::kHiddenGrad,
-          &Forward<Cell, E, A>::run,
-          &Backward<Cell, E, A>::run,
-          &Backward<Cell, E, A>::finish};
+  cpu::CellKernels<E, A> k{Cell::kName,
+                           Cell::kGates,
+                           Cell::kStates,
+                           Cell::kSaved,
+                           Cell::kGrads,
+                           Cell::kStages,
+                           Cell::kStageGates,
+                           Cell::kHiddenGrad,
+                           &Forward<Cell, E, A>::run,
+                           &Backward<Cell, E, A>::run,
+                           &Backward<Cell, E, A>::finish};
+  if constexpr (sizeof(A) == sizeof(E)) {
+    k.step = &Forward<Cell, E, A>::step_alone;
+    k.step_backward = &Backward<Cell, E, A>::step_alone;
+  }
+  return k;
 }
 
 template <class E, class A = E>

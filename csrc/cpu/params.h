@@ -166,6 +166,14 @@ struct InputGradient {
 template <class E>
 struct TreeKernels;  // tree_params.h
 
+// More input of a step: rows [B][ld] of H values, and their weight in the gates of each stage.
+template <class E>
+struct Feed {
+  const Weight<E>* w;
+  const E* rows;
+  int64_t ld;
+};
+
 // One entry of an instruction set's table.
 template <class E, class A = E>
 struct CellKernels {
@@ -177,6 +185,10 @@ struct CellKernels {
   void (*backward)(const Scan<E, A>&, const Share&);
   void (*finish)(const Scan<E, A>&,
                  const Share&);  // the product that ends the backward scan: ds of the first state
+  // A decoder's, of one direction: step t, with the input's part of the gates of steps [t0, t1) where it is
+  // the first of them; backward, step k from the last. Null where A is not E.
+  void (*step)(const Scan<E, A>&, const Share&, int64_t t, int64_t t0, int64_t t1, const Feed<E>*) = nullptr;
+  void (*step_backward)(const Scan<E, A>&, const Share&, int64_t k) = nullptr;
 };
 
 template <class E, class A = E>

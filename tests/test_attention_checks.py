@@ -1,0 +1,94 @@
+"""What attention refuses, and in which words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import randn
+from test_attention import case
+
+import fastrnn
+from fastrnn import functional
+
+BAD = {
+    "memory of another width": (lambda q, m: (q, m[..., :3]), {}, ValueError, r"memory must be \[S, B, M\]"),
+    "memory of another batch": (lambda q, m: (q, m[:, :1]), {}, ValueError, r"memory must be \[S, B, M\]"),
+    "query of another width": (lambda q, m: (q[..., :3], m), {}, ValueError, r"query must be \[Tq, B, Q\]"),
+    "values of another length": (lambda q, m: (q, m, m[:2]), {}, ValueError, r"values must be \[S, B, V\]"),
+    "ranks": (lambda q, m: (q, m[0]), {}, ValueError, r"must all have 3 dimensions.*2 \(memory\)"),
+    "lists": (lambda q, m: (q, m.tolist()), {}, TypeError, "memory must be a Tensor, got list"),
+    "dtypes": (lambda q, m: (q, m.float()), {}, RuntimeError, "memory must be torch.float64"),
+    "integers": (lambda q, m: (q, m.long()), {}, ValueError, "floating point"),
+    "lengths too long": (
+        lambda q, m: (q, m),
+        {"lengths": torch.tensor([6, 1])},
+        ValueError,
+        r"\[0, S\] = \[0, 5\], got 6",
+    ),
+    "mask of numbers": (
+        lambda q, m: (q, m),
+        {"mask": torch.ones(2, 5)},
+        ValueError,
+        "mask must be a BoolTensor",
+    ),
+    "mask of another shape": (
+        lambda q, m: (q, m),
+        {"mask": torch.ones(5, 2).bool()},
+        ValueError,
+        r"\[2, 5\] or \[2, 3, 5\], got \[5, 2\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    make, options, error, text = BAD[name]
+    attn, (query, memory, _) = case("dot", (3, 5, 2, 4, 4, 4), grad=False)
+    with pytest.raises(error, match=text):
+        attn(*make(query, memory), **options)
+
+
+def test_errors_speak_of_the_callers_layout():
+    attn, (query, memory, _) = case("dot", (3, 5, 2, 4, 4, 4), grad=False, batch_first=True)
+    query, memory = query.transpose(0, 1), memory.transpose(0, 1)
+    with pytest.raises(ValueError, match=r"memory must be \[B, S, M\] = \[2, 5, 4\], got \[1, 5, 4\]"):
+        attn(query, memory[:1])
+    with pytest.raises(ValueError, match=r"query must be \[Tq, Q\] = \[3, 4\], got \[3, 3\]"):
+        attn(query[0, :, :3], memory[0])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_bad_input_of_the_function(backend):
+    q, k, m, v = randn(3, 2, 4), randn(5, 2, 4), randn(5, 2, 6), randn(4)
+    with fastrnn.backend(backend):
+        for args, options, text in (
+            ((q, k[..., :3], m), {}, r"keys must be \[S, B, K\] = \[5, 2, 4\], got \[5, 2, 3\]"),
+            ((q, k, m[:4]), {}, r"values must be \[S, B, V\]"),
+            ((q, k, m, v[:3]), {}, r"v must be \[K\]"),
+            ((q, k[0], m), {}, "keys must have 3 dimensions, got 2"),
+            ((q, k, m), {"mask": torch.ones(2, 1, 5).bool()}, r"\[2, 3, 5\], got \[2, 1, 5\]"),
+        ):
+            with pytest.raises(ValueError, match=text):
+                functional.attention(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "error", "text"),
+    [
+        ((4, 5), {}, ValueError, "query_size == memory_size, got 4 and 5"),
+        (
+            (4,),
+            {"score": "cosine"},
+            ValueError,
+            "score must be one of 'dot', 'general', 'additive', got 'cosine'",
+        ),
+        ((0,), {}, ValueError, "query_size must be greater than zero"),
+        ((4.0,), {}, TypeError, "query_size must be an int"),
+        ((4,), {"batch_first": 1}, TypeError, "batch_first should be of type bool"),
+        ((4,), {"scale": torch.tensor(0.5)}, TypeError, "scale must be a number, got Tensor"),
+        ((4,), {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+    ],
+)
+def test_bad_constructions(args, options, error, text):
+    with pytest.raises(error, match=text):
+        fastrnn.Attention(*args, **options)

@@ -1,0 +1,165 @@
+"""The Triton kernels of attention against the float64 reference; test_triton.py runs these as it runs
+triton_interpreted.py's."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+import fastrnn
+from fastrnn import functional, reference
+from fastrnn.triton_kernels import attention as kernels
+
+DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+F64 = torch.float64
+EPSILON = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+MASKS = ("none", "lengths", "queries")
+
+
+@pytest.fixture(autouse=True)
+def memory_that_nobody_filled_is_nan():
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills what is allocated
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def case(Tq, S, B, K, V, additive, mask):
+    """(query, keys, values, v), mask: some queries that may attend to nothing, some positions to none."""
+    given = [torch.randn(shape, dtype=F64) for shape in ((Tq, B, K), (S, B, K), (S, B, V))]
+    given.append(torch.randn(K, dtype=F64) if additive else None)
+    if mask == "lengths":
+        lengths = torch.arange(B) * S // max(1, B - 1)
+        return given, torch.arange(S) < lengths[:, None]
+    if mask == "queries":
+        allowed = torch.rand(B, Tq, S) < 0.7
+        allowed[:, Tq // 2] = False
+        allowed[:, :, S // 2] = False
+        return given, allowed
+    return given, None
+
+
+def error(ours, expected):
+    """The largest error, of the largest entry."""
+    worst = 0.0
+    for a, b in zip(ours, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.isfinite().all()
+        if b.numel():
+            worst = max(worst, (a.cpu().to(F64) - b).abs().max().item() / max(b.abs().max().item(), 1e-3))
+    return worst
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("additive", [False, True])
+@pytest.mark.parametrize("dtype", EPSILON)
+def test_values_and_gradients(dtype, additive, mask, need_weights):
+    """Of several tiles of queries, positions and columns."""
+    given, allowed = case(18, 35, 2, 33, 20, additive, mask)
+    given = [None if t is None else t.to(dtype).to(F64).requires_grad_() for t in given]
+    context, weights = reference.attention(*given, allowed, 0.5)
+    outputs = [context, weights] if need_weights else [context]
+    grads = [torch.randn_like(o) for o in outputs]
+    leaves = [t for t in given if t is not None]
+    expected = torch.autograd.grad(outputs, leaves, grads)
+    flat = [None if t is None else t.detach().to(DEVICE, dtype) for t in given]
+    moved = None if allowed is None else allowed.to(DEVICE)
+    found = kernels.forward(*flat, moved, 0.5, need_weights)
+    assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
+    assert error(found[: 1 + need_weights], outputs) < EPSILON[dtype]
+    given_back = [g.to(DEVICE, dtype) for g in grads] + [None] * (not need_weights)
+    back = kernels.backward(*given_back, *flat, moved, 0.5, found[0], found[2])
+    assert error(back[: len(leaves)], expected) < 4 * EPSILON[dtype]
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_only_weights_have_a_gradient(additive):
+    given, allowed = case(5, 7, 2, 4, 3, additive, "lengths")
+    given = [None if t is None else t.requires_grad_() for t in given]
+    context, weights = reference.attention(*given, allowed, 1.0)
+    leaves = [t for t in given if t is not None]
+    dweights = torch.randn_like(weights)
+    expected = torch.autograd.grad(weights, leaves, dweights, materialize_grads=True)
+    flat = [None if t is None else t.detach().to(DEVICE, torch.float32) for t in given]
+    allowed, dweights = allowed.to(DEVICE), dweights.to(DEVICE, torch.float32)
+    context, _, lse = kernels.forward(*flat, allowed, 1.0, True)
+    back = kernels.backward(None, dweights, *flat, allowed, 1.0, context, lse)
+    assert error(back[: len(leaves)], expected) < 1e-4
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_what_nobody_may_attend_to_is_not_read(additive):
+    given, allowed = case(5, 7, 3, 4, 3, additive, "lengths")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    for t in flat[1:3]:
+        t[~allowed.t().to(DEVICE)] = float("nan")
+    context, weights, lse = kernels.forward(*flat, allowed.to(DEVICE), 1.0, True)
+    back = kernels.backward(context, weights, *flat, allowed.to(DEVICE), 1.0, context, lse)
+    assert all(t.isfinite().all() for t in (context, weights, lse, *back))
+    assert (context[:, 0] == 0).all()  # a sequence of no positions
+    assert (weights.sum(-1)[1:] - 1).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 2, 4, 5), (3, 0, 2, 4, 5), (3, 2, 0, 4, 5), (1, 1, 1, 1, 1)])
+def test_smallest_sizes(sizes):
+    given, _ = case(*sizes, False, "none")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    context, weights, lse = kernels.forward(*flat, None, 1.0, True)
+    Tq, S, B, _, V = sizes
+    assert context.shape == (Tq, B, V)
+    assert weights.shape == (B, Tq, S)
+    back = kernels.backward(context, weights, *flat, None, 1.0, context, lse)
+    assert all(t.isfinite().all() for t in (context, *back))
+
+
+def test_bad_input():
+    given, _ = case(5, 7, 2, 4, 3, True, "none")
+    query, keys, values, v = (t.to(DEVICE, torch.float32) for t in given)
+    for flat, mask, text in (
+        ((query, keys[:, :, 1:], values, v), None, r"keys must be \[7, 2, 4\], got \[7, 2, 3\]"),
+        ((query, keys, values, v[1:]), None, r"v must be \[4\], got \[3\]"),
+        ((query, keys, values, v), torch.ones(2, 6, dtype=torch.bool), r"mask must be torch.bool \[2, 7\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            kernels.forward(*flat, mask, 1.0, True)
+    with pytest.raises(RuntimeError, match=r"bfloat16, float16 for all tensors, got float32, float64"):
+        kernels.forward(query, keys.double(), values, v, None, 1.0, True)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the operator goes to these kernels for GPU tensors")
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize("score", ["dot", "general", "additive"])
+def test_modules(score, dtype):
+    """The layer with Triton's kernels beside the same with plain operations, eager and compiled."""
+    torch.manual_seed(3)
+    layer = fastrnn.Attention(24, 24, score=score, device=DEVICE, dtype=dtype)
+    query = torch.randn(6, 3, 24, device=DEVICE, dtype=dtype, requires_grad=True)
+    memory = torch.randn(9, 3, 24, device=DEVICE, dtype=dtype, requires_grad=True)
+    lengths = torch.tensor([9, 4, 0])
+    found = []
+    for backend, call in (
+        ("reference", layer),
+        ("auto", layer),
+        ("auto", torch.compile(layer, fullgraph=True, backend="aot_eager")),
+    ):
+        with fastrnn.backend(backend):
+            context, weights = call(query, memory, lengths=lengths)
+        loss = context.square().sum() + weights[:, :, 0].sum()
+        grads = torch.autograd.grad(loss, [query, memory, *layer.parameters()])
+        found.append([context, weights, *grads])
+    for ours in found[1:]:
+        assert error(ours, [t.detach().cpu().to(F64) for t in found[0]]) < 4 * EPSILON[dtype]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the operator goes to these kernels for GPU tensors")
+def test_the_operator():
+    given, allowed = case(5, 7, 2, 4, 3, True, "lengths")
+    flat = [t.to(DEVICE, torch.float32).requires_grad_() for t in given]
+    args = (*flat, allowed.to(DEVICE), 1.0)
+    torch.library.opcheck(torch.ops.fastrnn.attention.default, (*args, True))
+    context, _ = functional.attention(*flat, mask=allowed.to(DEVICE))
+    first = torch.autograd.grad(context.square().sum(), flat, create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), flat)
+    assert all(g.isfinite().all() for g in second)

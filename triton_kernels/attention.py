@@ -1,0 +1,201 @@
+"""Attention by attend.py's kernels: torch.ops.fastrnn.attention and attention_backward on GPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastrnn.gpu import alone
+
+from . import attend
+from .layer import DTYPES, INTERPRETED
+
+# Tiles of dot products, and what they load of K or V at once; those of additive scores.
+TILE_OF_QUERIES, TILE_OF_POSITIONS, PIECE = 16, 32, 64
+ADDITIVE_TILE, ADDITIVE_PIECE = 16, 16
+WIDEST = 128  # columns of a result that a program makes
+
+
+def precision(query: Tensor) -> str:
+    """Of float32 products: TF32 where torch's own products may use it, else as good as float32's own."""
+    if query.dtype != torch.float32 or query.device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def options(dtype: torch.dtype, precision: str, additive: bool, masked: bool) -> dict[str, Any]:
+    """The compile-time arguments that all kernels share."""
+    return {
+        "ADDITIVE": additive,
+        "MASKED": masked,
+        "BLOCK_Q": ADDITIVE_TILE if additive else TILE_OF_QUERIES,
+        "BLOCK_S": ADDITIVE_TILE if additive else TILE_OF_POSITIONS,
+        "BLOCK_K": ADDITIVE_PIECE if additive else PIECE,
+        # Interpreted products of 16-bit floats are wrong, see layer.options.
+        "OPERAND": tl.float32 if INTERPRETED else DTYPES[dtype],
+        "PRECISION": precision,
+        "num_warps": 4,
+        "num_stages": 2,
+        "enable_fp_fusion": True,
+    }
+
+
+def columns(width: int) -> int:
+    """Of a result so wide that a program makes."""
+    return min(WIDEST, max(16, int(triton.next_power_of_2(width))))
+
+
+class Call:
+    """What forward and backward of a call have in common: sizes, contiguous tensors, masks."""
+
+    def __init__(
+        self, query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, mask: Tensor | None, scale: float
+    ) -> None:
+        (self.Tq, self.B, self.K), (self.S, _, self.V) = query.shape, values.shape
+        given = (query, keys, values) if v is None else (query, keys, values, v)
+        if any(t.dtype != query.dtype for t in given) or query.dtype not in DTYPES:
+            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            found = ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
+            raise RuntimeError(f"attention's Triton kernels take one of {known} for all tensors, got {found}")
+        shapes = ((self.S, self.B, self.K), (self.S, self.B, self.V), (self.K,))
+        for name, tensor, shape in zip(("keys", "values", "v"), (keys, values, v), shapes, strict=True):
+            if tensor is not None and tuple(tensor.shape) != shape:
+                raise ValueError(f"attention: {name} must be {list(shape)}, got {list(tensor.shape)}")
+        masks = ((self.B, self.S), (self.B, self.Tq, self.S))
+        if mask is not None and (tuple(mask.shape) not in masks or mask.dtype != torch.bool):
+            raise ValueError(
+                f"attention: mask must be torch.bool {list(masks[0])} or {list(masks[1])}, got {mask.dtype} "
+                f"{list(mask.shape)}"
+            )
+        self.query, self.keys, self.values = query.contiguous(), keys.contiguous(), values.contiguous()
+        self.v = self.query if v is None else v.contiguous()
+        self.additive, self.masked, self.scale = v is not None, mask is not None, scale
+        self.mask = self.attended = self.query  # pointers that no kernel reads
+        self.strides = (0, 0)
+        if mask is not None:
+            whole = mask.dim() == 3
+            self.mask = mask.contiguous().view(torch.uint8)
+            self.attended = mask.any(1).view(torch.uint8) if whole else self.mask
+            self.strides = (self.Tq * self.S, self.S) if whole else (self.S, 0)
+
+    @property
+    def empty(self) -> bool:
+        return 0 in (self.Tq, self.S, self.B, self.K, self.V)
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        return self.Tq, self.S, self.B, self.K
+
+    def options(self) -> dict[str, Any]:
+        return options(self.query.dtype, precision(self.query), self.additive, self.masked)
+
+    def of_queries(self, options: dict[str, Any]) -> int:
+        return int(triton.cdiv(self.Tq, options["BLOCK_Q"]))
+
+    def of_positions(self, options: dict[str, Any]) -> int:
+        return int(triton.cdiv(self.S, options["BLOCK_S"]))
+
+    def weights(self, lse: Tensor) -> Tensor:
+        """[B, Tq, S]"""
+        out = self.query.new_empty(self.B, self.Tq, self.S)
+        options = self.options()
+        attend.attend_weights[(self.of_queries(options), self.B, self.of_positions(options))](
+            self.query, self.keys, self.v, self.mask, self.attended, lse, out,
+            *self.sizes, self.scale, *self.strides, **options,
+        )  # fmt: skip
+        return out
+
+
+def forward(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    need_weights: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """torch.ops.fastrnn.attention's arguments and results."""
+    call = Call(query, keys, values, v, mask, scale)
+    lse = query.new_zeros(call.B, call.Tq, dtype=torch.float32)
+    weights = query.new_zeros((call.B, call.Tq, call.S) if need_weights else 0)
+    context = query.new_zeros(call.Tq, call.B, call.V)
+    if call.empty:
+        return context, weights, lse
+    options = call.options()
+    width = columns(call.V)
+    with alone(query.device):
+        attend.attend_forward[(call.of_queries(options), call.B, triton.cdiv(call.V, width))](
+            call.query, call.keys, call.values, call.v, call.mask, call.attended, context, lse,
+            *call.sizes, call.V, scale, *call.strides, BLOCK_V=width, **options,
+        )  # fmt: skip
+        if need_weights:
+            weights = call.weights(lse)
+    return context, weights, lse
+
+
+def backward(
+    dcontext: Tensor | None,
+    dweights: Tensor | None,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    v: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    context: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """torch.ops.fastrnn.attention_backward's arguments and results."""
+    call = Call(query, keys, values, v, mask, scale)
+    dquery, dkeys, dvalues = (torch.empty_like(t) for t in (call.query, call.keys, call.values))
+    dv = torch.zeros_like(call.v) if v is not None else query.new_empty(0)
+    if call.empty:
+        return dquery.zero_(), dkeys.zero_(), dvalues.zero_(), dv
+    with alone(query.device):
+        dcontext = torch.zeros_like(context) if dcontext is None else dcontext.contiguous()
+        delta = (dcontext.float() * context.float()).sum(-1).t().contiguous()
+        given = call.query
+        if dweights is not None:
+            given = dweights.contiguous()
+            delta += (given.float() * call.weights(lse).float()).sum(-1)
+        options = {**call.options(), "DWEIGHTS": dweights is not None}
+        common = (
+            call.query,
+            call.keys,
+            call.values,
+            call.v,
+            call.mask,
+            call.attended,
+            lse,
+            dcontext,
+            given,
+            delta,
+        )
+        rest = (*call.sizes, call.V, scale, *call.strides)
+        queries, positions = call.of_queries(options), call.of_positions(options)
+        dscores = parts = delta
+        if call.additive:
+            dscores = delta.new_empty(call.B, call.Tq, call.S)
+            parts = delta.new_empty(call.B, queries, call.K)
+            attend.attend_dscores[(queries, call.B, positions)](*common, dscores, *rest, **options)
+        width = ADDITIVE_PIECE if call.additive else columns(call.K)
+        tiles = triton.cdiv(call.K, width)
+        attend.attend_dquery[(queries, call.B, tiles)](
+            *common, dscores, dquery, parts, *rest, BLOCK_C=width, **options
+        )
+        attend.attend_dkeys[(positions, call.B, tiles)](
+            *common, dscores, dkeys, *rest, BLOCK_C=width, **options
+        )
+        width = columns(call.V)
+        attend.attend_dvalues[(positions, call.B, triton.cdiv(call.V, width))](
+            call.query, call.keys, call.v, call.mask, call.attended, lse, dcontext, dvalues,
+            *rest, BLOCK_V=width, **call.options(),
+        )  # fmt: skip
+        if v is not None:
+            dv = parts.sum((0, 1)).to(v.dtype)
+    return dquery, dkeys, dvalues, dv
