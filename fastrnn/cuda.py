@@ -21,6 +21,7 @@ MIN_CAPABILITY = 80
 MODES = {"step": 0, "grid": 1, "block": 2}
 # Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
 EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
+BLOCK_UNITS = 64  # of a block that is alone in its group
 # What all blocks read of each other a step, up to which they look for all of it at once.
 EAGER_BYTES = 1 << 20
 ROWS, PIECE_BYTES = 16, 64  # csrc/cuda/product.h
@@ -168,30 +169,26 @@ def widths(shape: Shape) -> Widths:
     return Widths(used, (round_up(used[0], piece), round_up(used[1], piece)))
 
 
-def _seconds(shape: Shape, config: Config) -> float:
-    """A step's microseconds by a model of one H100: what blocks read of the cache, of shared memory, and
-    multiply, and the time that telling each other takes."""
+def _microseconds(shape: Shape, config: Config) -> float:
+    """A step's, by a model of an H100's multiprocessor: it reads 41 KB a microsecond of the cache where all do,
+    224 KB of its shared memory, and multiplies 2.1 million pairs; what a tile of the batch and what telling each
+    other takes besides are guesses from measurements on an H200."""
     traits = TRAITS[shape.cell]
-    tiles = -(-shape.B // ROWS)
-    own = -(-tiles // config.at_once)
-    blocks = shape.groups * config.at_once * -(-max(shape.H, shape.K) // config.units)
-    gates = traits.gates if not shape.backward else 1
-    width = sum(widths(shape).strides) * shape.itemsize
-    weights = gates * config.units * width  # bytes of a block
-    held = min(weights, 112 << 10)
-    shared = min(weights - held, 96 << 10)
-    streamed = weights - held - shared
-    rows = min(shape.B, ROWS)
-    cache = blocks * own * (rows * width + streamed) / 4.5e6
-    multiply = own * 16 * gates * config.units * width / shape.itemsize / 0.6e6
-    return 0.8 + cache + own * shared / 0.2e6 + multiply + 0.25 * own
+    own = -(-(-(-shape.B // ROWS)) // config.at_once)
+    gates = 1 if shape.backward else traits.gates
+    width = sum(widths(shape).strides)  # of h, or the gates' gradients
+    weights = gates * config.units * width * shape.itemsize
+    held = min(weights, (96 if config.units < 32 or gates == 1 else 64) << 10)
+    sums = 8 * ROWS * (gates * config.units + 8) * 4
+    shared = min(weights - held, (227 << 10) - sums - own * 2 * ROWS * config.units * 4)
+    read = min(shape.B, ROWS) * width * shape.itemsize + weights - held - shared
+    multiply = ROWS * gates * config.units * width * (1 if shape.itemsize == 2 else 4) / 2.1e6
+    return 0.7 + own * (0.8 + read / 41e3 + shared / 224e3 + multiply)
 
 
 @functools.cache
 def configure(shape: Shape) -> Config:
     tiles = -(-shape.B // ROWS)
-    if max(shape.H, shape.K) <= 128 and shape.itemsize == 2 and not shape.projected:
-        return Config("block", 64 if max(shape.H, shape.K) <= 64 else 128, tiles)
     found = []
     for units in (8, 16, 32):
         of_units = -(-max(shape.H, shape.K) // units)
@@ -200,7 +197,9 @@ def configure(shape: Shape) -> Config:
             own = -(-tiles // min(most, tiles))
             found.append(Config("grid", units, -(-tiles // own)))
     if found:
-        return min(found, key=lambda config: _seconds(shape, config))
+        return min(found, key=lambda config: _microseconds(shape, config))
+    if max(shape.H, shape.K) <= BLOCK_UNITS:
+        return Config("block", BLOCK_UNITS, tiles)
     return Config("step", 16 if shape.itemsize == 4 else 32, tiles)
 
 
@@ -316,7 +315,7 @@ class _Pass:
             row_bytes = [0, 0]
         values["slots"] = slots
         kept = [4 * call.D * call.B * call.P, 4 * call.D * call.B * call.H]
-        names = ("weights_1", "weights_2", "exchange_1", "exchange_2", "h_kept", "c_kept")
+        parts = ("weights_1", "weights_2", "exchange_1", "exchange_2", "h_kept", "c_kept")
         sizes = (
             plan[5],
             plan[9] * bool(self.widths.used[1]),
@@ -330,7 +329,7 @@ class _Pass:
         # float32, as use_deterministic_algorithms fills no bytes with NaN.
         self.workspace = call.x.new_empty(offsets[-1] // 4, dtype=torch.float32)
         base = self.workspace.data_ptr()
-        values |= {name: base + offset for name, offset in zip(names, offsets, strict=False)}
+        values |= {name: base + offset for name, offset in zip(parts, offsets, strict=False)}
         self.packs = True
 
     def adopt_steps(self, config: Config) -> None:

@@ -188,8 +188,8 @@ class Backward:
     gates: Tensor  # [D, N, SAVED*H]
     y: Tensor  # [N, D*P]
     seq: Tensor | None  # [D, N, H] float32
-    # The states before each step, zeroed where it zeroes them, [D, N, P] and float32 [D, N, H]; an engine that
-    # finds them itself has them where sequences differ in their steps alone.
+    # The states before each step, zeroed where it zeroes them, [D, N, P] and float32 [D, N, H]; an engine
+    # that finds them itself has them where sequences differ in their steps alone.
     h_before: Tensor | None
     c_before: Tensor | None
     dg: Tensor  # [D, N, GRADS*H]: comes out

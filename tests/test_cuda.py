@@ -16,8 +16,8 @@ import fastrnn
 from fastrnn import cuda
 from fastrnn.cuda import Config
 
-# Of a batch in so many tiles; "tall" and "cache": a block takes them all, one after another; "cache": no register
-# holds weights.
+# Of a batch in so many tiles; "tall" and "cache": a block takes them all, one after another; "cache": no
+# register holds weights.
 KERNELS = {
     "step": lambda tiles: Config("step", 8, tiles),
     "grid": lambda tiles: Config("grid", 8, tiles),

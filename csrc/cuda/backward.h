@@ -26,7 +26,7 @@ struct Backward {
   static constexpr int kColumns1 = U / 8, kColumns2 = U / 8;
   static constexpr int kTiles1 = U / 8 / S::kWn, kTiles2 = kTiles1;
   // A thread has 255; the more outputs it has, the more it keeps for them.
-  static constexpr int kMost = (S::kOutputs == 1 ? 168 : S::kOutputs == 2 ? 140 : 64) - (kTwo ? 32 : 0);
+  static constexpr int kMost = (S::kOutputs == 1 ? 168 : S::kOutputs == 2 ? 140 : 64) - (kTwo ? 40 : 0) - (T::kBytes == 4 ? 24 : 0);
   static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
   static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 

@@ -53,9 +53,10 @@ __device__ __forceinline__ float fp16_float(uint16_t bits) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(v) : "h"(bits));
   return v;
 }
+// Volatile: to split the weights once for all steps, the compiler would need twice the registers.
 __device__ __forceinline__ uint32_t tf32_bits(float x) {
   uint32_t v;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(v) : "f"(x));
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(v) : "f"(x));
   return v;
 }
 __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_float(bits); }

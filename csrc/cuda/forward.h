@@ -20,7 +20,7 @@ struct Forward {
   static constexpr int kColumns1 = kFirst * U / 8, kColumns2 = U / 8;
   static constexpr int kTiles1 = kColumns1 / S::kWn, kTiles2 = kColumns2 / S::kWn;
   // A thread has 255; the more outputs it has, the more it keeps for them.
-  static constexpr int kMost = (S::kOutputs == 1 ? 160 : S::kOutputs == 2 ? 150 : 80) - (kTwo ? 32 : 0);
+  static constexpr int kMost = (S::kOutputs == 1 ? 160 : S::kOutputs == 2 ? 150 : 80) - (kTwo ? 40 : 0) - (T::kBytes == 4 ? 24 : 0);
   static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
   static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
