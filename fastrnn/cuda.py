@@ -170,11 +170,12 @@ def widths(shape: Shape) -> Widths:
 
 
 def _microseconds(shape: Shape, config: Config) -> float:
-    """A step's, by a model of an H100's multiprocessor: it reads 41 KB a microsecond of the cache where all do,
+    """A step's, by a model of an H100's multiprocessor: it reads 41 KB a microsecond of the cache as all do,
     224 KB of its shared memory, and multiplies 2.1 million pairs; what a tile of the batch and what telling each
     other takes besides are guesses from measurements on an H200."""
     traits = TRAITS[shape.cell]
-    own = -(-(-(-shape.B // ROWS)) // config.at_once)
+    tiles = -(-shape.B // ROWS)
+    own = -(-tiles // config.at_once)
     gates = 1 if shape.backward else traits.gates
     width = sum(widths(shape).strides)  # of h, or the gates' gradients
     weights = gates * config.units * width * shape.itemsize

@@ -1,7 +1,10 @@
 // Runs CUDA kernels on the CPU, for their tests: an operating-system thread a block, a fiber a CUDA thread. A
-// fiber runs until it waits (a barrier, a shuffle, a product of its warp, a look at another block's data), then
-// any other that can run does: in random order, as a fixed one would hide a missing barrier.
+// fiber runs until it waits (a barrier, a shuffle, a product of its warp, a look at another block's data),
+// then any other that can run does: in random order, as a fixed one would hide a missing barrier.
 #pragma once
+
+#include <sched.h>
+#include <ucontext.h>
 
 #include <atomic>
 #include <cmath>
@@ -13,9 +16,6 @@
 #include <random>
 #include <thread>
 #include <vector>
-
-#include <sched.h>
-#include <ucontext.h>
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -52,6 +52,7 @@ fastrnn_switch:
  ret)");
 struct Context {
   void* top = nullptr;
+  void drop() {}
   void make(char* stack, size_t bytes, void (*start)()) {
     void** p = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t(15));
     *--p = nullptr;
@@ -68,8 +69,10 @@ struct Context {
 #if defined(__SANITIZE_THREAD__)
   void* fiber = nullptr;
   void adopt() { fiber = __tsan_get_current_fiber(); }
+  void drop() { __tsan_destroy_fiber(fiber); }
 #else
   void adopt() {}
+  void drop() {}
 #endif
   void make(char* stack, size_t bytes, void (*start)()) {
     getcontext(&context);
@@ -101,7 +104,7 @@ struct Lane {
 };
 
 constexpr size_t kStack = 64 << 10;
-inline std::atomic<bool> failed;      // a thread gave up: all stop
+inline std::atomic<bool> failed;       // a thread gave up: all stop
 inline std::atomic<unsigned> seed{1};  // of the order of fibers
 inline std::atomic<int> delayed{-1};   // the block that waits long before it starts and at each look
 
@@ -118,6 +121,10 @@ struct Block {
   std::function<void()> body;
   std::minstd_rand random;
   int left = 0;
+
+  ~Block() {
+    for (Fiber& fiber : fibers) fiber.context.drop();
+  }
 };
 inline thread_local Block* block = nullptr;
 
@@ -253,7 +260,8 @@ inline void give_up() {
 }
 
 inline uint4 load_relaxed(const void* p) {
-  if (emulated::delayed == emulated::here().number) std::this_thread::sleep_for(std::chrono::microseconds(20));
+  if (emulated::delayed == emulated::here().number)
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
   uint32_t* word = static_cast<uint32_t*>(const_cast<void*>(p));
   uint4 v;
   for (auto [to, i] : {std::pair{&v.x, 0}, {&v.y, 1}, {&v.z, 2}, {&v.w, 3}})
@@ -322,13 +330,16 @@ void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint
   emulated::meet(emulated::warp());
   for (int i = 0; i < 4; i++) c[i] = sum[i];
 }
-inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
   mma<2>(c, a0, a1, a2, a3, b0, b1, [](uint32_t v, int i) { return bf16_float(uint16_t(v >> 16 * i)); });
 }
-inline void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+inline void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
   mma<2>(c, a0, a1, a2, a3, b0, b1, [](uint32_t v, int i) { return fp16_float(uint16_t(v >> 16 * i)); });
 }
-inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
+inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
   mma<1>(c, a0, a1, a2, a3, b0, b1, [](uint32_t v, int) { return bits_float(v); });
 }
 

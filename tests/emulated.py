@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,12 @@ OPTIONS = [
     f"-I{HERE}",
     f"-I{SOURCES}",
 ]
+
+
+def json_flags() -> list[str]:
+    """setup.py's flags of nvcc."""
+    flags: list[str] = json.loads((HERE.parent / "build_flags.json").read_text())["cuda"]
+    return flags
 
 
 def build() -> Path:

@@ -4,6 +4,12 @@ for every architecture."""
 from __future__ import annotations
 
 import contextlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import emulated
@@ -16,14 +22,16 @@ import fastrnn
 from fastrnn import cuda
 from fastrnn.cuda import Config
 
-# Of a batch in so many tiles; "tall" and "cache": a block takes them all, one after another; "cache": no
-# register holds weights.
+# Of a batch in so many tiles.
 KERNELS = {
     "step": lambda tiles: Config("step", 8, tiles),
     "grid": lambda tiles: Config("grid", 8, tiles),
+    "block": lambda tiles: Config("block", 64, tiles),
+}
+# A block takes all tiles, one after another; in "cache" no register holds weights.
+OTHERS = {
     "tall": lambda tiles: Config("grid", 8, 1),
     "cache": lambda tiles: Config("grid", 16, 1, False),
-    "block": lambda tiles: Config("block", 64, tiles),
 }
 ON_THE_GPU = {  # what the emulation, whose compiler is slow, has not
     "wide": lambda tiles: Config("grid", 32, tiles),
@@ -33,7 +41,9 @@ ON_THE_GPU = {  # what the emulation, whose compiler is slow, has not
 
 def pytest_generate_tests(metafunc):
     if "kernel" in metafunc.fixturenames:
-        metafunc.parametrize("kernel", [*KERNELS, *(ON_THE_GPU if torch.cuda.is_available() else ())])
+        metafunc.parametrize(
+            "kernel", [*KERNELS, *({**OTHERS, **ON_THE_GPU} if torch.cuda.is_available() else ())]
+        )
 
 
 @pytest.fixture(scope="session")
@@ -58,7 +68,7 @@ def engine(request, monkeypatch):
     @contextlib.contextmanager
     def use(kernel=None):
         if kernel is not None or device == "cpu":
-            of = {**KERNELS, **ON_THE_GPU}[kernel or "grid"]
+            of = {**KERNELS, **OTHERS, **ON_THE_GPU}[kernel or "grid"]
             monkeypatch.setattr(cuda, "configure", lambda shape: of(-(-shape.B // 16)))
         if kernel in ON_THE_GPU and device == "cpu":
             pytest.skip("the emulation is built without it")
@@ -247,3 +257,35 @@ def test_a_block_of_several_tiles(cell, engine, monkeypatch):
         monkeypatch.setattr(cuda, "EAGER_BYTES", most)
         for kernel in ("tall", "cache"):
             check(cell, kernel, engine, T=4, B=50, I=3, H=40, dtype=torch.bfloat16, mask="lengths+reset")
+
+
+# --- ahead of time
+
+ROOT = Path(__file__).resolve().parents[1]
+# All of setup.py's, where FASTRNN_ALL_ARCHS is set; a minute of two cores else does for two.
+ARCHITECTURES = (
+    ("80", "86", "89", "90a", "100", "120") if os.environ.get("FASTRNN_ALL_ARCHS") else ("80", "90a")
+)
+MOST_SPILLED = 64  # bytes a thread
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_compiled_ahead(tmp_path):
+    """The kernels of one cell and width, and what starts them, as setup.py would compile them."""
+    flags = emulated.json_flags()
+    one = ["-DFASTRNN_UNITS=16", "-DFASTRNN_CELLS(X)=X(::fastrnn::Lstm)", "-Xptxas=-v"]
+
+    def compile(job):
+        source, arch = job
+        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source)]
+        out = ["-o", str(tmp_path / f"{source.stem}-{arch}.o")]
+        return subprocess.run(["nvcc", *flags, *one, *target, *out], capture_output=True, text=True, cwd=ROOT)
+
+    sources = [ROOT / f"csrc/cuda/{name}.cu" for name in ("launch", "forward_bfloat16", "backward_float32")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for run in pool.map(compile, [(source, arch) for source in sources for arch in ARCHITECTURES]):
+            assert run.returncode == 0, run.stdout + run.stderr
+            spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", run.stdout + run.stderr)]
+            assert spilled
+            assert max(spilled) <= MOST_SPILLED, run.stderr

@@ -6,9 +6,9 @@
 
 #include <cstdint>
 
-#define FASTRNN_CUDA_ARGS(X)                                                                               \
-  /* Which kernel: index in FASTRNN_CELLS, 0 float32, 1 bfloat16, 2 float16, units of a block, one of */   \
-  /* the MODEs below; its grid: batch tiles at once, unit tiles, groups. */                                \
+#define FASTRNN_CUDA_ARGS(X)                                                                             \
+  /* Which kernel: index in FASTRNN_CELLS, 0 float32, 1 bfloat16, 2 float16, units of a block, one of */ \
+  /* the MODEs below; its grid: batch tiles at once, unit tiles, groups. */                              \
   X(cell) X(dtype) X(backward) X(projected) X(units) X(mode) X(grid_x) X(grid_y) X(grid_z)                 \
   /* Rows [D, rows, .] from base on: gates [., SAVED*H], mid [., H] (what is projected); y [N, D*P], seq */ \
   /* [D, N, H] float32. A 0: there is none. */                                                             \

@@ -1,6 +1,7 @@
 // The backward kernel, last step first: see forward.h, whose blocks and waiting it shares. A block owns U
 // columns of h, which are units but for a projection. What blocks tell each other are the gradients of the
-// gates' recurrent parts; a step finishes the gradient of its h by their product with the block's columns of R.
+// gates' recurrent parts; a step finishes the gradient of its h by their product with the block's columns of
+// R.
 //
 // Stages of a step: all; or with two, that of n, then those of r and z (GruResetBefore), or the gradient of
 // what the projection made, then the cell.
@@ -26,7 +27,10 @@ struct Backward {
   static constexpr int kColumns1 = U / 8, kColumns2 = U / 8;
   static constexpr int kTiles1 = U / 8 / S::kWn, kTiles2 = kTiles1;
   // A thread has 255; the more outputs it has, the more it keeps for them.
-  static constexpr int kMost = (S::kOutputs == 1 ? 168 : S::kOutputs == 2 ? 140 : 64) - (kTwo ? 40 : 0) - (T::kBytes == 4 ? 24 : 0);
+  static constexpr int kMost = (S::kOutputs == 1   ? 168
+                                : S::kOutputs == 2 ? 140
+                                                   : 64) -
+                               (kTwo ? 40 : 0) - (T::kBytes == 4 ? 24 : 0);
   static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
   static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
@@ -132,7 +136,8 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
         }
       };
       // Gradients of gates' recurrent parts, gate by gate in the exchange.
-      auto tell = [&](const Exchange<T, ALONE>& exchange, int64_t slot, int i, int gate, float value, bool there) {
+      auto tell = [&](const Exchange<T, ALONE>& exchange, int64_t slot, int i, int gate, float value,
+                      bool there) {
         const int b = row_0 + w.row(i);
         publish<T, ALONE>(exchange.slot(slot) + wide(ALONE ? w.row(i) : b, exchange.row) +
                               (gate * gate_width + w.unit) * T::kBytes,
@@ -182,8 +187,8 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       if (a.first < 2) {
         float found[OUT][1] = {};
         if (step > 0)
-          product<S, 1, U, WK>(found, first, ex1, Rows{from, row_0}, ahead ? &then : nullptr, a, a.mode == kGrid && step > a.begin, pieces_1, w,
-                               sums, look);
+          product<S, 1, U, WK>(found, first, ex1, Rows{from, row_0}, ahead ? &then : nullptr, a,
+                               a.mode == kGrid && step > a.begin, pieces_1, w, sums, look);
         else
           look();
         if (w.works) {
@@ -222,9 +227,10 @@ __device__ __forceinline__ void Backward<Cell, T, U, WK, PROJECTED>::run(const A
       if constexpr (kTwo) {
         if (a.last < 2 || ends) continue;
         float through[OUT][1];
-        product<S, 1, U, WK>(through, second, ex2, Rows{middle, row_0}, nullptr, a, a.mode == kGrid, pieces_2, w, sums, [&]() {
-          if (a.first == 2) look();
-        });
+        product<S, 1, U, WK>(through, second, ex2, Rows{middle, row_0}, nullptr, a, a.mode == kGrid, pieces_2,
+                             w, sums, [&]() {
+                               if (a.first == 2) look();
+                             });
         if (w.works) {
 #pragma unroll
           for (int i = 0; i < OUT; i++) {

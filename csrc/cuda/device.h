@@ -1,5 +1,5 @@
-// The instructions that the kernels are made of, wrapped; without nvcc tests/cuda_on_cpu.h has their like, and
-// the same kernels run on the CPU.
+// The instructions that the kernels are made of, wrapped; without nvcc tests/cuda_on_cpu.h has their like,
+// and the same kernels run on the CPU.
 #pragma once
 
 #include <cstdint>
@@ -63,12 +63,12 @@ __device__ __forceinline__ float bits_float(uint32_t bits) { return __uint_as_fl
 __device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
 
 // Tensor cores: c [16, 8] += a [16, k] b [k, 8]; a0, a2 are of row lane / 4, a1, a3 of the row 8 further.
-#define FASTRNN_MMA(name, shape)                                                                        \
+#define FASTRNN_MMA(name, shape)                                                                          \
   __device__ __forceinline__ void name(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, \
-                                       uint32_t b0, uint32_t b1) {                                      \
-    asm volatile("mma.sync.aligned." shape " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"      \
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                       \
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                               \
+                                       uint32_t b0, uint32_t b1) {                                        \
+    asm volatile("mma.sync.aligned." shape " {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"       \
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));                                 \
   }
 FASTRNN_MMA(mma_bf16, "m16n8k16.row.col.f32.bf16.bf16.f32")
 FASTRNN_MMA(mma_fp16, "m16n8k16.row.col.f32.f16.f16.f32")

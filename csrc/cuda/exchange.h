@@ -11,16 +11,16 @@
 
 namespace fastrnn::cuda {
 
-// How a kernel's block is cut, the same for host and device. U: its units, of GATES gates in the stage that has
-// most; a block that does not share out k (WK = 1) is alone in its group.
+// How a kernel's block is cut, the same for host and device. U: its units, of GATES gates in the stage that
+// has most; a block that does not share out k (WK = 1) is alone in its group.
 template <int U, int WK, int GATES>
 struct Shape {
   static constexpr int kWn = kWarps / WK;
   static constexpr bool kAlone = WK == 1;
   static constexpr int kOutputs = (kRows * U + kThreads - 1) / kThreads;  // of a thread: units and sequences
-  static constexpr int kRow = U * GATES + 8;     // floats from row to row of the sums: no bank twice
+  static constexpr int kRow = U * GATES + 8;  // floats from row to row of the sums: no bank twice
   static constexpr int kSums = WK * kRows * kRow;
-  static constexpr int kKept = 2 * kRows * U;    // floats that are kept of a tile of the batch: of h, of c
+  static constexpr int kKept = 2 * kRows * U;  // floats that are kept of a tile of the batch: of h, of c
   static_assert(U / 8 % kWn == 0);
 };
 
@@ -55,8 +55,8 @@ __device__ __forceinline__ Bits* to(int64_t address) {
 // Of this block: its group, tile of units, and the threads' shares.
 template <int U>
 struct Where {
-  int d, head, HH, K, unit_0;              // unit_0: its first unit, of its head
-  int unit, first_row;                     // of this thread's outputs: row first_row + i * (kThreads / U)
+  int d, head, HH, K, unit_0;  // unit_0: its first unit, of its head
+  int unit, first_row;         // of this thread's outputs: row first_row + i * (kThreads / U)
   bool works;
 
   __device__ __forceinline__ explicit Where(const Args& a) {
@@ -102,8 +102,8 @@ __device__ __forceinline__ void write(int64_t address, int64_t index, float valu
 
 // What a thread keeps of its outputs of `own` tiles, from where the launch's steps start.
 template <class T, int STATES, int U>
-__device__ __forceinline__ void start(const Args& a, const Where<U>& w, float* kept, int own, bool has, bool has_k,
-                                      int64_t unit, int64_t column, int each, int outputs) {
+__device__ __forceinline__ void start(const Args& a, const Where<U>& w, float* kept, int own, bool has,
+                                      bool has_k, int64_t unit, int64_t column, int each, int outputs) {
   if (!w.works) return;
   for (int i = 0; i < own * outputs; i++) {
     const int tile = i / outputs, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % outputs);
@@ -178,11 +178,12 @@ struct Rows {
   int first;
 };
 
-// The recurrent product of a stage, from its exchange into the block's sums, and all of a thread's outputs from
-// there: found[i][g], of its i-th output and gate g. then: the source of the block's next such product, whose
-// loads then lie under this one's end, or nullptr.
+// The recurrent product of a stage, from its exchange into the block's sums, and all of a thread's outputs
+// from there: found[i][g], of its i-th output and gate g. then: the source of the block's next such product,
+// whose loads then lie under this one's end, or nullptr.
 template <class S, int GATES, int U, int WK, class T, int TILES, int DEPTH, int HELD, class F>
-__device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES], Product<T, TILES, DEPTH, HELD>& weights,
+__device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES],
+                                        Product<T, TILES, DEPTH, HELD>& weights,
                                         const Exchange<T, S::kAlone>& exchange, Rows rows, const Rows* then,
                                         const Args& a, bool wait, int pieces, const Where<U>& w, float* sums,
                                         F meanwhile) {

@@ -2,7 +2,8 @@
 // other in any of the MODEs. A block owns U units of a group, and the tiles of 16 sequences blockIdx.x,
 // blockIdx.x + gridDim.x ...; its slice of R stays where it is for all steps.
 //
-// Stages of a step: the cell; or with two, r and z, then n (GruResetBefore), or the cell, then the projection.
+// Stages of a step: the cell; or with two, r and z, then n (GruResetBefore), or the cell, then the
+// projection.
 #pragma once
 
 #include "../cells/registry.h"
@@ -20,7 +21,10 @@ struct Forward {
   static constexpr int kColumns1 = kFirst * U / 8, kColumns2 = U / 8;
   static constexpr int kTiles1 = kColumns1 / S::kWn, kTiles2 = kColumns2 / S::kWn;
   // A thread has 255; the more outputs it has, the more it keeps for them.
-  static constexpr int kMost = (S::kOutputs == 1 ? 160 : S::kOutputs == 2 ? 150 : 80) - (kTwo ? 40 : 0) - (T::kBytes == 4 ? 24 : 0);
+  static constexpr int kMost = (S::kOutputs == 1   ? 160
+                                : S::kOutputs == 2 ? 150
+                                                   : 80) -
+                               (kTwo ? 40 : 0) - (T::kBytes == 4 ? 24 : 0);
   static constexpr Registers kRegisters1 = share_registers(kTiles1, kTiles1, kTwo, S::kOutputs, kMost);
   static constexpr Registers kRegisters2 = share_registers(kTiles2, kTiles1, kTwo, S::kOutputs, kMost);
 
@@ -136,8 +140,8 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
 
       if (a.first < 2) {
         float gh[OUT][kFirst];
-        product<S, kFirst, U, WK>(gh, first, ex1, Rows{from, row_0}, ahead ? &then : nullptr, a, a.mode == kGrid && s > a.begin, pieces_1, w,
-                              sums, look);
+        product<S, kFirst, U, WK>(gh, first, ex1, Rows{from, row_0}, ahead ? &then : nullptr, a,
+                                  a.mode == kGrid && s > a.begin, pieces_1, w, sums, look);
         Vec<float, STATES> after[OUT];
         Vec<float, Cell::kSaved> saved[OUT];
         if (w.works) {
@@ -156,7 +160,8 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
             } else {
               Vec<float, G> gx, g_h;
 #pragma unroll
-              for (int g = 0; g < G; g++) gx[g] = T::load(x[i][g]) + bias_x[g], g_h[g] = kAdds ? gh[i][g] : gh[i][g] + bias_h[g];
+              for (int g = 0; g < G; g++)
+                gx[g] = T::load(x[i][g]) + bias_x[g], g_h[g] = kAdds ? gh[i][g] : gh[i][g] + bias_h[g];
               Cell::forward(gx, g_h, before, after[i], saved[i]);
             }
           }
@@ -179,14 +184,14 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
               if constexpr (!PROJECTED) show(i, after[i][0], unit, has);
               if (live && a.save) {
 #pragma unroll
-                for (int g = 0; g < SAVED; g++)
-                  write<T>(a.gates, of_gates[i] + g * H, saved[i][g]);
+                for (int g = 0; g < SAVED; g++) write<T>(a.gates, of_gates[i] + g * H, saved[i][g]);
                 if constexpr (PROJECTED) write<T>(a.mid, wide(rows_0 + at[i].row, H) + unit, after[i][0]);
               }
               if constexpr (STATES == 2) {
                 if (at[i].on) state[i * kThreads + kRows * U] = after[i][1];
                 if (a.seq && has && at[i].here)
-                  to<float>(a.seq)[wide(w.d * int(a.N) + at[i].row, H) + unit] = at[i].on ? after[i][1] : 0.0f;
+                  to<float>(a.seq)[wide(w.d * int(a.N) + at[i].row, H) + unit] =
+                      at[i].on ? after[i][1] : 0.0f;
               }
             }
           }
@@ -196,19 +201,20 @@ __device__ __forceinline__ void Forward<Cell, T, U, WK, PROJECTED>::run(const Ar
       if constexpr (kTwo) {
         if (a.last < 2) continue;
         float found[OUT][1];
-        product<S, 1, U, WK>(found, second, ex2, Rows{middle, row_0}, nullptr, a, a.mode == kGrid, pieces_2, w, sums, [&]() {
-          if (a.first == 2) look();
-        });
+        product<S, 1, U, WK>(found, second, ex2, Rows{middle, row_0}, nullptr, a, a.mode == kGrid, pieces_2,
+                             w, sums, [&]() {
+                               if (a.first == 2) look();
+                             });
         if (w.works) {
 #pragma unroll
           for (int i = 0; i < OUT; i++) {
             if constexpr (kMid) {
               const bool live = has && at[i].on;
-              Vec<float, 1> gx{{T::load(x[i][2]) + bias_x[2]}}, g1{{found[i][0] + bias_h[2]}}, before, after, saved;
+              Vec<float, 1> gx{{T::load(x[i][2]) + bias_x[2]}}, g1{{found[i][0] + bias_h[2]}}, before, after,
+                  saved;
               Vec<float, 2> first_found{{r_z[i][0], r_z[i][1]}};
               // A launch of this stage alone reads what the first one left.
-              if (a.first == 2)
-                first_found = {{0.0f, T::load(read<T>(a.gates, of_gates[i] + H, live))}};
+              if (a.first == 2) first_found = {{0.0f, T::load(read<T>(a.gates, of_gates[i] + H, live))}};
               before[0] = at[i].cut ? 0.0f : state[i * kThreads];
               Cell::forward(gx, g1, before, first_found, after, saved);
               tell(i, after[0], has);

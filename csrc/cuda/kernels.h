@@ -10,8 +10,8 @@ struct Kernel {
   void (*function)(Args) = nullptr;
   int64_t (*fixed)(const Args&, int64_t tiles) = nullptr;  // fixed_bytes
   int parts = 0, gates = 0;                                // of k; of the cell
-  int tiles_1 = 0, held_1 = 0, tiles_2 = 0, held_2 = 0;    // a warp's column tiles, and its pieces in registers
-  int columns_1 = 0, columns_2 = 0;                        // tiles of 8 of the block
+  int tiles_1 = 0, held_1 = 0, tiles_2 = 0, held_2 = 0;  // a warp's column tiles, and its pieces in registers
+  int columns_1 = 0, columns_2 = 0;                      // tiles of 8 of the block
 };
 
 template <class K>
@@ -29,11 +29,15 @@ Kernel kernel_of() {
   if constexpr (BACKWARD) {
     using K = Backward<Cell, T, U, WK, PROJECTED>;
     kernel = describe<K>(scan_backward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns1, K::kColumns2);
-    kernel.fixed = [](const Args& a, int64_t tiles) { return fixed_bytes<typename K::S>(a, T::kBytes, tiles); };
+    kernel.fixed = [](const Args& a, int64_t tiles) {
+      return fixed_bytes<typename K::S>(a, T::kBytes, tiles);
+    };
   } else {
     using K = Forward<Cell, T, U, WK, PROJECTED>;
     kernel = describe<K>(scan_forward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns1, K::kColumns2);
-    kernel.fixed = [](const Args& a, int64_t tiles) { return fixed_bytes<typename K::S>(a, T::kBytes, tiles); };
+    kernel.fixed = [](const Args& a, int64_t tiles) {
+      return fixed_bytes<typename K::S>(a, T::kBytes, tiles);
+    };
   }
   kernel.gates = Cell::kGates;
   return kernel;
@@ -41,6 +45,9 @@ Kernel kernel_of() {
 
 template <class Cell, class T, bool BACKWARD, bool PROJECTED>
 Kernel of_units(const Args& a) {
+#ifdef FASTRNN_UNITS  // a test compiles these alone
+  return kernel_of<Cell, T, BACKWARD, FASTRNN_UNITS, kWarps, PROJECTED>();
+#endif
   if (a.mode == kBlock) return a.units == 64 ? kernel_of<Cell, T, BACKWARD, 64, 1, PROJECTED>() : Kernel{};
   switch (a.units) {
     case 8:
@@ -59,10 +66,10 @@ Kernel of_units(const Args& a) {
 template <class T, bool BACKWARD>
 Kernel find(const Args& a) {
   int64_t index = 0;
-#define FASTRNN_CASE(Cell)                                                                     \
-  if (index++ == a.cell) {                                                                     \
-    if (!a.projected) return of_units<Cell, T, BACKWARD, false>(a);                            \
-    if constexpr (Cell::kStates == 2) return of_units<Cell, T, BACKWARD, true>(a);             \
+#define FASTRNN_CASE(Cell)                                                         \
+  if (index++ == a.cell) {                                                         \
+    if (!a.projected) return of_units<Cell, T, BACKWARD, false>(a);                \
+    if constexpr (Cell::kStates == 2) return of_units<Cell, T, BACKWARD, true>(a); \
   }
   FASTRNN_CELLS(FASTRNN_CASE)
 #undef FASTRNN_CASE

@@ -104,8 +104,8 @@ int resident(const Kernel& kernel, int64_t bytes) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
   int device = 0, blocks = 0, processors = 0;
   if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, bytes) || cudaGetDevice(&device) ||
-      cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
+      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, bytes) ||
+      cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
     cudaGetLastError();
     return 0;
   }
@@ -113,8 +113,8 @@ int resident(const Kernel& kernel, int64_t bytes) {
 }
 
 template <class T>
-int start_prepare(unsigned blocks, const Args& a, const Weights& first, const Weights& second, int64_t parts_1,
-                  int64_t parts_2, int64_t places, Queue queue) {
+int start_prepare(unsigned blocks, const Args& a, const Weights& first, const Weights& second,
+                  int64_t parts_1, int64_t parts_2, int64_t places, Queue queue) {
   prepare<T><<<blocks, kThreads, 0, queue>>>(a, first, second, parts_1, parts_2, places);
   return cudaGetLastError();
 }
@@ -146,7 +146,8 @@ int resident(const Kernel&, int64_t) { return most_resident; }
 template <class T>
 int start_prepare(unsigned, const Args& a, const Weights& first, const Weights& second, int64_t parts_1,
                   int64_t parts_2, int64_t places, Queue) {
-  return emulated::launch(false, dim3{1, 1, 1}, kThreads, 0, prepare<T>, a, first, second, parts_1, parts_2, places)
+  return emulated::launch(false, dim3{1, 1, 1}, kThreads, 0, prepare<T>, a, first, second, parts_1, parts_2,
+                          places)
              ? 0
              : 719;
 }
@@ -179,9 +180,11 @@ int make_ready(const Args& a, const Kernel& kernel, bool weights, int64_t steps,
       if (stage == 2) slots = a.mode == kGrid ? steps : 2;
       const int64_t skip = stage == 1 && goes_on ? 1 : 0;
       // kPending; who does not wait reads zeros past what exists.
-      error = error ? error : fill(place + skip * slot, a.mode == kGrid ? 0xff : 0, (slots - skip) * slot, queue);
+      error =
+          error ? error : fill(place + skip * slot, a.mode == kGrid ? 0xff : 0, (slots - skip) * slot, queue);
       if (a.mode == kGrid && used < stride && !error)
-        error = clear_columns(place + used * bytes, stride * bytes, (stride - used) * bytes, slots * rows, queue);
+        error =
+            clear_columns(place + used * bytes, stride * bytes, (stride - used) * bytes, slots * rows, queue);
     }
     if (error) return error;
   }
@@ -216,9 +219,9 @@ FASTRNN_EXPORT const char* fastrnn_cuda_fields() {
 #undef FASTRNN_NAME
 }
 
-// [blocks of a launch that the device holds at once (0: it has no such kernel), a block's bytes of shared memory,
-// then of each stage a warp's pieces of the weights: all, in registers, in shared memory; bytes of the packed
-// weights].
+// [blocks of a launch that the device holds at once (0: it has no such kernel), a block's bytes of shared
+// memory, then of each stage a warp's pieces of the weights: all, in registers, in shared memory; bytes of
+// the packed weights].
 FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
   Args args = *given;
   std::fill(out, out + 10, 0);
@@ -236,8 +239,9 @@ FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
   }
 }
 
-// All steps from begin to end: one launch each `slots - 1` steps or, in kStep, one a stage of each step. weights:
-// whether they are to be packed. 0, kNoKernel, kNotResident (of kGrid: nothing has run), or a cudaError_t.
+// All steps from begin to end: one launch each `slots - 1` steps or, in kStep, one a stage of each step.
+// weights: whether they are to be packed. 0, kNoKernel, kNotResident (of kGrid: nothing has run), or a
+// cudaError_t.
 FASTRNN_EXPORT int fastrnn_cuda_run(const Args* given, int weights, void* stream) {
   Args args = *given;
   const auto queue = static_cast<Queue>(stream);

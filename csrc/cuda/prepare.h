@@ -6,9 +6,10 @@
 
 namespace fastrnn::cuda {
 
-// A stage's weights: of w [gates * heads * height, width] those of `gates` gates from `first` on. By rows, these
-// are the product's columns and k counts w's; or by columns, and k counts w's rows, each gate's up to a multiple
-// of 8. Packed [groups, tiles of units, pieces, gates * units / 8 (by columns units / 8), lane, 16 bytes].
+// A stage's weights: of w [gates * heads * height, width] those of `gates` gates from `first` on. By rows,
+// these are the product's columns and k counts w's; or by columns, and k counts w's rows, each gate's up to a
+// multiple of 8. Packed [groups, tiles of units, pieces, gates * units / 8 (by columns units / 8), lane, 16
+// bytes].
 struct Weights {
   int64_t w[2], packed;  // of each direction
   int64_t first, gates, heads, height, width;
@@ -24,7 +25,8 @@ __device__ __forceinline__ void pack(const Weights& w, int64_t i) {
   constexpr int PART = 16 / T::kBytes;
   const int64_t lane = i % 32, column = i / 32 % w.columns, piece = i / (32 * w.columns) % w.pieces;
   const int64_t tile = i / (32 * w.columns * w.pieces) % w.tiles;
-  const int64_t group = i / (32 * w.columns * w.pieces * w.tiles), d = group / w.heads, head = group % w.heads;
+  const int64_t group = i / (32 * w.columns * w.pieces * w.tiles), d = group / w.heads,
+                head = group % w.heads;
   const int64_t n = column * 8 + lane / 4, k_0 = (piece * 4 + lane % 4) * PART;
   const int64_t tall = (w.height + 7) / 8 * 8;
   const Bits* from = as<Bits>(w.w[d]);
@@ -39,8 +41,8 @@ __device__ __forceinline__ void pack(const Weights& w, int64_t i) {
       gate = n / w.units, row = tile * w.units + n % w.units, column_of_w = k;
     }
     const bool there = gate < w.gates && row < w.height && column_of_w < w.width;
-    part[e] =
-        there ? from[(((w.first + gate) * w.heads + head) * w.height + row) * w.width + column_of_w] : Bits(0);
+    part[e] = there ? from[(((w.first + gate) * w.heads + head) * w.height + row) * w.width + column_of_w]
+                    : Bits(0);
   }
   to<uint4>(w.packed)[i] = *reinterpret_cast<const uint4*>(part);
 }
@@ -63,9 +65,11 @@ __device__ __forceinline__ void place_h(const Args& a, int64_t i) {
 
 template <class T>
 __global__ void prepare(const __grid_constant__ Args a, const __grid_constant__ Weights first,
-                        const __grid_constant__ Weights second, int64_t parts_1, int64_t parts_2, int64_t places) {
+                        const __grid_constant__ Weights second, int64_t parts_1, int64_t parts_2,
+                        int64_t places) {
   const int64_t all = parts_1 + parts_2 + places;
-  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < all; i += int64_t(gridDim.x) * kThreads) {
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < all;
+       i += int64_t(gridDim.x) * kThreads) {
     if (i < parts_1)
       pack<T>(first, i);
     else if (i < parts_1 + parts_2)

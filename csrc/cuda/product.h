@@ -1,9 +1,9 @@
 // The recurrent product of a block: 16 sequences times the columns that it owns, [16, k] x [k, N].
 //
-// A *piece* is 64 bytes of k: of a row of the source four lanes read 16 bytes each, which are a lane's parts of
-// two mma tiles; so are 16 bytes of a column of the weights. Weights are packed [k / piece, N / 8, lane, 16
-// bytes], lane / 4 the column, and lane % 4 its part of the piece. Eight warps share the work: WK parts of k
-// (pieces wk, wk + WK ...), 8 / WK parts of N. Their sums meet in shared memory.
+// A *piece* is 64 bytes of k: of a row of the source four lanes read 16 bytes each, which are a lane's parts
+// of two mma tiles; so are 16 bytes of a column of the weights. Weights are packed [k / piece, N / 8, lane,
+// 16 bytes], lane / 4 the column, and lane % 4 its part of the piece. Eight warps share the work: WK parts of
+// k (pieces wk, wk + WK ...), 8 / WK parts of N. Their sums meet in shared memory.
 #pragma once
 
 #include "types.h"
@@ -12,9 +12,10 @@ namespace fastrnn::cuda {
 
 constexpr int kThreads = 256, kWarps = 8, kRows = 16, kPieceBytes = 64;
 
-// How a thread's registers are shared out, by the number of a warp's column tiles in this stage and in the widest,
-// of a kernel of one stage or two, whose threads have so many outputs: 16-byte parts that a row of the source has
-// in flight, and pieces of the weights that are held. `most` is what all of these and the sums may take.
+// How a thread's registers are shared out, by the number of a warp's column tiles in this stage and in the
+// widest, of a kernel of one stage or two, whose threads have so many outputs: 16-byte parts that a row of
+// the source has in flight, and pieces of the weights that are held. `most` is what all of these and the sums
+// may take.
 struct Registers {
   int depth, held;
 };
@@ -28,8 +29,8 @@ constexpr Registers share_registers(int tiles, int widest, bool two, int outputs
 template <class T, int TILES, int DEPTH, int HELD>
 struct Product {
   uint4 held[HELD > 0 ? HELD : 1][TILES];
-  uint4 a[DEPTH][2];      // parts of the source on their way, a ring
-  bool on_their_way;      // those of the next product are
+  uint4 a[DEPTH][2];    // parts of the source on their way, a ring
+  bool on_their_way;    // those of the next product are
   const uint4* packed;  // this warp's first tile, and lane, of the block's weights
   const uint4* shared;  // likewise of its pieces after those held
   int64_t apart;        // from piece to piece of packed
@@ -153,8 +154,9 @@ struct Product {
     for (int i = 0; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
   }
 
-  // The first pieces, from slot FROM of the ring on. What is fetched too early is fetched again: of many blocks
-  // that would take the cache's whole time, so these look for their first piece alone, then fetch the others.
+  // The first pieces, from slot FROM of the ring on. What is fetched too early is fetched again: of many
+  // blocks that would take the cache's whole time, so these look for their first piece alone, then fetch the
+  // others.
   template <int FROM, class F>
   __device__ __forceinline__ void begin(Source& source, F& meanwhile) {
     if (!source.wait || source.eager || on_their_way) {

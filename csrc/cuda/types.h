@@ -18,8 +18,8 @@ struct Float32 {
     const float low = x - bits_float(high);
     return tf32_bits(low == low ? low : 0.0f);  // of an infinity nothing is left
   }
-  static __device__ __forceinline__ void pair(float (&c)[4], bool exact, uint32_t a0, uint32_t a1, uint32_t a2,
-                                              uint32_t a3, uint32_t b0, uint32_t b1) {
+  static __device__ __forceinline__ void pair(float (&c)[4], bool exact, uint32_t a0, uint32_t a1,
+                                              uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
     const float a[4] = {bits_float(a0), bits_float(a1), bits_float(a2), bits_float(a3)};
     const float b[2] = {bits_float(b0), bits_float(b1)};
     uint32_t ah[4], bh[2];
