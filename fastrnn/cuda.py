@@ -171,8 +171,8 @@ def widths(shape: Shape) -> Widths:
 
 def _microseconds(shape: Shape, config: Config) -> float:
     """A step's, by a model of an H100's multiprocessor: it reads 41 KB a microsecond of the cache as all do,
-    224 KB of its shared memory, and multiplies 2.1 million pairs; what a tile of the batch and what telling each
-    other takes besides are guesses from measurements on an H200."""
+    224 KB of its shared memory, and multiplies 2.1 million pairs; what a tile of the batch and what telling
+    each other takes besides are guesses from measurements on an H200."""
     traits = TRAITS[shape.cell]
     tiles = -(-shape.B // ROWS)
     own = -(-tiles // config.at_once)
