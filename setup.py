@@ -1,7 +1,8 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; FASTRNN_CUDA=0 leaves the CUDA sources out, FASTRNN_CUDA=1
-insists on them, FASTRNN_CUDA_ARCHS="80;90" names the GPU architectures.
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. The CUDA sources take part where torch is a CUDA build and nvcc
+is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names
+the GPU architectures.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ROOT = Path(__file__).resolve().parent
 FLAGS = json.loads((ROOT / "build_flags.json").read_text())
 MIN_TORCH = (2, 11)
 MIN_COMPILER = {"g++": 11, "clang": 14}
+CUDA_ARCHS = "80;86;89;90a;100;120"
 # `triton_kernels` and `bench` are too common as top-level names to be installed under them.
 MAPPED = {
     f"fastrnn.{name}": name for name in ("bench", "triton_kernels") if (ROOT / name / "__init__.py").exists()
@@ -101,9 +103,12 @@ def find_compiler() -> Compiler:
     return Compiler(command, target, output(*command, "--version"))
 
 
-def find_cuda() -> tuple[str, Path] | None:
-    """nvcc and the toolkit's folder; None where CUDA stays out of the library."""
+def find_cuda(torch_version: str) -> tuple[str, Path] | None:
+    """nvcc and the toolkit's folder; None where CUDA stays out of the library. torch_version: its
+    version.py."""
     wish = os.environ.get("FASTRNN_CUDA", "auto")
+    if wish == "auto" and not re.search(r"^cuda\b[^=\n]*= ['\"]", torch_version, re.MULTILINE):
+        return None  # torch has no use for them
     sources = list((ROOT / "csrc/cuda").glob("*.cu"))
     if wish == "1" and not sources:
         raise fail("FASTRNN_CUDA=1, but this version of fastrnn has no CUDA sources")
@@ -131,7 +136,7 @@ class Plan:
     link: list[str] = field(default_factory=list)
 
 
-def make_plan(compiler: Compiler, torch: Path) -> Plan:
+def make_plan(compiler: Compiler, torch: Path, torch_version: str) -> Plan:
     include = [f"-isystem{torch / 'include'}"]
     common = [*compiler.command, *FLAGS["common"], *include, *words("CXXFLAGS")]
     plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *words("LDFLAGS", "-s")])
@@ -145,16 +150,17 @@ def make_plan(compiler: Compiler, torch: Path) -> Plan:
     # Last: of an inline function that several units emit, the linker keeps the first copy, and that one must
     # run on every machine.
     plan.units += sorted(isa, key=lambda unit: list(FLAGS["isa"]).index(unit[0].stem.rpartition("_")[2]))
-    cuda = find_cuda()
+    cuda = find_cuda(torch_version)
     if cuda:
         nvcc, home = cuda
-        archs = os.environ.get("FASTRNN_CUDA_ARCHS", "80;90").split(";")
+        archs = os.environ.get("FASTRNN_CUDA_ARCHS", CUDA_ARCHS).split(";")
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
-        gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-        options = ["-std=c++20", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
+        newest = max((a for a in archs if a.isdecimal()), key=int, default=None)
+        if newest:  # for GPUs to come; what ends in a letter is for one architecture alone
+            gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
+        options = [*FLAGS["cuda"], "-Xcompiler=-fPIC,-fvisibility=hidden", *gencode]
+        # First in line: they take the longest.
         plan.units += [(s, [nvcc, *options, "-c"]) for s in sorted((ROOT / "csrc/cuda").glob("*.cu"))]
-        binding = [*common, f"-isystem{home / 'include'}", "-c"]
-        plan.units += [(s, binding) for s in sorted((ROOT / "csrc/cuda").glob("*.cpp"))]
         plan.link += [f"-L{home / 'lib64'}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     return plan
 
@@ -174,7 +180,7 @@ class BuildExt(build_ext):
         torch = find_torch()
         torch_version = check_torch(torch)
         compiler = find_compiler()
-        plan = make_plan(compiler, torch)
+        plan = make_plan(compiler, torch, torch_version)
         if not plan.units:
             raise fail("no sources under csrc/: an incomplete checkout or archive")
         # An object's name is a digest of all that went into it, so that a stale one cannot be picked up.

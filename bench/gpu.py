@@ -66,15 +66,14 @@ class Row:
 HEADER = "cell mode     type          T    B     H   ours us  cuDNN us   ratio   limit"
 
 
-def cases(quick: bool) -> Iterator[tuple[str, str, int, int, int]]:
+def cases(args: argparse.Namespace) -> Iterator[tuple[str, str, int, int, int]]:
     """(cell, dtype, T, B, H), what tells most first."""
-    lengths = LENGTHS[:1] if quick else LENGTHS
-    for T in lengths:
-        for dtype in DTYPES:
-            for cell in ("lstm", "gru", "rnn"):
-                for H in SIZES:
-                    for B in BATCHES:
-                        if not quick or (B in (1, 64) and H in (128, 512)):
+    for T in args.steps or LENGTHS[: 1 if args.quick else None]:
+        for dtype in args.dtype or DTYPES:
+            for cell in args.cell or ("lstm", "gru", "rnn"):
+                for H in args.hidden or SIZES:
+                    for B in args.batch or BATCHES:
+                        if not args.quick or (B in (1, 64) and H in (128, 512)):
                             yield cell, dtype, T, B, H
 
 
@@ -185,8 +184,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m fastrnn.bench.gpu", description=__doc__, allow_abbrev=False
     )
     parser.add_argument("--quick", action="store_true", help="two sizes, two batches, one length")
+    parser.add_argument("--backend", default="auto", help="fastrnn's (auto)")
+    parser.add_argument("--cell", nargs="+", choices=("lstm", "gru", "rnn"))
+    parser.add_argument("--dtype", nargs="+", choices=tuple(DTYPES))
+    for name, what in (("steps", "T"), ("batch", "B"), ("hidden", "H")):
+        parser.add_argument(f"--{name}", nargs="+", type=int, metavar=what)
     parser.add_argument("--minutes", type=float, default=60, help="leave out what does not fit")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES), help="of these alone")
     parser.add_argument(
         "--jobs",
         type=int,
@@ -199,12 +202,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * args.minutes
     about = machine(args.device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
-    chosen = [case for case in cases(args.quick) if case[1] in args.dtype]
-    if args.device.type != "cpu" and args.jobs > 1:
+    chosen = list(cases(args))
+    if args.device.type != "cpu" and args.jobs > 1 and args.backend == "triton":
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(args.jobs, mp_context=context) as pool:
             # One length: kernels do not depend on it.
-            first = [case for case in chosen if case[2] == LENGTHS[0]]
+            first = [case for case in chosen if case[2] == chosen[0][2]]
             list(pool.map(prepare, first, itertools.repeat(args.device)))
     print(HEADER)
     rows: list[Row] = []
@@ -213,7 +216,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if time.monotonic() > end:
             left += 1
             continue
-        for row in measure(case, args.device):
+        with fastrnn.backend(args.backend):
+            measured = measure(case, args.device)
+        for row in measured:
             print(row.text(), flush=True)
             rows.append(row)
     if left:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import threading
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import kernels
+from . import cuda, kernels
 from .reference import CELLS
 from .tree_reference import TREE_CELLS
 
@@ -161,8 +162,12 @@ def decide(x: Tensor) -> Decision:
     asked = current_backend()
     if asked == "reference":
         return Decision("reference", "asked for")
-    if asked == "cuda":
-        return Decision(None, f"this build of fastrnn has no {asked} backend")
+    if asked == "cuda" or (asked == "auto" and x.device.type == "cuda"):
+        why_not = cuda.why_not(x)
+        if why_not is None:
+            return Decision("cuda", "asked for" if asked == "cuda" else "the fastest backend for this input")
+        if asked == "cuda":
+            return Decision(None, why_not)
     if asked == "triton" or (asked == "auto" and x.device.type in TRITON_DEVICES):
         why_not = _why_not_triton(x)
         if why_not is None:
@@ -205,11 +210,11 @@ def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
 def decide_fused(x: Tensor, what: str) -> Decision:
     """`decide` for what has kernels for the CPU alone."""
     decision = decide(x)
-    if decision.backend != "triton":
+    if decision.backend not in ("cuda", "triton"):
         return decision
-    if current_backend() == "triton":
+    if current_backend() == decision.backend:
         return Decision(None, f"it has no kernel for {what}")
-    return Decision("reference", f"the triton backend has no kernel for {what}")
+    return Decision("reference", f"the {decision.backend} backend has no kernel for {what}")
 
 
 def decide_attention(x: Tensor) -> Decision:
@@ -221,7 +226,10 @@ def decide_attention(x: Tensor) -> Decision:
         return Decision(None, "its kernels of attention take GPU tensors, the input is on cpu")
     if asked in ("auto", "triton") and x.device.type in TRITON_DEVICES and _why_not_triton(x) is None:
         return Decision("triton", "asked for" if asked == "triton" else "it keeps no matrix of scores")
-    return decide(x)
+    decision = decide(x)
+    if decision.backend == "cuda":
+        return Decision("reference", "the cuda backend has no kernel for attention")
+    return decision
 
 
 def choose_fused(x: Tensor, what: str) -> str:
@@ -317,13 +325,15 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         return Explanation(
             None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"
         )
-    if decision.backend == "triton":
-        from .triton_kernels import describe
+    if decision.backend in ("cuda", "triton"):
+        describe: Callable[..., tuple[str, str]] = cuda.describe
+        if decision.backend == "triton":
+            describe = importlib.import_module("fastrnn.triton_kernels").describe
 
         H, B = layer.hidden_size, _sizes(layer, input)[1]
         D = 2 if getattr(layer, "bidirectional", False) else 1
         kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
-        return Explanation("triton", kernel, decision.reason, split)
+        return Explanation(decision.backend, kernel, decision.reason, split)
     said = explained(decision, x, cell, "scan")
     if said.backend != "cpu":
         return said

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from . import cuda
 from ._version import __version__
 from .backends import TRITON_MISSING
 from .kernels import LOAD_ERROR, LOADED, instruction_set, instruction_sets
@@ -60,11 +61,16 @@ def _gpus() -> str:
 
 
 def _kernels() -> dict[str, str]:
-    missing = "not part of this version"
+    missing = cuda.missing()
     cpu = "available" if LOADED else f"not available: {_load_error()}"
     triton = (
         f"not available: {TRITON_MISSING}"
         if TRITON_MISSING
         else f"available, Triton {metadata.version('triton')}"
     )
-    return {"cpu": cpu, "cuda": missing, "triton": triton, "reference": "available"}
+    return {
+        "cpu": cpu,
+        "cuda": f"not available: {missing}" if missing else "available",
+        "triton": triton,
+        "reference": "available",
+    }

@@ -32,7 +32,7 @@ def _load() -> str | None:
 LOAD_ERROR = _load()
 LOADED = LOAD_ERROR is None
 # What the names of a backend's operators begin with.
-PREFIXES = {"cpu": "", "triton": "triton_"}
+PREFIXES = {"cpu": "", "cuda": "cuda_", "triton": "triton_"}
 
 
 def operator(backend: str, name: str) -> Any:

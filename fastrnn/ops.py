@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import transforms
+from . import cuda, gpu, transforms
 from ._checks import same_device
 from .kernels import (
     LOADED,
@@ -364,16 +364,22 @@ def register_flops(name: str, formula: Any) -> None:
     register_flop_formula(getattr(torch.ops.fastrnn, name))(formula)
 
 
-def _triton_layer(*args: Any) -> Any:
-    from .triton_kernels import forward
+def engine(backend: str) -> gpu.Engine:
+    """What runs a GPU backend's recurrence; Triton is imported at the first call."""
+    if backend == "cuda":
+        return cuda.ENGINE
+    from .triton_kernels import Triton
 
-    return forward(*args)
+    triton: gpu.Engine = Triton()
+    return triton
 
 
-def _triton_backward(*args: Any) -> Any:
-    from .triton_kernels import backward
+def _gpu_layer(backend: str, *args: Any) -> Any:
+    return gpu.forward(engine(backend), *args)
 
-    return backward(*args)
+
+def _gpu_backward(backend: str, *args: Any) -> Any:
+    return gpu.backward(engine(backend), *args)
 
 
 if LOADED:
@@ -386,7 +392,9 @@ if LOADED:
             torch.library.register_fake(f"fastrnn::{_prefix}{_name}", _fake)
             _LIBRARY.impl(_prefix + _name, _rule, "Autograd", with_keyset=True)
             register_flops(_prefix + _name, _flops)
-    _LIBRARY.impl("triton_layer", _triton_layer, "CompositeExplicitAutograd")
-    _LIBRARY.impl("triton_layer_backward", _triton_backward, "CompositeExplicitAutograd")
+    for _backend in ("cuda", "triton"):
+        for _name, _run in (("layer", _gpu_layer), ("layer_backward", _gpu_backward)):
+            name = PREFIXES[_backend] + _name
+            _LIBRARY.impl(name, partial(_run, _backend), "CompositeExplicitAutograd")
     # Torch's own fallback for operators without a rule takes time to find that there is no gradient.
     _LIBRARY.impl("stream", torch.library.fallthrough_kernel, "Autograd")

@@ -11,7 +11,7 @@ from helpers import random_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
-from fastrnn import backends, functional
+from fastrnn import backends, cuda, functional
 from fastrnn.backends import current_backend
 
 
@@ -161,11 +161,17 @@ def test_explain_both_directions():
 
 @pytest.mark.skipif(backends.TRITON_MISSING is not None, reason="Triton is not installed")
 @pytest.mark.parametrize("device", backends.TRITON_DEVICES)
-def test_what_a_gpu_takes(device):
+def test_what_a_gpu_takes(device, monkeypatch):
     """Without one: of fake tensors, which have its name."""
     with FakeTensorMode():
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            assert backends.choose(torch.empty(2, device=device, dtype=dtype)) == "triton"
+            x = torch.empty(2, device=device, dtype=dtype)
+            monkeypatch.setattr(cuda, "LIBRARY", None)
+            assert backends.choose(x) == "triton"
+            monkeypatch.setattr(cuda, "LIBRARY", object())  # as of a build with nvcc
+            assert backends.choose(x) == ("cuda" if device == "cuda" else "triton")
+            assert backends.decide_fused(x, "it").backend == "reference"
+            assert backends.decide_attention(x).backend == "triton"
         for dtype in (torch.float64, torch.complex64, torch.complex128):
             x = torch.empty(2, device=device, dtype=dtype)
             assert backends.decide(x).backend == "reference"

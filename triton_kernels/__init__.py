@@ -4,6 +4,6 @@ Imported at the first call that runs on it; `fastrnn.backends` knows whether Tri
 """
 
 from .ahead import describe
-from .layer import backward, forward
+from .layer import Triton
 
-__all__ = ["backward", "describe", "forward"]
+__all__ = ["Triton", "describe"]

@@ -10,9 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastrnn._checks import same_device
+from fastrnn.gpu import alone
 
 from . import attend
-from .layer import DTYPES, INTERPRETED, alone
+from .layer import DTYPES, INTERPRETED
 
 # Tiles of dot products, and what they load of K or V at once; those of additive scores.
 TILE_OF_QUERIES, TILE_OF_POSITIONS, PIECE = 16, 32, 64

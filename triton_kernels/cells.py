@@ -7,38 +7,8 @@ n of mid = r*h; the projected LSTM makes its output, then projects it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import triton
 import triton.language as tl
-
-
-@dataclass(frozen=True)
-class Traits:
-    """gates: blocks of rows of R; saved: values a unit and step kept for the backward pass; hidden_grads:
-    which of the gradients made belongs to each gate's recurrent part (those of the input parts are the first
-    ones); state: whether the cell itself, not only its product, reads h; cell_state: whether it has a c;
-    mid: whether the last gate's product is one with r*h."""
-
-    gates: int
-    saved: int
-    hidden_grads: tuple[int, ...]
-    state: bool = True
-    cell_state: bool = False
-    mid: bool = False
-
-    @property
-    def grads(self) -> int:
-        return max(self.hidden_grads) + 1
-
-
-TRAITS = {
-    "lstm": Traits(4, 4, (0, 1, 2, 3), state=False, cell_state=True),
-    "gru": Traits(3, 4, (0, 1, 3)),
-    "gru_reset_before": Traits(3, 3, (0, 1, 2), mid=True),
-    "rnn_tanh": Traits(1, 1, (0,), state=False),
-    "rnn_relu": Traits(1, 1, (0,), state=False),
-}
 
 
 @triton.jit

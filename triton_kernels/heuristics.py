@@ -11,7 +11,7 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from .cells import TRAITS
+from fastrnn.gpu import TRAITS
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,11 @@
 
 namespace fastrnn {
 
+#ifdef __CUDA_ARCH__  // within two units in the last place, in a third of the time
+FASTRNN_HD float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+#else
 FASTRNN_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+#endif
 FASTRNN_HD double sigmoid(double x) { return 1.0 / (1.0 + exp(-x)); }
 FASTRNN_HD float tanh_(float x) { return tanhf(x); }
 FASTRNN_HD double tanh_(double x) { return tanh(x); }

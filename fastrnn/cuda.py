@@ -1,0 +1,415 @@
+"""A layer's recurrence by the CUDA kernels of csrc/cuda: the engine that fastrnn.gpu calls, and the choice of
+a kernel and its tiles, fixed by sizes, type and device."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .gpu import TRAITS, Backward, Call, Forward, capability
+from .reference import CELLS
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+MIN_CAPABILITY = 80
+# csrc/cuda/args.h: how blocks wait for each other.
+MODES = {"step": 0, "grid": 1, "block": 2}
+# Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
+EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
+BLOCK_UNITS = 64  # of a block that is alone in its group
+# What all blocks read of each other a step, up to which they look for all of it at once.
+EAGER_BYTES = 1 << 20
+ROWS, PIECE_BYTES = 16, 64  # csrc/cuda/product.h
+# What fastrnn_cuda_run says beside CUDA's errors.
+_NO_KERNEL, _NOT_RESIDENT = -1, -2
+# Looks at one datum before a block gives it up, some 0.5 us each: 30 s or more.
+PATIENCE = 1 << 26
+
+
+class Library:
+    """The C functions of csrc/cuda/launch.cu."""
+
+    def __init__(self, path: Path) -> None:
+        self.functions = ctypes.CDLL(str(path))
+        self.functions.fastrnn_cuda_fields.restype = ctypes.c_char_p
+        self.functions.fastrnn_cuda_error.restype = ctypes.c_char_p
+        self.fields: list[str] = self.functions.fastrnn_cuda_fields().decode().split()
+        self._places = {name: i for i, name in enumerate(self.fields)}
+        self._type = ctypes.c_int64 * len(self.fields)
+
+    def _args(self, values: dict[str, int]) -> ctypes.Array[ctypes.c_int64]:
+        args = self._type()
+        for name, value in values.items():
+            args[self._places[name]] = value
+        return args
+
+    def plan(self, values: dict[str, int]) -> tuple[int, ...]:
+        """Blocks of such a launch that the device holds at once (0: there is no such kernel); a block's bytes
+        of shared memory; of each stage a warp's pieces of the weights, how many of them registers and then
+        shared memory hold, and the bytes of all, packed."""
+        out = (ctypes.c_int64 * 10)()
+        self.functions.fastrnn_cuda_plan(self._args(values), out)
+        return tuple(out)
+
+    def run(self, values: dict[str, int], weights: bool, device: torch.device) -> bool:
+        """All steps; weights: whether these are to be packed first. False where the blocks of a grid could
+        not all be resident; then none has run."""
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+        error = int(self.functions.fastrnn_cuda_run(self._args(values), weights, ctypes.c_void_p(stream)))
+        if error in (0, _NOT_RESIDENT):
+            return error == 0
+        if error == _NO_KERNEL:
+            raise RuntimeError("fastrnn's CUDA kernels: none fits this device's shared memory")
+        raise RuntimeError(f"fastrnn's CUDA kernels: {self.functions.fastrnn_cuda_error(error).decode()}")
+
+
+def _load() -> Library | None:
+    """None where the library was built without nvcc."""
+    path = Path(__file__).parent / "_C.abi3.so"
+    try:
+        return Library(path)
+    except (OSError, AttributeError):
+        return None
+
+
+LIBRARY = _load()
+
+
+def missing() -> str | None:
+    """Why there are no kernels at all."""
+    if LIBRARY is None:
+        return "this build of fastrnn has no CUDA kernels (FASTRNN_CUDA=1 insists on them)"
+    return None
+
+
+@functools.cache
+def _device_missing(index: int | None) -> str | None:
+    found = capability(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    if found is None:
+        return "it takes NVIDIA GPUs"
+    if found < MIN_CAPABILITY:
+        return f"it takes GPUs of compute capability 8.0 or newer, this one has {found / 10}"
+    return None
+
+
+def why_not(x: Tensor) -> str | None:
+    """Why the engine cannot serve a call whose input is x."""
+    if missing():
+        return missing()
+    if x.device.type not in ("cuda", "meta"):
+        return f"it takes CUDA tensors, the input is on {x.device}"
+    if x.dtype not in DTYPES:
+        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        return f"it takes {names}, the input is {str(x.dtype).removeprefix('torch.')}"
+    if type(x) is Tensor and x.device.type == "cuda":
+        return _device_missing(x.device.index)
+    return None
+
+
+# --- which kernel in which tiles
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What the choice depends on: groups (directions x heads) of H units, with K columns of h; B sequences,
+    elements of itemsize bytes; so many multiprocessors."""
+
+    cell: str
+    H: int
+    K: int
+    groups: int
+    B: int
+    itemsize: int
+    projected: bool
+    backward: bool
+    processors: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """mode: see MODES; units of a block; at_once: how many tiles of 16 sequences have blocks of their own,
+    which take the others one after another; in_registers: whether registers hold weights."""
+
+    mode: str
+    units: int
+    at_once: int
+    in_registers: bool = True
+
+    def __str__(self) -> str:
+        tiles = f"{self.at_once} tile{'s' if self.at_once > 1 else ''}"
+        return f"blocks of {self.units} units, {tiles} of {ROWS} sequences at once"
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Columns that an exchange has in each stage, and its stride, which is whole pieces; 0: no such stage."""
+
+    used: tuple[int, int]
+    strides: tuple[int, int]
+
+
+def widths(shape: Shape) -> Widths:
+    traits, units, columns = TRAITS[shape.cell], round_up(shape.H, 8), round_up(shape.K, 8)
+    if not shape.backward:
+        used = (columns, units if traits.mid or shape.projected else 0)
+    elif traits.mid:
+        used = (2 * units, units)
+    else:
+        used = (traits.gates * units, columns if shape.projected else 0)
+    piece = PIECE_BYTES // shape.itemsize
+    return Widths(used, (round_up(used[0], piece), round_up(used[1], piece)))
+
+
+def _microseconds(shape: Shape, config: Config) -> float:
+    """A step's, by a model of an H100's multiprocessor: it reads 41 KB a microsecond of the cache as all do,
+    224 KB of its shared memory, and multiplies 2.1 million pairs; what a tile of the batch and what telling
+    each other takes besides are guesses from measurements on an H200."""
+    traits = TRAITS[shape.cell]
+    tiles = -(-shape.B // ROWS)
+    own = -(-tiles // config.at_once)
+    gates = 1 if shape.backward else traits.gates
+    width = sum(widths(shape).strides)  # of h, or the gates' gradients
+    weights = gates * config.units * width * shape.itemsize
+    held = min(weights, (96 if config.units < 32 or gates == 1 else 64) << 10)
+    sums = 8 * ROWS * (gates * config.units + 8) * 4
+    shared = min(weights - held, (227 << 10) - sums - own * 2 * ROWS * config.units * 4)
+    read = min(shape.B, ROWS) * width * shape.itemsize + weights - held - shared
+    multiply = ROWS * gates * config.units * width * (1 if shape.itemsize == 2 else 4) / 2.1e6
+    return 0.7 + own * (0.8 + read / 41e3 + shared / 224e3 + multiply)
+
+
+@functools.cache
+def configure(shape: Shape) -> Config:
+    tiles = -(-shape.B // ROWS)
+    found = []
+    for units in (8, 16, 32):
+        of_units = -(-max(shape.H, shape.K) // units)
+        most = shape.processors // (of_units * shape.groups)
+        if most:
+            own = -(-tiles // min(most, tiles))
+            found.append(Config("grid", units, -(-tiles // own)))
+    if found:
+        return min(found, key=lambda config: _microseconds(shape, config))
+    if max(shape.H, shape.K) <= BLOCK_UNITS:
+        return Config("block", BLOCK_UNITS, tiles)
+    return Config("step", 16 if shape.itemsize == 4 else 32, tiles)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def shape_of(call: Call, backward: bool) -> Shape:
+    return Shape(
+        call.cell,
+        call.H // call.heads,
+        call.P // call.heads,
+        call.D * call.heads,
+        call.B,
+        call.x.element_size(),
+        call.projected,
+        backward,
+        processors(call.x.device),
+    )
+
+
+def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
+    """Of a layer's forward pass: its kernel and its tiles."""
+    shape = Shape(cell, H, proj_size or H, D, B, x.element_size(), proj_size > 0, False, processors(x.device))
+    config = configure(shape)
+    two = "two launches" if widths(shape).used[1] else "a launch"
+    launches = f"{two} a step" if config.mode == "step" else "one launch"
+    return f"{cell} {config.mode} in CUDA, {launches}, {str(x.dtype).removeprefix('torch.')} products", str(
+        config
+    )
+
+
+# --- a pass
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.lru_cache(maxsize=512)
+def _plan(library: Library, sizes: tuple[tuple[str, int], ...], device: torch.device) -> tuple[int, ...]:
+    return library.plan(dict(sizes))
+
+
+class _Pass:
+    """The launches of one pass of a call. values: csrc/cuda/args.h has them all."""
+
+    def __init__(self, library: Library, call: Call, backward: bool) -> None:
+        self.library, self.call = library, call
+        self.shape = shape_of(call, backward)
+        self.widths = widths(self.shape)
+        two = self.widths.used[1] > 0
+        first, last = call.params[0], call.params[-1]
+        self.values: dict[str, int] = {
+            "cell": list(CELLS).index(call.cell),
+            "dtype": DTYPES[call.x.dtype],
+            "backward": backward,
+            "projected": call.projected,
+            "used_1": self.widths.used[0],
+            "used_2": self.widths.used[1],
+            "stride_1": self.widths.strides[0],
+            "stride_2": self.widths.strides[1],
+            "w_hh_0": _address(first.w_hh),
+            "w_hh_1": _address(last.w_hh),
+            "w_hr_0": _address(first.w_hr),
+            "w_hr_1": _address(last.w_hr),
+            "T": call.T,
+            "B": call.B,
+            "N": call.N,
+            "H": call.H,
+            "P": call.P,
+            "D": call.D,
+            "heads": call.heads,
+            "first": 1 if two else 0,
+            "last": 2 if two else 0,
+            "exact": not (call.x.device.type == "cuda" and torch.backends.cudnn.allow_tf32),
+            "patience": PATIENCE,
+        }
+        self.packs = True
+        self.adopt(configure(self.shape))
+
+    def adopt(self, config: Config) -> None:
+        """This configuration, or where the device does not hold its blocks at once, one of steps."""
+        call, shape, values = self.call, self.shape, self.values
+        tiles = -(-max(shape.H, shape.K) // config.units)
+        values |= {
+            "mode": MODES[config.mode],
+            "units": config.units,
+            "grid_x": config.at_once,
+            "grid_y": tiles,
+            "grid_z": shape.groups,
+            "in_registers": config.in_registers,
+        }
+        names = ("cell", "dtype", "backward", "projected", "units", "mode", "grid_x", "grid_y", "grid_z", "B")
+        more = ("stride_1", "stride_2", "used_1", "used_2", "in_registers", "H", "P", "D", "heads")
+        plan = _plan(self.library, tuple((name, int(values[name])) for name in names + more), call.x.device)
+        blocks = config.at_once * tiles * shape.groups
+        if config.mode == "grid" and plan[0] < blocks:
+            self.adopt_steps(config)
+            return
+        self.config = config
+        row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]
+        read = min(call.B, ROWS) * self.widths.strides[0] * shape.itemsize * blocks
+        values["eager"] = read <= EAGER_BYTES
+        slots = 2
+        if config.mode == "grid":
+            steps = call.T + shape.backward
+            slots = 1 + min(steps, max(LEAST_STEPS, EXCHANGE_BYTES // max(1, sum(row_bytes))))
+        elif config.mode == "block":
+            row_bytes = [0, 0]
+        values["slots"] = slots
+        kept = [4 * call.D * call.B * call.P, 4 * call.D * call.B * call.H]
+        parts = ("weights_1", "weights_2", "exchange_1", "exchange_2", "h_kept", "c_kept")
+        sizes = (
+            plan[5],
+            plan[9] * bool(self.widths.used[1]),
+            slots * row_bytes[0],
+            slots * row_bytes[1],
+            *kept,
+        )
+        offsets = [0]
+        for size in sizes:
+            offsets.append(offsets[-1] + round_up(size, 256))
+        # float32, as use_deterministic_algorithms fills no bytes with NaN.
+        self.workspace = call.x.new_empty(offsets[-1] // 4, dtype=torch.float32)
+        base = self.workspace.data_ptr()
+        values |= {name: base + offset for name, offset in zip(parts, offsets, strict=False)}
+        self.packs = True
+
+    def adopt_steps(self, config: Config) -> None:
+        self.adopt(replace(config, mode="step", at_once=-(-self.call.B // ROWS)))
+
+    def run(self, begin: int, end: int, leaves: bool) -> None:
+        self.values |= {"begin": begin, "end": end, "starts": begin == 0, "leaves": leaves}
+        while not self.library.run(self.values, self.packs, self.call.x.device):
+            self.adopt_steps(self.config)
+        self.packs = False
+
+
+class Cuda:
+    """See fastrnn.gpu.Engine."""
+
+    name, finds_before = "cuda", True
+
+    def __init__(self) -> None:
+        self.library = LIBRARY
+
+    def check(self, call: Call) -> None:
+        x = call.x
+        if self.library is None or why_not(x):
+            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+            raise RuntimeError(f"the CUDA kernels take {known} on a GPU, got {x.dtype} on {x.device}")
+        if max(call.N, call.T * call.B) * call.D >= 1 << 31:
+            raise RuntimeError(f"the CUDA kernels take fewer than 2**31 rows, got {call.N} x {call.D}")
+
+    def forward(self, call: Call, tensors: Forward) -> Callable[[int, int, tuple[int, int]], None]:
+        assert self.library is not None
+        states = [s.contiguous() for s in call.states]
+        one = _Pass(self.library, call, False)
+        one.values |= {
+            "gates": _address(tensors.gates),
+            "y": _address(tensors.y),
+            "seq": _address(tensors.seq),
+            "mid": _address(tensors.mid),
+            "rows": tensors.rows,
+            "h_start": _address(states[0]),
+            "c_start": _address(states[-1]),
+            "h_left": _address(tensors.last[0]),
+            "c_left": _address(tensors.last[-1]),
+            "offsets": _address(tensors.offsets),
+            "flags": _address(tensors.flags),
+            "save": tensors.save,
+        }
+        for d, p in enumerate(call.params):
+            one.values |= {f"b_ih_{d}": _address(p.b_ih), f"b_hh_{d}": _address(p.b_hh)}
+
+        def steps(begin: int, end: int, bases: tuple[int, int], kept: Sequence[Tensor] = states) -> None:
+            one.values |= {"base_0": bases[0], "base_1": bases[1]}
+            one.run(begin, end, end == call.T)
+
+        return steps
+
+    def backward(self, call: Call, tensors: Backward) -> None:
+        assert self.library is not None
+        states = [s.contiguous() for s in call.states]
+        one = _Pass(self.library, call, True)
+        one.values |= {
+            "dy": _address(tensors.dy),
+            "dseq": _address(tensors.dseq),
+            "gates": _address(tensors.gates),
+            "y": _address(tensors.y),
+            "seq": _address(tensors.seq),
+            "h_before": _address(tensors.h_before) if call.traits.state else 0,
+            "c_before": _address(tensors.c_before),
+            "h_first": _address(states[0]),
+            "c_first": _address(states[-1]),
+            "dg": _address(tensors.dg),
+            "dmid": _address(tensors.dmid),
+            "h_start": _address(tensors.dlast[0]) if tensors.dlast else 0,
+            "c_start": _address(tensors.dlast[-1]) if tensors.dlast else 0,
+            "h_left": _address(tensors.dfirst[0]),
+            "c_left": _address(tensors.dfirst[-1]),
+            "offsets": _address(tensors.offsets),
+            "flags": _address(tensors.flags),
+        }
+        one.run(0, call.T + 1, True)
+
+
+ENGINE = Cuda()

@@ -1,0 +1,346 @@
+// Runs CUDA kernels on the CPU, for their tests: an operating-system thread a block, a fiber a CUDA thread. A
+// fiber runs until it waits (a barrier, a shuffle, a product of its warp, a look at another block's data),
+// then any other that can run does: in random order, as a fixed one would hide a missing barrier.
+#pragma once
+
+#include <sched.h>
+#include <ucontext.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#if defined(__SANITIZE_THREAD__)
+#include <sanitizer/tsan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+struct float2 {
+  float x, y;
+};
+
+namespace emulated {
+
+#if defined(__x86_64__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+extern "C" void fastrnn_switch(void** from, void* to);
+asm(R"(.text
+.weak fastrnn_switch
+.type fastrnn_switch,@function
+fastrnn_switch:
+ pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
+ movq %rsp,(%rdi); movq %rsi,%rsp
+ popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
+ ret)");
+struct Context {
+  void* top = nullptr;
+  void drop() {}
+  void make(char* stack, size_t bytes, void (*start)()) {
+    void** p = reinterpret_cast<void**>((reinterpret_cast<uintptr_t>(stack) + bytes) & ~uintptr_t(15));
+    *--p = nullptr;
+    *--p = reinterpret_cast<void*>(start);
+    for (int i = 0; i < 6; i++) *--p = nullptr;
+    top = p;
+  }
+  void adopt() {}
+  static void change(Context& from, Context& to) { fastrnn_switch(&from.top, to.top); }
+};
+#else
+struct Context {
+  ucontext_t context;
+#if defined(__SANITIZE_THREAD__)
+  void* fiber = nullptr;
+  void adopt() { fiber = __tsan_get_current_fiber(); }
+  void drop() { __tsan_destroy_fiber(fiber); }
+#else
+  void adopt() {}
+  void drop() {}
+#endif
+  void make(char* stack, size_t bytes, void (*start)()) {
+    getcontext(&context);
+    context.uc_stack.ss_sp = stack, context.uc_stack.ss_size = bytes, context.uc_link = nullptr;
+    makecontext(&context, start, 0);
+#if defined(__SANITIZE_THREAD__)
+    if (!fiber) fiber = __tsan_create_fiber(0);
+#endif
+  }
+  static void change(Context& from, Context& to) {
+#if defined(__SANITIZE_THREAD__)
+    __tsan_switch_to_fiber(to.fiber, 0);
+#endif
+    swapcontext(&from.context, &to.context);
+  }
+};
+#endif
+
+struct Barrier {
+  int needed = 0;
+  std::vector<int> waiting;
+};
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack;
+};
+struct Lane {
+  uint32_t word[6];
+};
+
+constexpr size_t kStack = 64 << 10;
+inline std::atomic<bool> failed;       // a thread gave up: all stop
+inline std::atomic<unsigned> seed{1};  // of the order of fibers
+inline std::atomic<int> delayed{-1};   // the block that waits long before it starts and at each look
+
+struct Block {
+  dim3 index, grid;
+  int number = 0;
+  int current = -1;
+  std::vector<Fiber> fibers;
+  std::vector<int> ready;
+  std::vector<Barrier> barriers;  // of the warps, then of all
+  std::vector<Lane> lanes;
+  std::unique_ptr<uint4[]> shared;
+  Context caller;
+  std::function<void()> body;
+  std::minstd_rand random;
+  int left = 0;
+
+  ~Block() {
+    for (Fiber& fiber : fibers) fiber.context.drop();
+  }
+};
+inline thread_local Block* block = nullptr;
+
+inline void next() {
+  Block& b = *block;
+  const int from = b.current;
+  if (failed.load(std::memory_order_relaxed) || b.ready.empty()) {
+    b.current = -1;
+    Context::change(b.fibers[from].context, b.caller);
+  }
+  const size_t i = b.random() % b.ready.size();
+  std::swap(b.ready[i], b.ready.back());
+  b.current = b.ready.back();
+  b.ready.pop_back();
+  if (b.current != from) Context::change(b.fibers[from].context, b.fibers[b.current].context);
+}
+
+inline void pause() {  // another may run
+  block->ready.push_back(block->current);
+  next();
+}
+
+inline void meet(Barrier& barrier) {
+  Block& b = *block;
+  if (int(barrier.waiting.size()) + 1 < barrier.needed) {
+    barrier.waiting.push_back(b.current);
+    next();
+    return;
+  }
+  b.ready.insert(b.ready.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+  pause();
+}
+
+inline void fiber_main() {
+  Block& b = *block;
+  b.body();
+  b.left--;
+  // A thread that has left is not waited for.
+  for (Barrier* barrier : {&b.barriers[b.current / 32], &b.barriers.back()}) {
+    barrier->needed--;
+    if (barrier->needed > 0 && int(barrier->waiting.size()) == barrier->needed) {
+      b.ready.insert(b.ready.end(), barrier->waiting.begin(), barrier->waiting.end());
+      barrier->waiting.clear();
+    }
+  }
+  next();
+  std::abort();
+}
+
+// All threads of one block; false where some still wait: for each other, or because others failed.
+inline bool run(Block& b, dim3 grid, int number, int threads, size_t shared_bytes,
+                const std::function<void()>& body) {
+  const dim3 index{number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
+  b.index = index, b.grid = grid, b.number = number, b.body = body, b.left = threads;
+  b.random.seed(seed.load() * 7919u + unsigned(number));
+  b.ready.clear();
+  b.fibers.resize(threads);
+  b.lanes.resize(threads);
+  b.barriers.assign(threads / 32 + 1, {});
+  for (auto& barrier : b.barriers) barrier.needed = 32;
+  b.barriers.back().needed = threads;
+  b.shared.reset(new uint4[shared_bytes / 16]);  // just as much: a sanitizer sees who goes beyond
+  std::memset(static_cast<void*>(b.shared.get()), 0xff, shared_bytes / 16 * 16);  // NaN
+  for (int i = 0; i < threads; i++) {
+    Fiber& f = b.fibers[i];
+    if (!f.stack) f.stack.reset(new char[kStack]);
+    f.context.make(f.stack.get(), kStack, fiber_main);
+    if (i) b.ready.push_back(i);
+  }
+  block = &b;
+  b.current = 0;
+  b.caller.adopt();
+  Context::change(b.caller, b.fibers[0].context);
+  block = nullptr;
+  return b.left == 0;
+}
+
+// together: all blocks at once. False where it did not come to an end.
+template <class K, class... A>
+bool launch(bool together, dim3 grid, int threads, size_t shared_bytes, K kernel, A... args) {
+  failed = false;
+  seed++;
+  const std::function<void()> body = [=] { kernel(args...); };
+  const int blocks = int(grid.x * grid.y * grid.z);
+  std::atomic<bool> ok{true};
+  if (!together) {
+    thread_local Block b;
+    for (int i = 0; i < blocks; i++) ok = run(b, grid, i, threads, shared_bytes, body) && ok;
+  } else {
+    std::vector<std::thread> all;
+    for (int i = 0; i < blocks; i++)
+      all.emplace_back([&, i] {
+        Block b;
+        if (!run(b, grid, i, threads, shared_bytes, body)) ok = false, failed = true;
+      });
+    for (auto& thread : all) thread.join();
+  }
+  return ok;
+}
+
+inline Block& here() { return *block; }
+struct ThreadIndex {
+  int x;
+};
+inline ThreadIndex thread_index() { return {block->current}; }
+inline Barrier& warp() { return block->barriers[block->current / 32]; }
+inline Lane& lane(int i) { return block->lanes[block->current / 32 * 32 + i]; }
+
+}  // namespace emulated
+
+#define threadIdx (emulated::thread_index())
+#define blockIdx (emulated::here().index)
+#define gridDim (emulated::here().grid)
+#define FASTRNN_SHARED(name) uint4* const name = emulated::here().shared.get()
+
+inline void __syncthreads() { emulated::meet(emulated::here().barriers.back()); }
+inline void __syncwarp() { emulated::meet(emulated::warp()); }
+inline uint32_t __shfl_down_sync(uint32_t, uint32_t v, int by) {
+  const int own = threadIdx.x % 32;
+  emulated::lane(own).word[0] = v;
+  emulated::meet(emulated::warp());
+  const uint32_t found = emulated::lane(own + by < 32 ? own + by : own).word[0];
+  emulated::meet(emulated::warp());
+  return found;
+}
+
+namespace fastrnn::cuda {
+
+inline void give_up() {
+  emulated::failed = true;
+  emulated::next();
+}
+
+inline uint4 load_relaxed(const void* p) {
+  if (emulated::delayed == emulated::here().number)
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  uint32_t* word = static_cast<uint32_t*>(const_cast<void*>(p));
+  uint4 v;
+  for (auto [to, i] : {std::pair{&v.x, 0}, {&v.y, 1}, {&v.z, 2}, {&v.w, 3}})
+    *to = std::atomic_ref(word[i]).load(std::memory_order_relaxed);
+  if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) {  // what is waited for
+    sched_yield();
+    emulated::pause();
+  }
+  return v;
+}
+inline void store_relaxed(void* p, uint32_t v) {
+  std::atomic_ref(*static_cast<uint32_t*>(p)).store(v, std::memory_order_relaxed);
+}
+inline uint16_t load_early(const uint16_t* p) { return *p; }
+inline uint32_t load_early(const uint32_t* p) { return *p; }
+
+inline float bits_float(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+inline uint32_t float_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+inline uint16_t bf16_bits(float x) {
+  const uint32_t bits = float_bits(x);
+  return x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fff);
+}
+inline uint16_t fp16_bits(float x) {
+  const _Float16 half = _Float16(x);
+  uint16_t bits;
+  std::memcpy(&bits, &half, 2);
+  return bits;
+}
+inline float fp16_float(uint16_t bits) {
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return float(half);
+}
+inline float bf16_float(uint16_t bits) { return bits_float(uint32_t(bits) << 16); }
+inline uint32_t tf32_bits(float x) {
+  const uint32_t bits = float_bits(x);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & ~0x1fffu;
+}
+
+// One tile's product: the lanes tell their parts, then each sums its four of the 16 x 8 results over k.
+// element: of a word of a lane's part, the value at this of its PER places.
+template <int PER, class F>
+void mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1,
+         F element) {
+  const int own = threadIdx.x % 32;
+  emulated::lane(own) = {{a0, a1, a2, a3, b0, b1}};
+  emulated::meet(emulated::warp());
+  float sum[4];
+  for (int i = 0; i < 4; i++) {
+    const int row = own / 4 + i / 2 * 8, column = own % 4 * 2 + i % 2;
+    sum[i] = c[i];
+    for (int k = 0; k < 8 * PER; k++) {
+      const int quarter = k / PER % 4, half = k / (4 * PER);
+      sum[i] += element(emulated::lane(row % 8 * 4 + quarter).word[row / 8 + 2 * half], k % PER) *
+                element(emulated::lane(column * 4 + quarter).word[4 + half], k % PER);
+    }
+  }
+  emulated::meet(emulated::warp());
+  for (int i = 0; i < 4; i++) c[i] = sum[i];
+}
+inline void mma_bf16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+  mma<2>(c, a0, a1, a2, a3, b0, b1, [](uint32_t v, int i) { return bf16_float(uint16_t(v >> 16 * i)); });
+}
+inline void mma_fp16(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+  mma<2>(c, a0, a1, a2, a3, b0, b1, [](uint32_t v, int i) { return fp16_float(uint16_t(v >> 16 * i)); });
+}
+inline void mma_tf32(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                     uint32_t b1) {
+  mma<1>(c, a0, a1, a2, a3, b0, b1, [](uint32_t v, int) { return bits_float(v); });
+}
+
+}  // namespace fastrnn::cuda

@@ -1,0 +1,291 @@
+"""The CUDA kernels: their sources run on the CPU (emulated.py), on the GPU where there is one, and compiled
+for every architecture."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import emulated
+import pytest
+import torch
+from on_gpus import *  # noqa: F403
+from on_gpus import case, check, moved, results
+
+import fastrnn
+from fastrnn import cuda
+from fastrnn.cuda import Config
+
+# Of a batch in so many tiles.
+KERNELS = {
+    "step": lambda tiles: Config("step", 8, tiles),
+    "grid": lambda tiles: Config("grid", 8, tiles),
+    "block": lambda tiles: Config("block", 64, tiles),
+}
+# A block takes all tiles, one after another; in "cache" no register holds weights.
+OTHERS = {
+    "tall": lambda tiles: Config("grid", 8, 1),
+    "cache": lambda tiles: Config("grid", 16, 1, False),
+}
+ON_THE_GPU = {  # what the emulation, whose compiler is slow, has not
+    "wide": lambda tiles: Config("grid", 32, tiles),
+    "wide step": lambda tiles: Config("step", 32, tiles),
+}
+
+
+def pytest_generate_tests(metafunc):
+    if "kernel" in metafunc.fixturenames:
+        metafunc.parametrize(
+            "kernel", [*KERNELS, *({**OTHERS, **ON_THE_GPU} if torch.cuda.is_available() else ())]
+        )
+
+
+@pytest.fixture(scope="session")
+def emulation():
+    return cuda.Library(emulated.build())
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def engine(request, monkeypatch):
+    """The engine, on the CPU by its emulation, or on the GPU."""
+    device = "cpu" if request.param == "emulated" else "cuda"
+    if device == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("there is no CUDA device")
+        if cuda.missing():
+            pytest.fail(cuda.missing())
+    else:
+        monkeypatch.setattr(cuda.ENGINE, "library", request.getfixturevalue("emulation"))
+        monkeypatch.setattr(cuda, "why_not", emulated_why_not)
+        monkeypatch.setattr(cuda, "PATIENCE", 100_000)
+
+    @contextlib.contextmanager
+    def use(kernel=None):
+        if kernel is not None or device == "cpu":
+            of = {**KERNELS, **OTHERS, **ON_THE_GPU}[kernel or "grid"]
+            monkeypatch.setattr(cuda, "configure", lambda shape: of(-(-shape.B // 16)))
+        if kernel in ON_THE_GPU and device == "cpu":
+            pytest.skip("the emulation is built without it")
+        with fastrnn.backend("cuda"):
+            yield
+
+    return SimpleNamespace(
+        name="cuda",
+        device=device,
+        use=use,
+        layer=torch.ops.fastrnn.cuda_layer,
+        layer_backward=torch.ops.fastrnn.cuda_layer_backward,
+    )
+
+
+def emulated_why_not(x):
+    return None if x.dtype in cuda.DTYPES else "it takes float32, bfloat16, float16"
+
+
+# --- what can go wrong between blocks, in the emulation
+
+
+@pytest.fixture
+def faults(engine, emulation):
+    """Sets what the emulation does wrong: blocks at once that it holds, the number of one that is slow."""
+    if engine.device != "cpu":
+        pytest.skip("the emulation's alone")
+    cuda._plan.cache_clear()
+    yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
+        resident, slow, seed
+    )
+    emulation.functions.fastrnn_cuda_emulation(1 << 20, -1, 1)
+    cuda._plan.cache_clear()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults, monkeypatch):
+    modes = []
+    run = cuda.Library.run
+    monkeypatch.setattr(
+        cuda.Library,
+        "run",
+        lambda self, values, device: modes.append(values["mode"]) or run(self, values, device),
+    )
+    faults(resident=2)
+    check(cell, "grid", engine, H=18)
+    assert set(modes) == {cuda.MODES["step"]}
+    # Nor where the device says so only when asked to start them.
+    modes.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda, "_plan", lambda library, sizes, device: (1 << 20, *library.plan(dict(sizes))[1:]))
+        check(cell, "grid", engine, H=18)
+    assert modes[:2] == [cuda.MODES["grid"], cuda.MODES["step"]]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize("slow", [0, 2])
+def test_a_slow_block_is_waited_for(cell, slow, engine, faults):
+    faults(slow=slow)
+    check(cell, "grid", engine, T=5, dtype=torch.bfloat16)
+
+
+def test_any_order_of_threads(engine, faults):
+    for seed in range(10, 16):
+        faults(seed=seed)
+        check("lstm", "grid", engine, T=6, H=33, dtype=torch.float16, D=2)
+        check("gru_reset_before", "block", engine, T=6, H=33, dtype=torch.float16)
+
+
+def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):
+    run = cuda.Library.run
+
+    def without_one(self, values, *rest):
+        return run(self, {**values, "grid_y": values["grid_y"] - 1}, *rest)
+
+    monkeypatch.setattr(cuda.Library, "run", without_one)
+    monkeypatch.setattr(cuda, "PATIENCE", 200)
+    with pytest.raises(RuntimeError, match="CUDA kernels: a block waited in vain"):
+        check("gru", "grid", engine)
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_numbers_that_are_none_stop_nobody(cell, dtype, kernel, engine):
+    """Every bit set: what marks the place of a number that nobody has written yet; and infinity."""
+    x, states, params, masks = case(cell, 4, 3, 3, 18)
+    leaves = moved((x, *states, *params), dtype, engine.device)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    with torch.no_grad():
+        leaves[0].view(bits)[1, 0] = -1
+        leaves[1].view(bits)[:, 1] = -1
+        leaves[0][2, 2] = float("inf")
+    with engine.use(kernel):
+        (y, *_), grads = results(cell, leaves, len(states), masks)
+    assert y[1:, 0].isnan().all()
+    assert y[:, 1].isnan().all()
+    assert y[0, 0].isfinite().all()
+    assert y[:2, 2].isfinite().all()
+    assert grads[0][:, 1].isnan().all()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+def test_weights_that_no_register_holds(cell, dtype, engine, monkeypatch):
+    """Some lie in shared memory, the others stay in the cache."""
+    plan = []
+    run = cuda.Library.run
+
+    def cramped(self, values, *rest):
+        least = self.plan({**values, "shared_limit": 1})[1]
+        values = {**values, "in_registers": 0, "shared_limit": least + (8 << 10)}
+        plan.append(self.plan(values))
+        return run(self, values, *rest)
+
+    monkeypatch.setattr(cuda.Library, "run", cramped)
+    check(cell, "grid", engine, T=3, B=2, I=2, H=520 if dtype != torch.float32 else 264, dtype=dtype)
+    assert any(0 < shared < pieces for _, _, pieces, _, shared, *_ in plan)
+
+
+def test_steps_of_several_launches(engine, monkeypatch):
+    """Of a grid, whose exchange is fresh memory for some steps at a time."""
+    monkeypatch.setattr(cuda, "EXCHANGE_BYTES", 1)
+    monkeypatch.setattr(cuda, "LEAST_STEPS", 2)
+    for mask in ("none", "lengths+reset", "packed"):
+        for cell in ("lstm", "gru_reset_before"):
+            check(cell, "grid", engine, T=7, D=2, mask=mask)
+    check("lstm", "grid", engine, T=5, P=5, mask="lengths+reset")
+
+
+# --- what the outside sees
+
+
+def test_modules_and_the_compiler(engine):
+    torch.manual_seed(3)
+    for kind, options in ((fastrnn.LSTM, {"proj_size": 3}), (fastrnn.GRU, {}), (fastrnn.RNN, {})):
+        ours = kind(4, 7, num_layers=2, bidirectional=True, batch_first=True, device=engine.device, **options)
+        x = torch.randn(2, 5, 4, device=engine.device)
+        with fastrnn.backend("reference"):
+            expected = ours(x)[0]
+        with engine.use("grid"):
+            torch.testing.assert_close(ours(x)[0], expected)
+            compiled = torch.compile(ours, fullgraph=True, backend="aot_eager")
+            y = compiled(x)[0]
+            torch.testing.assert_close(y, expected)
+            y.sum().backward()
+            said = fastrnn.explain(ours, x)
+        assert said.backend == "cuda"
+        assert "grid in CUDA, one launch, float32 products" in said.kernel
+        assert "blocks of 8 units, 1 tile of 16 sequences at once" in said.split
+
+
+def test_explain_without_a_gpu(monkeypatch):
+    x = torch.randn(2, 1, 4)
+    with fastrnn.backend("cuda"):
+        monkeypatch.setattr(cuda, "LIBRARY", None)
+        assert "no CUDA kernels (FASTRNN_CUDA=1" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
+        monkeypatch.setattr(cuda, "LIBRARY", object())
+        assert "it takes CUDA tensors, the input is on cpu" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
+        x = x.to("meta", torch.float64)
+        assert "it takes float32, bfloat16, float16" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
+        said = fastrnn.explain(fastrnn.LSTM(4, 700), x.bfloat16())
+        assert said.kernel == "lstm step in CUDA, a launch a step, bfloat16 products"
+
+
+def test_the_choice_fits_the_device():
+    """Of every shape: a block has a multiprocessor, or none waits for another."""
+    for cell, projected in (("lstm", False), ("lstm", True), ("gru", False), ("gru_reset_before", False)):
+        for H in (1, 64, 128, 256, 1000, 2048, 5000):
+            for B in (1, 16, 100, 1000):
+                for groups in (1, 2, 16):
+                    for backward in (False, True):
+                        for itemsize in (2, 4):
+                            shape = cuda.Shape(cell, H, H, groups, B, itemsize, projected, backward, 132)
+                            config = cuda.configure(shape)
+                            blocks = config.at_once * -(-H // config.units) * groups
+                            assert 1 <= config.at_once <= -(-B // 16)
+                            assert config.mode != "grid" or blocks <= 132
+                            assert config.mode != "block" or config.units >= H
+                            assert config.mode == "grid" or config.at_once == -(-B // 16)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
+def test_a_block_of_several_tiles(cell, engine, monkeypatch):
+    """Whose loads run ahead of its products, of all that is there and of a part."""
+    for most in (1, cuda.EAGER_BYTES):
+        monkeypatch.setattr(cuda, "EAGER_BYTES", most)
+        for kernel in ("tall", "cache"):
+            check(cell, kernel, engine, T=4, B=50, I=3, H=40, dtype=torch.bfloat16, mask="lengths+reset")
+
+
+# --- ahead of time
+
+ROOT = Path(__file__).resolve().parents[1]
+# All of setup.py's, where FASTRNN_ALL_ARCHS is set; a minute of two cores else does for two.
+ARCHITECTURES = (
+    ("80", "86", "89", "90a", "100", "120") if os.environ.get("FASTRNN_ALL_ARCHS") else ("80", "90a")
+)
+MOST_SPILLED = 64  # bytes a thread
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+def test_compiled_ahead(tmp_path):
+    """The kernels of one cell and width, and what starts them, as setup.py would compile them."""
+    flags = emulated.json_flags()
+    one = ["-DFASTRNN_UNITS=16", "-DFASTRNN_CELLS(X)=X(::fastrnn::Lstm)", "-Xptxas=-v"]
+
+    def compile(job):
+        source, arch = job
+        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source)]
+        out = ["-o", str(tmp_path / f"{source.stem}-{arch}.o")]
+        return subprocess.run(["nvcc", *flags, *one, *target, *out], capture_output=True, text=True, cwd=ROOT)
+
+    sources = [ROOT / f"csrc/cuda/{name}.cu" for name in ("launch", "forward_bfloat16", "backward_float32")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for run in pool.map(compile, [(source, arch) for source in sources for arch in ARCHITECTURES]):
+            assert run.returncode == 0, run.stdout + run.stderr
+            spilled = [int(n) for n in re.findall(r"(\d+) bytes spill stores", run.stdout + run.stderr)]
+            assert spilled
+            assert max(spilled) <= MOST_SPILLED, run.stderr
