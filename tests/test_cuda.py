@@ -108,11 +108,12 @@ def faults(engine, emulation):
 def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults, monkeypatch):
     modes = []
     run = cuda.Library.run
-    monkeypatch.setattr(
-        cuda.Library,
-        "run",
-        lambda self, values, device: modes.append(values["mode"]) or run(self, values, device),
-    )
+
+    def noted(self, values, *rest):
+        modes.append(values["mode"])
+        return run(self, values, *rest)
+
+    monkeypatch.setattr(cuda.Library, "run", noted)
     faults(resident=2)
     check(cell, "grid", engine, H=18)
     assert set(modes) == {cuda.MODES["step"]}
