@@ -225,7 +225,7 @@ def decide_attention(x: Tensor) -> Decision:
     if asked == "triton" and x.device.type == "cpu":
         return Decision(None, "its kernels of attention take GPU tensors, the input is on cpu")
     if asked in ("auto", "triton") and x.device.type in TRITON_DEVICES and _why_not_triton(x) is None:
-        return Decision("triton", "asked for" if asked == "triton" else "the fastest backend for this input")
+        return Decision("triton", "asked for" if asked == "triton" else "it keeps no matrix of scores")
     decision = decide(x)
     if decision.backend == "cuda":
         return Decision("reference", "the cuda backend has no kernel for attention")

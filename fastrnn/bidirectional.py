@@ -41,7 +41,8 @@ def _padded_rows(lengths: Tensor, T: int, batch_first: bool) -> Tensor:
     B = lengths.size(0)
     step = torch.arange(T, device=lengths.device)[:, None]  # [T, 1]
     column = torch.arange(B, device=lengths.device)  # [B]
-    other = (lengths - 1 - step) % T  # [T, B]
+    other = lengths - 1 - step  # [T, B]
+    other = torch.where(other < 0, other + T, other)  # ONNX has no % of a T that it does not know
     return (column * T + other).t().flatten() if batch_first else (other * B + column).flatten()
 
 

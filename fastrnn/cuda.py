@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .gpu import TRAITS, Backward, Call, Forward, capability
+from .gpu import TRAITS, Backward, Call, Forward, allows_tf32, capability
 from .reference import CELLS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -279,7 +279,7 @@ class _Pass:
             "heads": call.heads,
             "first": 1 if two else 0,
             "last": 2 if two else 0,
-            "exact": not (call.x.device.type == "cuda" and torch.backends.cudnn.allow_tf32),
+            "exact": not allows_tf32(call.x.device),
             "patience": PATIENCE,
         }
         self.packs = True

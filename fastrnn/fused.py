@@ -48,7 +48,17 @@ class Attention:
         assert query is not None
         assert keys is not None
         assert values is not None
-        context, weights = reference.attention(query, keys, values, v, mask, self.scale)
+        # As the kernels have it: 16 bits are for what is kept, the arithmetic is float32's.
+        wide = torch.float32 if query.dtype in (torch.float16, torch.bfloat16) else query.dtype
+        outputs = reference.attention(
+            query.to(wide),
+            keys.to(wide),
+            values.to(wide),
+            None if v is None else v.to(wide),
+            mask,
+            self.scale,
+        )
+        context, weights = (t.to(query.dtype) for t in outputs)
         return (context, weights) if self.need_weights else (context,)
 
     def forward(self, flat: Flat, save: bool) -> tuple[tuple[Tensor, ...], list[Tensor]]:
@@ -190,7 +200,7 @@ class _OperatorFunction(FusedFunction):
 
 
 def run(call: Any, flat: Flat) -> tuple[Tensor, ...]:
-    """The outputs of a call, on the CPU."""
+    """The outputs of a call, by its kernels."""
     if transforms.active():
         outputs: tuple[Tensor, ...] = call.reference(flat)
         return outputs
@@ -341,8 +351,12 @@ def _triton(name: str) -> Any:
     """A kernel of triton_kernels.attention, imported at its first call."""
 
     def call(*args: Any) -> Any:
-        from .triton_kernels import attention
-
+        try:
+            from .triton_kernels import attention
+        except ImportError as error:
+            raise RuntimeError(
+                f"attention's kernels for GPUs need Triton (pip install triton): {error}"
+            ) from error
         return getattr(attention, name)(*args)
 
     return call

@@ -54,6 +54,12 @@ def capability(device: torch.device) -> int | None:
     return major * 10 + minor
 
 
+def allows_tf32(device: torch.device) -> bool:
+    """Whether torch lets cuDNN's recurrent layers on this device multiply float32 as TF32, said in the old way
+    (`torch.backends.cudnn.allow_tf32`, whose reading fails where the new one has been used) or the new one."""
+    return device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+
+
 @contextlib.contextmanager
 def alone(device: torch.device) -> Any:
     """On this device, and without autocast, which would round the products."""

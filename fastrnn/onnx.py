@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from . import functional, reference
 from .modules import LSTM
 from .reference import CELLS, split_params
+from .tree import ChildSumTreeLSTM, NaryTreeLSTM, TreeRNN
 
 _NODES: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "lstm": ("LSTM", (0, 3, 1, 2), {}),
@@ -144,7 +145,7 @@ def export_onnx(
 
     A `lengths=` argument becomes the node's sequence_lens: onnxruntime takes no zeros there.
     Needs the packages onnx and onnxscript (ImportError otherwise). Raises ValueError where ONNX has no equal:
-    proj_size, reset=, a PackedSequence, the cell state under return_states=.
+    proj_size, reset=, a PackedSequence, the cell state under return_states=, recursive layers.
     """
     try:
         import onnxscript  # noqa: F401
@@ -153,6 +154,8 @@ def export_onnx(
     for name, module in model.named_modules():
         if isinstance(module, LSTM) and module.proj_size:
             raise ValueError(f"{name or 'the model'}: ONNX's LSTM has no equal of proj_size")
+        if isinstance(module, ChildSumTreeLSTM | NaryTreeLSTM | TreeRNN):
+            raise ValueError(f"{name or 'the model'}: ONNX has no equal of a recursive layer")
     if isinstance(args, Tensor):
         args = (args,)
     if "dynamic_shapes" not in options:

@@ -99,7 +99,7 @@ TAIL = """
 - `torch.jit.script` takes torch.nn's layers in the place of ours, in the caller's model too: script a copy.
 - Files of `torch.jit.trace` and `torch.export` that hold a layer of ours need `import fastrnn` where they
   are loaded; an ONNX file needs nothing.
-- CUDA tensors run on cuDNN in torch.nn's layers; on Triton kernels, not run on a GPU yet, in these.
+- CUDA tensors run on cuDNN in torch.nn's layers; on CUDA or Triton kernels in these.
 """
 
 

@@ -11,7 +11,7 @@ from helpers import random_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
-from fastrnn import backends, cuda, functional
+from fastrnn import backends, cuda, functional, gpu
 from fastrnn.backends import current_backend
 
 
@@ -177,6 +177,21 @@ def test_what_a_gpu_takes(device, monkeypatch):
             assert backends.decide(x).backend == "reference"
             with fastrnn.backend("triton"), pytest.raises(fastrnn.BackendError, match="it takes float32"):
                 backends.choose(x)
+
+
+def test_tf32_is_what_torch_says_in_the_old_way_or_the_new():
+    device, settings = torch.device("cuda"), torch.backends.cudnn.rnn
+    before = settings.fp32_precision
+    try:
+        for value in ("ieee", "tf32"):
+            settings.fp32_precision = value
+            assert gpu.allows_tf32(device) == (value == "tf32")
+    finally:
+        settings.fp32_precision = before
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        assert not gpu.allows_tf32(device)
+    assert gpu.allows_tf32(device) == (before == "tf32")
+    assert not gpu.allows_tf32(torch.device("cpu"))
 
 
 def test_explain_tells_the_split():

@@ -139,6 +139,9 @@ def test_what_onnx_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"^0: ONNX's LSTM has no equal of proj_size"):
         fastrnn.export_onnx(nn.Sequential(fastrnn.LSTM(4, 6, proj_size=2)), torch.randn(3, 2, 4), path)
 
+    with pytest.raises(ValueError, match=r"^the model: ONNX has no equal of a recursive layer"):
+        fastrnn.export_onnx(fastrnn.TreeRNN(4, 6), torch.randn(3, 4), path)
+
     class Reset(nn.Module):
         def __init__(self):
             super().__init__()
@@ -192,3 +195,20 @@ def test_attention_and_its_decoder(tmp_path, feeding):
     assert_same(run(x, memory, lengths), model(x, memory, lengths))
     x, memory, lengths = torch.randn(4, 3, 3), torch.randn(9, 3, 5), torch.tensor([1, 9, 2])
     assert_same(run(x, memory, lengths), model(x, memory, lengths))
+
+
+def test_both_directions(tmp_path):
+    """Each sequence from its own end, T and B dynamic."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.Bidirectional(fastrnn.LSTM(4, 5), merge="sum")
+
+        def forward(self, x, lengths):
+            return self.layer(x, lengths=lengths)[0]
+
+    model = Both()
+    run, _ = export(model, (torch.randn(5, 3, 4), torch.tensor([5, 2, 3])), tmp_path / "model.onnx")
+    x, lengths = torch.randn(8, 2, 4), torch.tensor([3, 8])
+    assert_same(run(x, lengths), [model(x, lengths)])

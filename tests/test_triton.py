@@ -66,7 +66,7 @@ def test_interpreted():
     finish(
         run("triton_interpreted.py", "step or scan", TRITON_INTERPRET="1"),
         run("triton_interpreted.py", "not (step or scan)", TRITON_INTERPRET="1"),
-        run("triton_attention.py", "float32 or not values", TRITON_INTERPRET="1"),
+        run("triton_attention.py", "float32 or queries or not values", TRITON_INTERPRET="1"),
     )
 
 
@@ -168,14 +168,8 @@ def jobs():
 
 
 def attention_jobs():
-    for capability, dtype in (
-        (80, torch.bfloat16),
-        (90, torch.bfloat16),
-        (120, torch.bfloat16),
-        (90, torch.float32),
-    ):
-        for additive in (False, True):
-            yield capability, dtype, additive, True, 512
+    for job in itertools.product(SHARED, (torch.bfloat16, torch.float32), (False, True)):
+        yield *job, True, 512
     yield 90, torch.float16, False, False, 20
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import fastrnn
-from fastrnn import functional, reference
+from fastrnn import functional, fused, reference
 from fastrnn.triton_kernels import attention as kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F64 = torch.float64
-EPSILON = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 6e-3}
+EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 MASKS = ("none", "lengths", "queries")
 
 
@@ -56,8 +56,9 @@ def error(ours, expected):
 @pytest.mark.parametrize("additive", [False, True])
 @pytest.mark.parametrize("dtype", EPSILON)
 def test_values_and_gradients(dtype, additive, mask, need_weights):
-    """Of several tiles of queries, positions and columns."""
-    given, allowed = case(18, 35, 2, 33, 20, additive, mask)
+    """Of several tiles of queries and positions, in several programs of columns without a mask."""
+    widths = (130, 140) if mask == "none" else (33, 20)
+    given, allowed = case(18, 35, 2, *widths, additive, mask)
     given = [None if t is None else t.to(dtype).to(F64).requires_grad_() for t in given]
     context, weights = reference.attention(*given, allowed, 0.5)
     outputs = [context, weights] if need_weights else [context]
@@ -71,7 +72,7 @@ def test_values_and_gradients(dtype, additive, mask, need_weights):
     assert error(found[: 1 + need_weights], outputs) < EPSILON[dtype]
     given_back = [g.to(DEVICE, dtype) for g in grads] + [None] * (not need_weights)
     back = kernels.backward(*given_back, *flat, moved, 0.5, found[0], found[2])
-    assert error(back[: len(leaves)], expected) < 4 * EPSILON[dtype]
+    assert error(back[: len(leaves)], expected) < 2 * EPSILON[dtype]
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -102,7 +103,35 @@ def test_what_nobody_may_attend_to_is_not_read(additive):
     assert (weights.sum(-1)[1:] - 1).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("sizes", [(0, 3, 2, 4, 5), (3, 0, 2, 4, 5), (3, 2, 0, 4, 5), (1, 1, 1, 1, 1)])
+def test_no_number_in_a_score_reaches_its_query():
+    """As the reference has it: it must not pass for a query that may attend to nothing."""
+    given, _ = case(3, 4, 1, 5, 2, False, "none")
+    query, keys, values = (t.to(DEVICE, torch.float32) for t in given[:3])
+    for bad in (float("nan"), float("inf")):
+        query[1, 0, 0] = bad
+        context, weights, lse = kernels.forward(query, keys, values, None, None, 1.0, True)
+        assert context[1].isnan().all()
+        assert weights[0, 1].isnan().all()
+        assert lse[0, 1].isnan()
+        assert context[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_gradient_of_no_weight_reaches_nothing(additive):
+    """The loss of a logarithm of the weights has infinite ones."""
+    given, allowed = case(5, 7, 3, 4, 3, additive, "lengths")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    allowed = allowed.to(DEVICE)
+    context, weights, lse = kernels.forward(*flat, allowed, 1.0, True)
+    dweights = torch.where(weights == 0, float("inf"), 1 / weights)
+    back = kernels.backward(context, dweights, *flat, allowed, 1.0, context, lse)
+    assert all(t.isfinite().all() for t in back)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [(0, 3, 2, 4, 5), (3, 0, 2, 4, 5), (3, 2, 0, 4, 5), (3, 2, 2, 0, 5), (3, 2, 2, 4, 0), (1, 1, 1, 1, 1)],
+)
 def test_smallest_sizes(sizes):
     given, _ = case(*sizes, False, "none")
     flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
@@ -110,6 +139,8 @@ def test_smallest_sizes(sizes):
     Tq, S, B, _, V = sizes
     assert context.shape == (Tq, B, V)
     assert weights.shape == (B, Tq, S)
+    if S:
+        torch.testing.assert_close(weights.sum(-1), torch.ones(B, Tq, device=DEVICE))
     back = kernels.backward(context, weights, *flat, None, 1.0, context, lse)
     assert all(t.isfinite().all() for t in (context, *back))
 
@@ -126,6 +157,23 @@ def test_bad_input():
             kernels.forward(*flat, mask, 1.0, True)
     with pytest.raises(RuntimeError, match=r"bfloat16, float16 for all tensors, got float32, float64"):
         kernels.forward(query, keys.double(), values, v, None, 1.0, True)
+    context, weights, lse = kernels.forward(query, keys, values, v, None, 1.0, True)
+    rest = (query, keys, values, v, None, 1.0)
+    for grads, kept, text in (
+        ((context[1:], weights), (context, lse), r"dcontext must be \[5, 2, 3\]"),
+        ((context, weights[:1]), (context, lse), r"dweights must be \[2, 5, 7\]"),
+        ((context, weights), (context, lse[:, 1:]), r"lse must be \[2, 5\]"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            kernels.backward(*grads, *rest, *kept)
+
+
+def test_the_operator_of_a_gpu_calls_these_kernels():
+    given, _ = case(5, 7, 2, 4, 3, False, "none")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    ours = kernels.forward(*flat, None, 1.0, False)
+    found = fused._triton("forward")(*flat, None, 1.0, False)
+    assert all(torch.equal(a, b) for a, b in zip(ours, found, strict=True))
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="the operator goes to these kernels for GPU tensors")

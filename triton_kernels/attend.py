@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 # Values that differ from call to call, for which no kernel is compiled anew.
-FREE = ("Tq", "S", "B")
+FREE = ("Tq", "S", "B", "mask_b", "mask_q")
 
 
 @triton.jit
@@ -72,7 +72,9 @@ def _weights(
     may = has_q[:, None] & has_s[None, :]
     if MASKED:
         has_s = has_s & (tl.load(attended + b.to(tl.int64) * S + s, mask=has_s, other=0) != 0)
-        allowed = tl.load(mask + b * mask_b + q[:, None] * mask_q + s[None, :], mask=may, other=0)
+        allowed = tl.load(
+            mask + b.to(tl.int64) * mask_b + q.to(tl.int64)[:, None] * mask_q + s[None, :], mask=may, other=0
+        )
         may = may & (allowed != 0)
     if ADDITIVE:
         score = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
@@ -87,7 +89,7 @@ def _weights(
     score = tl.where(may, score * scale, float("-inf"))
     if NORMED:
         of_row = tl.load(lse + b.to(tl.int64) * Tq + q, mask=has_q, other=0.0)
-        score = tl.exp(score - of_row[:, None])
+        score = tl.where(may, tl.exp(score - of_row[:, None]), 0.0)
     return score, has_s
 
 
@@ -101,9 +103,9 @@ def attend_forward(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of queries, B, tiles of V)"""
-    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    b = tl.program_id(1)
+    """grid (B, tiles of queries, tiles of V)"""
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = tl.program_id(0)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     most = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -128,7 +130,7 @@ def attend_forward(
             input_precision=PRECISION,
         )
         most = higher
-    some = total > 0.0
+    some = total != 0.0  # NaN too: it must not pass for nothing to attend to
     has_q = q < Tq
     out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
     _put(context, q.to(tl.int64) * B + b, V, column, out, has_q, column < V)
@@ -146,9 +148,9 @@ def attend_weights(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of queries, B, tiles of S)"""
-    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    b = tl.program_id(1)
+    """grid (B, tiles of queries, tiles of S)"""
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = tl.program_id(0)
     s = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
     weight, _ = _weights(
         query, keys, v, mask, attended, lse, q, s, b, Tq, S, B, K, scale, mask_b, mask_q,
@@ -181,7 +183,9 @@ def _gradients(
         given += tl.load(
             dweights + place[:, None] * S + s[None, :], mask=has_q[:, None] & (s < S)[None, :], other=0.0
         ).to(tl.float32)
-    return weight * (given - tl.load(delta + place, mask=has_q, other=0.0)[:, None]) * scale, has_s
+    given -= tl.load(delta + place, mask=has_q, other=0.0)[:, None]
+    # A gradient of what has no weight may be infinite, and reaches nothing.
+    return tl.where(weight != 0.0, weight * given * scale, 0.0), has_s
 
 
 @triton.jit(do_not_specialize=FREE)
@@ -195,9 +199,9 @@ def attend_dscores(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of queries, B, tiles of S), where ADDITIVE"""
-    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    b = tl.program_id(1)
+    """grid (B, tiles of queries, tiles of S), where ADDITIVE"""
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = tl.program_id(0)
     s = tl.program_id(2) * BLOCK_S + tl.arange(0, BLOCK_S)
     ds, _ = _gradients(
         query, keys, values, v, mask, attended, lse, dcontext, dweights, delta, q, s, b,
@@ -229,9 +233,9 @@ def attend_dquery(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of queries, B, tiles of K)"""
-    q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
-    b = tl.program_id(1)
+    """grid (B, tiles of queries, tiles of K)"""
+    q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    b = tl.program_id(0)
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_q = q.to(tl.int64) * B + b
     has_q, has = q < Tq, column < K
@@ -255,7 +259,7 @@ def attend_dquery(
             acc = tl.dot(ds.to(part.dtype).to(OPERAND), part.to(OPERAND), acc, input_precision=PRECISION)
     if ADDITIVE:
         acc *= tl.load(v + column, mask=has, other=0.0).to(tl.float32)[None, :]
-        place = (b.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * K + column
+        place = (b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K + column
         tl.store(dv + place, sums, mask=has)
     _put(dquery, row_q, K, column, acc, has_q, has)
 
@@ -269,9 +273,9 @@ def attend_dkeys(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of S, B, tiles of K)"""
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    b = tl.program_id(1)
+    """grid (B, tiles of S, tiles of K)"""
+    s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    b = tl.program_id(0)
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
     row_s = s.to(tl.int64) * B + b
     acc = tl.zeros((BLOCK_S, BLOCK_C), tl.float32)
@@ -305,9 +309,9 @@ def attend_dvalues(
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_V: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (tiles of S, B, tiles of V)"""
-    s = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
-    b = tl.program_id(1)
+    """grid (B, tiles of S, tiles of V)"""
+    s = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
+    b = tl.program_id(0)
     column = tl.program_id(2) * BLOCK_V + tl.arange(0, BLOCK_V)
     acc = tl.zeros((BLOCK_S, BLOCK_V), tl.float32)
     for first in range(0, Tq, BLOCK_Q):

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrnn._checks import same_device
 from fastrnn.gpu import alone
 
 from . import attend
@@ -24,7 +25,7 @@ def precision(query: Tensor) -> str:
     """Of float32 products: TF32 where torch's own products may use it, else as good as float32's own."""
     if query.dtype != torch.float32 or query.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def options(dtype: torch.dtype, precision: str, additive: bool, masked: bool) -> dict[str, Any]:
@@ -57,6 +58,7 @@ class Call:
     ) -> None:
         (self.Tq, self.B, self.K), (self.S, _, self.V) = query.shape, values.shape
         given = (query, keys, values) if v is None else (query, keys, values, v)
+        same_device(query, (keys, values), given[3:], (mask,))
         if any(t.dtype != query.dtype for t in given) or query.dtype not in DTYPES:
             known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             found = ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
@@ -78,13 +80,14 @@ class Call:
         self.strides = (0, 0)
         if mask is not None:
             whole = mask.dim() == 3
+            mask = mask.to(query.device)
             self.mask = mask.contiguous().view(torch.uint8)
             self.attended = mask.any(1).view(torch.uint8) if whole else self.mask
             self.strides = (self.Tq * self.S, self.S) if whole else (self.S, 0)
 
     @property
     def empty(self) -> bool:
-        return 0 in (self.Tq, self.S, self.B, self.K, self.V)
+        return 0 in (self.Tq, self.S, self.B)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -103,7 +106,7 @@ class Call:
         """[B, Tq, S]"""
         out = self.query.new_empty(self.B, self.Tq, self.S)
         options = self.options()
-        attend.attend_weights[(self.of_queries(options), self.B, self.of_positions(options))](
+        attend.attend_weights[(self.B, self.of_queries(options), self.of_positions(options))](
             self.query, self.keys, self.v, self.mask, self.attended, lse, out,
             *self.sizes, self.scale, *self.strides, **options,
         )  # fmt: skip
@@ -121,15 +124,15 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.fastrnn.attention's arguments and results."""
     call = Call(query, keys, values, v, mask, scale)
-    lse = query.new_zeros(call.B, call.Tq, dtype=torch.float32)
-    weights = query.new_zeros((call.B, call.Tq, call.S) if need_weights else 0)
-    context = query.new_zeros(call.Tq, call.B, call.V)
+    lse = query.new_empty(call.B, call.Tq, dtype=torch.float32)
+    weights = query.new_empty((call.B, call.Tq, call.S) if need_weights else 0)
+    context = query.new_empty(call.Tq, call.B, call.V)
     if call.empty:
-        return context, weights, lse
+        return context.zero_(), weights, lse.zero_()
     options = call.options()
     width = columns(call.V)
     with alone(query.device):
-        attend.attend_forward[(call.of_queries(options), call.B, triton.cdiv(call.V, width))](
+        attend.attend_forward[(call.B, call.of_queries(options), max(1, triton.cdiv(call.V, width)))](
             call.query, call.keys, call.values, call.v, call.mask, call.attended, context, lse,
             *call.sizes, call.V, scale, *call.strides, BLOCK_V=width, **options,
         )  # fmt: skip
@@ -152,6 +155,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.fastrnn.attention_backward's arguments and results."""
     call = Call(query, keys, values, v, mask, scale)
+    shapes = (
+        ("dcontext", dcontext, (call.Tq, call.B, call.V)),
+        ("dweights", dweights, (call.B, call.Tq, call.S)),
+        ("context", context, (call.Tq, call.B, call.V)),
+        ("lse", lse, (call.B, call.Tq)),
+    )
+    for name, tensor, shape in shapes:
+        if tensor is not None and (tuple(tensor.shape) != shape or tensor.device != query.device):
+            raise ValueError(
+                f"attention: {name} must be {list(shape)} on {query.device}, "
+                f"got {list(tensor.shape)} on {tensor.device}"
+            )
     dquery, dkeys, dvalues = (torch.empty_like(t) for t in (call.query, call.keys, call.values))
     dv = torch.zeros_like(call.v) if v is not None else query.new_empty(0)
     if call.empty:
@@ -162,7 +177,8 @@ def backward(
         given = call.query
         if dweights is not None:
             given = dweights.contiguous()
-            delta += (given.float() * call.weights(lse).float()).sum(-1)
+            weights = call.weights(lse).float()
+            delta += (given.float() * weights).masked_fill(weights == 0, 0).sum(-1)
         options = {**call.options(), "DWEIGHTS": dweights is not None}
         common = (
             call.query,
@@ -182,20 +198,22 @@ def backward(
         if call.additive:
             dscores = delta.new_empty(call.B, call.Tq, call.S)
             parts = delta.new_empty(call.B, queries, call.K)
-            attend.attend_dscores[(queries, call.B, positions)](*common, dscores, *rest, **options)
+            attend.attend_dscores[(call.B, queries, positions)](*common, dscores, *rest, **options)
         width = ADDITIVE_PIECE if call.additive else columns(call.K)
         tiles = triton.cdiv(call.K, width)
-        attend.attend_dquery[(queries, call.B, tiles)](
-            *common, dscores, dquery, parts, *rest, BLOCK_C=width, **options
-        )
-        attend.attend_dkeys[(positions, call.B, tiles)](
-            *common, dscores, dkeys, *rest, BLOCK_C=width, **options
-        )
-        width = columns(call.V)
-        attend.attend_dvalues[(positions, call.B, triton.cdiv(call.V, width))](
-            call.query, call.keys, call.v, call.mask, call.attended, lse, dcontext, dvalues,
-            *rest, BLOCK_V=width, **call.options(),
-        )  # fmt: skip
+        if call.K:
+            attend.attend_dquery[(call.B, queries, tiles)](
+                *common, dscores, dquery, parts, *rest, BLOCK_C=width, **options
+            )
+            attend.attend_dkeys[(call.B, positions, tiles)](
+                *common, dscores, dkeys, *rest, BLOCK_C=width, **options
+            )
+        if call.V:
+            width = columns(call.V)
+            attend.attend_dvalues[(call.B, positions, triton.cdiv(call.V, width))](
+                call.query, call.keys, call.v, call.mask, call.attended, lse, dcontext, dvalues,
+                *rest, BLOCK_V=width, **call.options(),
+            )  # fmt: skip
         if v is not None:
             dv = parts.sum((0, 1)).to(v.dtype)
     return dquery, dkeys, dvalues, dv

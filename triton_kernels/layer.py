@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrnn.gpu import TRAITS, Backward, Call, Forward, capability
+from fastrnn.gpu import TRAITS, Backward, Call, Forward, allows_tf32, capability
 
 from . import heuristics, scan, step
 from .heuristics import Shape
@@ -32,7 +32,7 @@ def precision(x: Tensor) -> str:
     """Of float32 products: TF32 where torch lets cuDNN do so, else as good as float32's own."""
     if x.dtype != torch.float32 or x.device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if torch.backends.cudnn.allow_tf32 else "tf32x3"
+    return "tf32" if allows_tf32(x.device) else "tf32x3"
 
 
 class Triton:
