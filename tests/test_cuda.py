@@ -92,10 +92,11 @@ def emulated_why_not(x):
 
 
 @pytest.fixture
-def faults(engine, emulation):
+def faults(engine, request):
     """Sets what the emulation does wrong: blocks at once that it holds, the number of one that is slow."""
     if engine.device != "cpu":
         pytest.skip("the emulation's alone")
+    emulation = request.getfixturevalue("emulation")
     cuda._plan.cache_clear()
     yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
         resident, slow, seed
