@@ -56,7 +56,8 @@ def capability(device: torch.device) -> int | None:
 
 def allows_tf32(device: torch.device) -> bool:
     """Whether torch lets cuDNN's recurrent layers on this device multiply float32 as TF32, said in the old
-    way (`torch.backends.cudnn.allow_tf32`, whose reading fails where the new one has been used) or the new."""
+    way (`torch.backends.cudnn.allow_tf32`, whose reading fails where the new one has been used) or in the
+    new one."""
     rnn: Any = torch.backends.cudnn.rnn
     return device.type == "cuda" and bool(rnn.fp32_precision == "tf32")
 
