@@ -56,8 +56,10 @@ def capability(device: torch.device) -> int | None:
 
 def allows_tf32(device: torch.device) -> bool:
     """Whether torch lets cuDNN's recurrent layers on this device multiply float32 as TF32, said in the old
-    way (`torch.backends.cudnn.allow_tf32`, which cannot be read once the new one has been used) or the new."""
-    return device.type == "cuda" and torch.backends.cudnn.rnn.fp32_precision == "tf32"
+    way (`torch.backends.cudnn.allow_tf32`, whose reading fails where the new one has been used) or in the
+    new one."""
+    rnn: Any = torch.backends.cudnn.rnn
+    return device.type == "cuda" and bool(rnn.fp32_precision == "tf32")
 
 
 @contextlib.contextmanager

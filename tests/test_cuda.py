@@ -92,10 +92,11 @@ def emulated_why_not(x):
 
 
 @pytest.fixture
-def faults(engine, emulation):
+def faults(engine, request):
     """Sets what the emulation does wrong: blocks at once that it holds, the number of one that is slow."""
     if engine.device != "cpu":
         pytest.skip("the emulation's alone")
+    emulation = request.getfixturevalue("emulation")
     cuda._plan.cache_clear()
     yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
         resident, slow, seed
@@ -108,11 +109,12 @@ def faults(engine, emulation):
 def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults, monkeypatch):
     modes = []
     run = cuda.Library.run
-    monkeypatch.setattr(
-        cuda.Library,
-        "run",
-        lambda self, values, device: modes.append(values["mode"]) or run(self, values, device),
-    )
+
+    def noted(self, values, *rest):
+        modes.append(values["mode"])
+        return run(self, values, *rest)
+
+    monkeypatch.setattr(cuda.Library, "run", noted)
     faults(resident=2)
     check(cell, "grid", engine, H=18)
     assert set(modes) == {cuda.MODES["step"]}

@@ -44,10 +44,10 @@ Kernel kernel_of() {
 }
 
 template <class Cell, class T, bool BACKWARD, bool PROJECTED>
-Kernel of_units(const Args& a) {
+Kernel of_units([[maybe_unused]] const Args& a) {
 #ifdef FASTRNN_UNITS  // a test compiles these alone
   return kernel_of<Cell, T, BACKWARD, FASTRNN_UNITS, kWarps, PROJECTED>();
-#endif
+#else
   if (a.mode == kBlock) return a.units == 64 ? kernel_of<Cell, T, BACKWARD, 64, 1, PROJECTED>() : Kernel{};
   switch (a.units) {
     case 8:
@@ -60,6 +60,7 @@ Kernel of_units(const Args& a) {
 #endif
   }
   return {};
+#endif
 }
 
 // Without a function where there is none.
