@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import _checks, functional
+from ._fx import leaf_call, traced
 from .backends import Explanation, decide_attention, explained, in_autocast
-from .modules import leaf_call, traced
 
 SCORES = ("dot", "general", "additive")
 
@@ -132,7 +133,13 @@ class Attention(nn.Module):
 
     def _explain(self, query: Tensor) -> Explanation:
         x = in_autocast(query)
-        return explained(decide_attention(x), x, f"{self.score} attention", "online softmax")
+        decision = decide_attention(x)
+        found = explained(decision, x, f"{self.score} attention", "online softmax")
+        if decision.backend == "triton":
+            from .triton_kernels.ahead import describe_attention
+
+            return replace(found, split=describe_attention(x, self.score == "additive", self.memory_size))
+        return found
 
     def forward(
         self,

@@ -13,9 +13,10 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _checks
+from ._fx import leaf_call, traced
 from .backends import Explanation, explain
 from .inference import Packed
-from .modules import _Layer, leaf_call, traced
+from .modules import _Layer
 
 MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "concat": lambda f, b: torch.cat((f, b), -1),

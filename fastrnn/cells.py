@@ -14,7 +14,8 @@ from torch.fx import Proxy
 from torch.nn.modules import rnn as torch_rnn
 
 from . import _checks, functional, kernels
-from .modules import as_torch, leaf_call
+from ._fx import leaf_call
+from .modules import as_torch
 from .reference import CELLS
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")

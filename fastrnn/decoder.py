@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks, functional
+from ._fx import leaf_call, traced
 from .attention import Attention, as_laid, attended, options_repr, sequence, steps_and_batch, uniform
 from .backends import Explanation, decide, decide_fused, explained, in_autocast
-from .modules import leaf_call, traced
 from .reference import CELLS
 
 _CELLS = {"lstm": "lstm", "gru": "gru", "rnn": "rnn_tanh"}

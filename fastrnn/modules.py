@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from . import _checks, functional, kernels
+from ._fx import leaf_call
 from .reference import CELLS
 
 # Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
@@ -67,26 +68,6 @@ def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
         for name in module.parametrizations:  # type: ignore[union-attr]
             parametrize._inject_property(twin, name)
     return twin
-
-
-def traced(*arguments: Any) -> Proxy | None:
-    """The first of fx's stand-ins among a call's arguments."""
-    for argument in arguments:
-        if isinstance(argument, Proxy):
-            return argument
-    return None
-
-
-def leaf_call(module: torch.nn.Module, proxy: Proxy, args: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Records the module as one `call_module` node of an fx trace, as fx does for torch.nn's own layers.
-
-    args, options: what goes by place and by name; None is what need not be given.
-    """
-    tracer: Any = proxy.tracer
-    while args[-1] is None:
-        args = args[:-1]
-    given = {name: value for name, value in options.items() if value is not None}
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), args, given)
 
 
 def _batch_size(batch_sizes: Tensor, unsorted: Tensor | None, hx: Sequence[Tensor] | None) -> int:

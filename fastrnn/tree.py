@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from . import _checks
+from ._fx import leaf_call, traced
 from .backends import AUTOCAST_DTYPES, Explanation, autocast_dtype, decide_tree, explained
 from .forest import Forest, is_direction
-from .modules import leaf_call, traced
 from .tree_ops import tree
 from .tree_reference import TREE_CELLS
 

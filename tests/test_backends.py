@@ -172,6 +172,10 @@ def test_what_a_gpu_takes(device, monkeypatch):
             assert backends.choose(x) == ("cuda" if device == "cuda" else "triton")
             assert backends.decide_fused(x, "it").backend == "reference"
             assert backends.decide_attention(x).backend == "triton"
+            query = torch.empty(4, 3, 2, device=device, dtype=dtype)
+            said = str(fastrnn.explain(fastrnn.Attention(2, 5, score="general"), query))
+            assert "in Triton" in said
+            assert "tiles of 16 queries x 32 positions, 16 columns of values" in said
         for dtype in (torch.float64, torch.complex64, torch.complex128):
             x = torch.empty(2, device=device, dtype=dtype)
             assert backends.decide(x).backend == "reference"

@@ -56,6 +56,18 @@ def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tu
     return kernel, f"tiles of {config}, {compiled.metadata.shared / 1024:.0f} KB of shared memory"
 
 
+def describe_attention(x: Tensor, additive: bool, values: int) -> str:
+    """Of attention's forward pass over values so wide: its tiles with the shared memory of a program."""
+    given = attention.options(x.dtype, attention.precision(x), additive, False)
+    width = attention.columns(values)
+    tiles = f"tiles of {given['BLOCK_Q']} queries x {given['BLOCK_S']} positions, {width} columns of values"
+    if layer.INTERPRETED or type(x) is not Tensor or x.device.type == "meta":
+        return tiles
+    target = triton.runtime.driver.active.get_current_target()
+    compiled = compile("attend_forward", x.dtype, target, {**given, "BLOCK_V": width}, values % 16 == 0)
+    return f"{tiles}, {compiled.metadata.shared / 1024:.0f} KB of shared memory"
+
+
 def precision(dtype: torch.dtype, target: GPUTarget) -> str:
     """The most demanding one of the target's kernels."""
     return "tf32x3" if dtype == torch.float32 and target.backend == "cuda" else "ieee"
