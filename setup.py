@@ -187,7 +187,10 @@ class BuildExt(build_ext):
         common = hashlib.sha256((torch_version + compiler.version).encode())
         for header in headers():
             common.update(str(header).encode() + header.read_bytes())
-        objects = Path(self.build_temp).absolute() / "fastrnn"
+        temporary = Path(self.build_temp)
+        if self.editable_mode:  # pip's is a new folder: all that an in-place build has would be compiled anew
+            temporary = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
+        objects = temporary.absolute() / "fastrnn"
         objects.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).absolute()
         target.parent.mkdir(parents=True, exist_ok=True)
