@@ -87,6 +87,9 @@ class Triton:
                 launch_steps(
                     call, config, step.step_forward, columns, all_pointers, sizes, begin, end, **given
                 )
+            if end == call.T:
+                for last, state in zip(tensors.last, states, strict=True):
+                    last.copy_(state)
 
         return run
 
