@@ -104,7 +104,9 @@ def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
         return Config(kernel, block_b, block_u, 32, 4 if block_b * block_u <= 512 else 8, 2)
     if block_b == 16:
         early = kernel == "grid" and block_u <= 32
-        return Config(kernel, block_b, block_u, 128 if block_u == 16 else 32, 4, 3 if large else 2, early)
+        # Large pieces of rows that begin anywhere would take more registers than there are.
+        block_k = 128 if block_u == 16 and shape.H % 16 == 0 else 32
+        return Config(kernel, block_b, block_u, block_k, 4, 3 if large else 2, early)
     if not large or shape.H % 16:
         return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
     return Config(kernel, block_b, block_u, 64, *((4, 4) if block_u == 16 else (8, 3)))
