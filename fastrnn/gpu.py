@@ -166,8 +166,8 @@ class Call:
 
 
 def _contiguous(p: DirectionParams) -> DirectionParams:
-    given = (p.w_ih, p.w_hh, p.b_ih, p.b_hh, p.w_hr)
-    return DirectionParams(*(None if t is None else t.contiguous() for t in given))  # type: ignore[arg-type]
+    optional = (None if t is None else t.contiguous() for t in (p.b_ih, p.b_hh, p.w_hr))
+    return DirectionParams(p.w_ih.contiguous(), p.w_hh.contiguous(), *optional)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import emulated
 import pytest
 import torch
-from on_gpus import *  # noqa: F403
+from on_gpus import *  # noqa: F403 (all its tests are this file's too, with the engine below)
 from on_gpus import case, check, moved, results
 
 import fastrnn
@@ -71,7 +71,7 @@ def engine(request, monkeypatch):
             of = {**KERNELS, **OTHERS, **ON_THE_GPU}[kernel or "grid"]
             monkeypatch.setattr(cuda, "configure", lambda shape: of(-(-shape.B // 16)))
         if kernel in ON_THE_GPU and device == "cpu":
-            pytest.skip("the emulation is built without it")
+            pytest.skip("wide tiles run on a GPU alone: the emulation's compiler is slow")
         with fastrnn.backend("cuda"):
             yield
 
@@ -95,7 +95,7 @@ def emulated_why_not(x):
 def faults(engine, request):
     """Sets what the emulation does wrong: blocks at once that it holds, the number of one that is slow."""
     if engine.device != "cpu":
-        pytest.skip("the emulation's alone")
+        pytest.skip("the emulation injects the faults: a GPU has no such switch")
     emulation = request.getfixturevalue("emulation")
     cuda._plan.cache_clear()
     yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
@@ -272,7 +272,7 @@ MOST_SPILLED = 64  # bytes a thread
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile with")
 def test_compiled_ahead(tmp_path):
     """The kernels of one cell and width, and what starts them, as setup.py would compile them."""
     flags = emulated.json_flags()

@@ -8,7 +8,7 @@ import os
 
 import pytest
 import torch
-from on_gpus import *  # noqa: F403
+from on_gpus import *  # noqa: F403 (all its tests are this file's too, with the engine below)
 
 import fastrnn
 from fastrnn.triton_kernels import heuristics, layer
