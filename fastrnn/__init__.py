@@ -4,7 +4,7 @@ import fastrnn
 lstm = fastrnn.LSTM(256, 512, num_layers=2)   # torch.nn.LSTM's signature, parameters and results
 """
 
-from . import functional, init
+from . import diagnostics, functional, init
 from ._version import __version__
 from .attention import Attention
 from .backends import BackendError, Explanation, backend, explain
@@ -45,6 +45,7 @@ __all__ = [
     "__version__",
     "backend",
     "convert",
+    "diagnostics",
     "explain",
     "export_onnx",
     "freeze",
