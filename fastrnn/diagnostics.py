@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import functional
 from .conversion import convert
-from .flow import GradientFlow, Masks, draw
+from .flow import GradientFlow, Masks, Origin, draw
 from .inference import Packed
 from .jacobians import STEPS
 from .modules import _Layer
@@ -197,7 +197,8 @@ def gradient_flow(
                 name = type(twin).__name__ if len(passes) == 1 else f"{type(twin).__name__} layer {k}"
                 name += ", reverse" if d else ", forward" if len(p.params) > 1 else ""
                 masks = _masks(p.gx, lengths, reset, d)
-                flows.append(_flow(name, twin._cell, p, grads[2 * k], grads[2 * k + 1], masks, d, batched))
+                dgx, dy, origin = grads[2 * k], grads[2 * k + 1], _origin(grads[-1], len(p.params), d)
+                flows.append(_flow(name, twin._cell, p, dgx, dy, masks, origin, d, batched))
     return flows[0] if len(flows) == 1 else flows
 
 
@@ -235,8 +236,29 @@ def _backwards(v: Tensor, a: Tensor) -> Tensor:
     return torch.stack(steps)
 
 
+def _origin(doutput: Tensor, D: int, d: int) -> Origin:
+    """Of direction d's flows, from the gradient of the last layer's output [T, B, D*P]."""
+    T = doutput.shape[0]
+    read = [half.flatten(1).any(1).nonzero().flatten().tolist() for half in doutput.chunk(D, -1)]
+    last = max(read[0], default=0)
+    first = min(read[1], default=T - 1) if D > 1 else T - 1
+    # What a direction reads at the step with which it begins flows nowhere.
+    later = first < T - 1 if d else first < T - 1 and not last
+    if later:
+        return Origin(first, True)
+    return Origin(last if read[0] else T - 1, False)
+
+
 def _flow(
-    name: str, cell: str, run: _Pass, dgx: Tensor, dy: Tensor, masks: Masks, d: int, batched: bool
+    name: str,
+    cell: str,
+    run: _Pass,
+    dgx: Tensor,
+    dy: Tensor,
+    masks: Masks,
+    origin: Origin,
+    d: int,
+    batched: bool,
 ) -> GradientFlow:
     """Of direction d of one layer."""
     dtype = torch.float64 if run.gx.dtype == torch.float64 else torch.float32
@@ -278,7 +300,9 @@ def _flow(
         norm: Tensor = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=torch.float64).to(dtype)
         return norm.flip(0) if d else norm
 
-    return GradientFlow(name, norms(dh), None if dc is None else norms(dc), local, masks, d == 1, batched)
+    return GradientFlow(
+        name, norms(dh), None if dc is None else norms(dc), local, masks, origin, d == 1, batched
+    )
 
 
 def plot(flows: GradientFlow | Sequence[GradientFlow], path: str | Path) -> None:
