@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..markov import MarkovModel
-from . import checkpoint, generate, report
+from . import baseline, checkpoint, generate, report
 from .corpus import Corpus, read_text
 from .errors import UserError, os_reason
 from .model import CELLS, Config
@@ -145,12 +144,6 @@ def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
 
 
 def _print_perplexities(trainers: dict[str, Trainer], corpus: Corpus, layer: str) -> None:
-    bigram = MarkovModel(len(corpus.vocabulary), order=1).fit(corpus.train)
-    print("validation perplexity per character:")
-    reached = {name: trainer.validate() for name, trainer in trainers.items()}
-    for name, perplexity in reached.items():
-        print(f"  {NAMES[name] + '.' + layer:14s} {perplexity:8.3f}")
-    counted = float(bigram.perplexity(corpus.valid))
-    print(f"  {'bigram Markov':14s} {counted:8.3f}", flush=True)
-    if reached["fastrnn"] > counted:
-        print("  not yet ahead of counting pairs of characters: give it more time, --seconds 300")
+    reached = {f"{NAMES[name]}.{layer}": trainer.validate() for name, trainer in trainers.items()}
+    size = baseline.parameters(trainers["fastrnn"].model)
+    print(baseline.table(reached, size, baseline.count(corpus), len(corpus.vocabulary)), flush=True)

@@ -1,0 +1,65 @@
+"""The textbook's baseline: Markov models of growing order beside a network, by perplexity and by size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..markov import MarkovModel
+from .corpus import Corpus
+
+ORDERS = (1, 2, 3, 4)
+# Each order takes the best of these on the validation text itself: that favours it, and no one else.
+SMOOTHINGS = (1.0, 0.3, 0.1, 0.03, 0.01)
+COUNTED = 20_000_000  # characters: what is counted of a longer text, for the memory that sorting takes
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A Markov model of one order. stored: n-grams in its sparse table; dense: V ** (order + 1)."""
+
+    order: int
+    smoothing: float
+    perplexity: float
+    stored: int
+    dense: int
+
+
+def count(corpus: Corpus, orders: Sequence[int] = ORDERS) -> list[Counted]:
+    """The models of these orders, fitted to the training text, on the validation text; orders for which a
+    text is too short are left out."""
+    found = []
+    shortest = min(corpus.train.numel(), corpus.valid.numel())
+    for order in (n for n in orders if n < shortest):
+        model = MarkovModel(len(corpus.vocabulary), order).fit(corpus.train[:COUNTED])
+        reached = []
+        for smoothing in SMOOTHINGS:
+            model.smoothing = smoothing
+            reached.append((float(model.perplexity(corpus.valid)), smoothing))
+        best, smoothing = min(reached)
+        found.append(Counted(order, smoothing, best, model.stored, model.dense_size))
+    return found
+
+
+def parameters(model: nn.Module) -> int:
+    """How many numbers a network is, whatever text it has seen and however far back it looks."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def table(perplexities: Mapping[str, float], size: int, counted: Sequence[Counted], vocab_size: int) -> str:
+    """Lines: networks by name, all of `size` parameters, then the Markov models."""
+    lines = [f"validation perplexity per character, and the size of what gives it (vocabulary {vocab_size}):"]
+    for name, value in perplexities.items():
+        lines.append(f"  {name:14s} {value:9.3f} {size:>13,} parameters, however far it looks back")
+    for c in counted:
+        lines.append(
+            f"  {f'Markov order {c.order}':14s} {c.perplexity:9.3f} {c.stored:>13,} counts stored; "
+            f"{c.dense:,} = {vocab_size}^{c.order + 1} in a dense table (smoothing {c.smoothing:g})"
+        )
+    ahead = [c for c in counted if c.perplexity < min(perplexities.values())]
+    if ahead:
+        best = min(ahead, key=lambda c: c.perplexity)
+        lines.append(f"  not yet ahead of counting (order {best.order}): it wants more training")
+    return "\n".join(lines)
