@@ -65,7 +65,7 @@ class _Recorded(_Layer):
             raise ValueError(f"gradient_flow does not know the layer's option {', '.join(sorted(unknown))}")
         D = states[0].shape[0]
         params = split_params([w.detach() for w in weights], D)
-        first = [s.detach() for s in states]
+        first = [_leaf(s) for s in states]
         gx = torch.cat([linear(x, p.w_ih, p.b_ih) for p in params], -1)
         if not gx.requires_grad:
             gx.requires_grad_()
@@ -80,6 +80,11 @@ class _Recorded(_Layer):
         y, last, seq = functional.layer(self._cell, gx, first, flat, return_states=True, **masks)
         self.passes.append(_Pass(gx, y, seq[0] if seq else None, first, params))
         return y, last, seq
+
+
+def _leaf(t: Tensor) -> Tensor:
+    """Without a graph; what inference mode made, no backward pass may keep."""
+    return t.detach().clone() if t.is_inference() else t.detach()
 
 
 def _recorded(layer: Any) -> Any:
@@ -175,7 +180,7 @@ def gradient_flow(
             x, lengths = pad_packed_sequence(input, batch_first=twin.batch_first)
         else:
             x = input
-        x = x.detach().clone() if x.is_inference() else x.detach()
+        x = _leaf(x)
         output = twin(x, hx, lengths=lengths, reset=reset)[0]
         if order is not None and loss is not None:
             output = _packed(output, cast(Tensor, lengths), order, twin.batch_first)

@@ -129,13 +129,16 @@ class GradientFlow:
     def _spectrum(self) -> tuple[Tensor, int]:
         """Singular values [n, S] to draw, evenly out of all, and of how many."""
         linked = self._masks.linked[1:].flatten()
-        rows, most = linked.nonzero().squeeze(1), min(_DRAWN, 16 + int(_DRAWN_WORK / self._steps.size**3))
-        if "singular_values" in self.__dict__:
+        rows, known = linked.nonzero().squeeze(1), "singular_values" in self.__dict__
+        # quantile takes no more than 2^24 elements.
+        most = (1 << 24) // self._steps.size if known else 16 + int(_DRAWN_WORK / self._steps.size**3)
+        most = min(most if known else min(most, _DRAWN), rows.numel())
+        some = rows[torch.linspace(0, max(0, rows.numel() - 1), most).round().long().to(rows.device)]
+        if known:
             values = self.singular_values
-            values = (values.flip(0) if self._reverse else values).reshape(linked.numel(), -1)[rows]
+            values = (values.flip(0) if self._reverse else values).reshape(linked.numel(), -1)[some]
         else:
-            some = torch.linspace(0, max(0, rows.numel() - 1), min(most, rows.numel()), dtype=torch.double)
-            values = self._decomposed(rows[some.round().long().to(rows.device)] + self._masks.linked.shape[1])
+            values = self._decomposed(some + self._masks.linked.shape[1])
         return values[~values.isnan().any(-1)], rows.numel()
 
     def _by_lag(self, norms: Tensor) -> Tensor:

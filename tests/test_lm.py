@@ -248,17 +248,27 @@ def test_table_of_the_baseline(corpus):
     assert sizes[0] == sizes[1]  # as many for a longer text: what is counted grows
     stored = [baseline.count(text, (3,))[0].stored for text in (corpus, corpus_of(3000))]
     assert stored[1] > 2 * stored[0]
-    counted = [baseline.Counted(1, 0.1, 5.0, 70, 100), baseline.Counted(2, 0.1, 4.5, 300, 1000)]
+    counted = [baseline.Counted(n, 0.1, *c, 500) for n, c in ((1, (5.0, 70, 100)), (2, (4.5, 300, 1000)))]
     lines = baseline.table({"fastrnn.LSTM": 3.25}, 1234, counted, 10).splitlines()
     assert [line.split()[:4] for line in lines[1:]] == [
         ["fastrnn.LSTM", "3.250", "1,234", "parameters,"],
+        ["counted", "on", "500", "characters,"],
         ["Markov", "order", "1", "5.000"],
         ["Markov", "order", "2", "4.500"],
     ]
-    assert "70 counts stored; 100 = 10^2 in a dense table" in lines[2]
-    assert "300 counts stored; 1,000 = 10^3 in a dense table" in lines[3]
+    assert "70 counts stored; 100 = 10^2 in a dense table" in lines[3]
+    assert "300 counts stored; 1,000 = 10^3 in a dense table" in lines[4]
     behind = baseline.table({"fastrnn.LSTM": 4.75}, 1234, counted, 10)
     assert "not yet ahead of counting (order 2)" in behind
+
+
+def test_the_baseline_counts_no_endless_text(corpus, monkeypatch):
+    monkeypatch.setattr(baseline, "COUNTED", 100)
+    (c,) = baseline.count(corpus, (1,))
+    assert (c.characters, c.stored) == (
+        100,
+        len(set(zip(corpus.train[:99].tolist(), corpus.train[1:100].tolist(), strict=True))),
+    )
 
 
 def corpus_of(n):

@@ -18,28 +18,31 @@ COUNTED = 20_000_000  # characters: what is counted of a longer text, for the me
 
 @dataclass(frozen=True)
 class Counted:
-    """A Markov model of one order. stored: n-grams in its sparse table; dense: V ** (order + 1)."""
+    """A Markov model of one order, counted on so many characters. stored: n-grams in its sparse table; dense:
+    V ** (order + 1)."""
 
     order: int
     smoothing: float
     perplexity: float
     stored: int
     dense: int
+    characters: int
 
 
 def count(corpus: Corpus, orders: Sequence[int] = ORDERS) -> list[Counted]:
     """The models of these orders, fitted to the training text, on the validation text; orders for which a
     text is too short are left out."""
     found = []
-    shortest = min(corpus.train.numel(), corpus.valid.numel())
+    text = corpus.train[:COUNTED]
+    shortest = min(text.numel(), corpus.valid.numel())
     for order in (n for n in orders if n < shortest):
-        model = MarkovModel(len(corpus.vocabulary), order).fit(corpus.train[:COUNTED])
+        model = MarkovModel(len(corpus.vocabulary), order).fit(text)
         reached = []
         for smoothing in SMOOTHINGS:
             model.smoothing = smoothing
             reached.append((float(model.perplexity(corpus.valid)), smoothing))
         best, smoothing = min(reached)
-        found.append(Counted(order, smoothing, best, model.stored, model.dense_size))
+        found.append(Counted(order, smoothing, best, model.stored, model.dense_size, text.numel()))
     return found
 
 
@@ -50,9 +53,11 @@ def parameters(model: nn.Module) -> int:
 
 def table(perplexities: Mapping[str, float], size: int, counted: Sequence[Counted], vocab_size: int) -> str:
     """Lines: networks by name, all of `size` parameters, then the Markov models."""
-    lines = [f"validation perplexity per character, and the size of what gives it (vocabulary {vocab_size}):"]
+    lines = ["validation perplexity per character, and the size of what gives it:"]
     for name, value in perplexities.items():
         lines.append(f"  {name:14s} {value:9.3f} {size:>13,} parameters, however far it looks back")
+    if counted:
+        lines.append(f"  counted on {counted[0].characters:,} characters, vocabulary {vocab_size}:")
     for c in counted:
         lines.append(
             f"  {f'Markov order {c.order}':14s} {c.perplexity:9.3f} {c.stored:>13,} counts stored; "
