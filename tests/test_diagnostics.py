@@ -197,10 +197,12 @@ def test_lengths_and_reset(cell):
     x, lengths = randn(T, B + 1, I), torch.tensor([4, T, 0, 6])
     x[4:, 0] = math.nan  # padding reaches nothing
     reset = torch.rand(T, B + 1) < 0.25
+    reset[0, 1] = True  # this sequence does not see its first state
     assert bool(reset[1:4].any())
-    output, runs = loop(layer, torch.where(x.isnan(), 0, x), None, lengths, reset)
+    hx = hidden(layer, B + 1)
+    output, runs = loop(layer, torch.where(x.isnan(), 0, x), hx, lengths, reset)
     (output[3, 0] + output[T - 1, 1] + output[5, 3]).sum().backward()
-    flows = gradient_flow(layer, x, lengths=lengths, reset=reset)
+    flows = gradient_flow(layer, x, hx, lengths=lengths, reset=reset)
     assert_norms(flows, runs)
     wanted = expected_singular_values(layer, runs)
     for n, (one, want) in enumerate(zip(flows, wanted, strict=True)):

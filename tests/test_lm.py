@@ -249,7 +249,7 @@ def test_table_of_the_baseline(corpus):
     stored = [baseline.count(text, (3,))[0].stored for text in (corpus, corpus_of(3000))]
     assert stored[1] > 2 * stored[0]
     counted = [baseline.Counted(n, 0.1, *c, 500) for n, c in ((1, (5.0, 70, 100)), (2, (4.5, 300, 1000)))]
-    lines = baseline.table({"fastrnn.LSTM": 3.25}, 1234, counted, 10).splitlines()
+    lines = baseline.table(baseline.Comparison({"fastrnn.LSTM": 3.25}, 1234, counted, 10)).splitlines()
     assert [line.split()[:4] for line in lines[1:]] == [
         ["fastrnn.LSTM", "3.250", "1,234", "parameters,"],
         ["counted", "on", "500", "characters,"],
@@ -258,7 +258,7 @@ def test_table_of_the_baseline(corpus):
     ]
     assert "70 counts stored; 100 = 10^2 in a dense table" in lines[3]
     assert "300 counts stored; 1,000 = 10^3 in a dense table" in lines[4]
-    behind = baseline.table({"fastrnn.LSTM": 4.75}, 1234, counted, 10)
+    behind = baseline.table(baseline.Comparison({"fastrnn.LSTM": 4.75}, 1234, counted, 10))
     assert "not yet ahead of counting (order 2)" in behind
 
 
@@ -303,8 +303,10 @@ def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     curve = report.Curve("fastrnn.LSTM", [2.0, 1.0], [0.1, 0.2], 300)
     path = tmp_path / "plot.png"
-    report.plot(str(path), [curve, curve], "title")
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for counted in (None, [], [baseline.Counted(1, 0.1, 5.0, 70, 100, 500)]):
+        comparison = None if counted is None else baseline.Comparison({"LSTM": 3.0}, 1234, counted, 10)
+        report.plot(str(path), [curve, curve], "title", comparison)
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match="cannot write"):
         report.plot(str(tmp_path / "none" / "plot.png"), [curve], "title")
 

@@ -29,6 +29,21 @@ class Counted:
     characters: int
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Networks by name with their perplexity, all of `size` parameters, beside the Markov models."""
+
+    perplexities: Mapping[str, float]
+    size: int
+    counted: Sequence[Counted]
+    vocab_size: int
+
+
+def compare(perplexities: Mapping[str, float], model: nn.Module, corpus: Corpus) -> Comparison:
+    """Networks like `model`, trained on the text, beside Markov models of it."""
+    return Comparison(perplexities, parameters(model), count(corpus), len(corpus.vocabulary))
+
+
 def count(corpus: Corpus, orders: Sequence[int] = ORDERS) -> list[Counted]:
     """The models of these orders, fitted to the training text, on the validation text; orders for which a
     text is too short are left out."""
@@ -51,18 +66,22 @@ def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def table(perplexities: Mapping[str, float], size: int, counted: Sequence[Counted], vocab_size: int) -> str:
-    """Lines: networks by name, all of `size` parameters, then the Markov models."""
+def table(comparison: Comparison) -> str:
+    """Lines: the networks, then the Markov models."""
+    perplexities, counted = comparison.perplexities, comparison.counted
     lines = ["validation perplexity per character, and the size of what gives it:"]
     for name, value in perplexities.items():
-        lines.append(f"  {name:14s} {value:9.3f} {size:>13,} parameters, however far it looks back")
-    if counted:
-        lines.append(f"  counted on {counted[0].characters:,} characters, vocabulary {vocab_size}:")
-    for c in counted:
         lines.append(
-            f"  {f'Markov order {c.order}':14s} {c.perplexity:9.3f} {c.stored:>13,} counts stored; "
-            f"{c.dense:,} = {vocab_size}^{c.order + 1} in a dense table (smoothing {c.smoothing:g})"
+            f"  {name:14s} {value:9.3f} {comparison.size:>13,} parameters, however far it looks back"
         )
+    if counted:
+        lines.append(
+            f"  counted on {counted[0].characters:,} characters, vocabulary {comparison.vocab_size}:"
+        )
+    for c in counted:
+        dense = f"{c.dense:,} = {comparison.vocab_size}^{c.order + 1} in a dense table"
+        line = f"  {f'Markov order {c.order}':14s} {c.perplexity:9.3f} {c.stored:>13,} counts stored; {dense}"
+        lines.append(f"{line} (smoothing {c.smoothing:g})")
     ahead = [c for c in counted if c.perplexity < min(perplexities.values())]
     if ahead:
         best = min(ahead, key=lambda c: c.perplexity)

@@ -169,13 +169,13 @@ def _train(args: argparse.Namespace) -> int:
     if not world.first:
         return 0 if whole else 130
     name = f"{demo.NAMES[config.implementation]}.{CELLS[config.cell]}"
+    comparison = None
     if whole:
-        reached = {name: trainer.validations[-1][1]}
-        size = baseline.parameters(trainer.model)
-        print(baseline.table(reached, size, baseline.count(corpus), len(corpus.vocabulary)))
+        comparison = baseline.compare({name: trainer.validations[-1][1]}, trainer.model, corpus)
+        print(baseline.table(comparison))
     if args.plot is not None and trainer.losses:
         curve = report.Curve(name, trainer.losses, trainer.seconds, trainer.tokens_per_step)
-        report.plot(args.plot, [curve], f"{name} {config.hidden} on characters")
+        report.plot(args.plot, [curve], f"{name} {config.hidden} on characters", comparison)
     state = "trained" if whole else "interrupted"
     print(
         f"{state} at step {trainer.step}, saved to {args.checkpoint}"

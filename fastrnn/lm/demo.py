@@ -104,7 +104,11 @@ def demo(
         for name, trainer in trainers.items()
     ]
     _print_outcome(outcome, curves)
-    _print_perplexities(trainers, corpus, layer)
+    reached = {
+        curve.name: trainer.validate() for curve, trainer in zip(curves, trainers.values(), strict=True)
+    }
+    comparison = baseline.compare(reached, trainers["fastrnn"].model, corpus)
+    print(baseline.table(comparison), flush=True)
 
     ours = trainers["fastrnn"]
     text = generate.generate(ours.model, corpus.vocabulary, GENERATED, temperature=0.7, seed=config.seed)
@@ -116,7 +120,8 @@ def demo(
         raise UserError(f"cannot write {files['sample.txt']}: {os_reason(error)}") from error
     written = ["demo.pt", "sample.txt"]
     if report.available():
-        report.plot(files["demo.png"], curves, f"{config.layers} x {layer}({config.hidden}) on characters")
+        title = f"{config.layers} x {layer}({config.hidden}) on characters"
+        report.plot(files["demo.png"], curves, title, comparison)
         written.append("demo.png")
     print(f"written to {folder}: {', '.join(written)}")
 
@@ -141,9 +146,3 @@ def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
     )
     if steps > first:
         print("  training amplifies rounding: so would torch.nn's curves part, begun 1e-7 apart")
-
-
-def _print_perplexities(trainers: dict[str, Trainer], corpus: Corpus, layer: str) -> None:
-    reached = {f"{NAMES[name]}.{layer}": trainer.validate() for name, trainer in trainers.items()}
-    size = baseline.parameters(trainers["fastrnn"].model)
-    print(baseline.table(reached, size, baseline.count(corpus), len(corpus.vocabulary)), flush=True)
