@@ -157,7 +157,8 @@ def gradient_flow(
     returns  a `GradientFlow`; for several layers or directions a list of them in torch.nn's order (layer 0,
              its reverse direction, layer 1, ...)
 
-    The backward pass gives dL/dgates of all steps; dL/dh_k = dL/dy_k + R^T dL/dgates_{k+1} is one product for
+    It takes the time of two or three training steps of the layer, and keeps the gates twice. The backward
+    pass gives dL/dgates of all steps; dL/dh_k = dL/dy_k + R^T dL/dgates_{k+1} is one product for
     all k, and what passes by the gates (the LSTM's c, the GRU's z * h) an elementwise recursion.
     16-bit layers are diagnosed in float32, from the 16-bit values and gradients that they compute.
 

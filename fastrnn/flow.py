@@ -45,6 +45,7 @@ class Trend(NamedTuple):
 
     verdict: str  # vanish, explode, steady, none (no gradient arrives), start (only where the run begins)
     rate: float  # factor a step, fitted
+    level: float  # logarithm of the norm at lag 0, fitted
     start: int  # the first lag with a gradient
     steps: int  # how many steps the fit spans
     zero: int | None  # the first lag after those of the fit, where the gradient is 0 or as good as 0
@@ -153,7 +154,7 @@ class GradientFlow:
         lags = seen.nonzero().squeeze(1)
         overflow = None if bool(finite.all()) else int((~finite).nonzero()[0])
         if not lags.numel():
-            return Trend("none" if overflow is None else "explode", math.nan, 0, 0, None, overflow)
+            return Trend("none" if overflow is None else "explode", math.nan, math.nan, 0, 0, None, overflow)
         start, end, last = int(lags[0]), int(lags[-1]), values.numel() - 1
         zero = end + 1 if end < last and overflow is None else None
         steps = end - start
@@ -161,15 +162,17 @@ class GradientFlow:
             own = self.origin.step + (start if self.origin.later else -start)
             first = own == (self.norms.numel() - 1 if self._reverse else 0)
             verdict = "explode" if overflow is not None else "start" if first else "vanish"
-            return Trend(verdict, math.nan, start, 0, zero, overflow)
-        t, log = lags.double() - lags.double().mean(), values[lags].log()
-        slope = float((t * (log - log.mean())).sum() / (t * t).sum())
+            return Trend(verdict, math.nan, math.nan, start, 0, zero, overflow)
+        log, middle = values[lags].log(), float(lags.double().mean())
+        t = lags.double() - middle
+        slope = float((t * log).sum() / (t * t).sum())
         change = abs(slope) * steps
         moves = change > math.log(2.0) and (abs(slope) > _RATE or change > _CHANGE)
         verdict = "steady" if not moves else "vanish" if slope < 0 else "explode"
         if overflow is not None:
             verdict = "explode"
-        return Trend(verdict, math.exp(slope), start, steps, zero, overflow)
+        level = float(log.mean()) - slope * middle
+        return Trend(verdict, math.exp(slope), level, start, steps, zero, overflow)
 
     @property
     def rate(self) -> float:
@@ -184,7 +187,7 @@ class GradientFlow:
         return f"{self.name}: {self._sentence()}."
 
     def _sentence(self) -> str:
-        verdict, rate, start, steps, zero, overflow = self._trend
+        verdict, rate, _, start, steps, zero, overflow = self._trend
         T = self.norms.numel()
         if verdict == "none":
             return "no gradient of the loss arrives at any step"
@@ -192,9 +195,9 @@ class GradientFlow:
             if T == 1:
                 return "a single step, from which no gradient flows back"
             return "the loss reads this direction only at the step with which it begins, nothing flows back"
+        if overflow is not None and not rate > 1:
+            return f"gradients explode: ||dL/dh|| is not finite from {_back(overflow)} on"
         if math.isnan(rate):
-            if overflow is not None:
-                return f"gradients explode: ||dL/dh|| is not finite from {_back(overflow)} on"
             return f"gradients vanish at once: ||dL/dh|| is 0 from {_back(start + 1)} on"
         values = self._by_lag(self.norms)[start:]
         ratio = float(values[steps] / values[0])
@@ -279,11 +282,8 @@ def _draw_norms(axes: Any, flow: GradientFlow) -> None:
                 lags, values[lags], color=color, label=f"$\\|\\partial L/\\partial {name}_k\\|$", **style
             )
     if not math.isnan(trend.rate):
-        values, ends = flow._by_lag(flow.norms), [trend.start, trend.start + trend.steps]
-        seen = values[trend.start : trend.start + trend.steps + 1].clamp(min=1e-300)
-        seen = seen[seen.isfinite()].log()
-        middle, slope = float(seen.mean()), math.log(trend.rate)
-        line = [math.exp(max(-690.0, min(690.0, middle + slope * s * trend.steps / 2))) for s in (-1, 1)]
+        ends = (trend.start, trend.start + trend.steps)
+        line = [math.exp(max(-690.0, min(690.0, trend.level + math.log(trend.rate) * lag))) for lag in ends]
         label = f"fit: {trend.rate:.3g} a step"
         axes.plot(ends, line, color="0.35", linestyle="--", linewidth=1, label=label)
     axes.set_yscale("log")

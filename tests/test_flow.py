@@ -79,6 +79,18 @@ def test_summary_of_underflow_and_overflow():
     assert "is not finite from 64 steps back on" in over.summary()
 
 
+def test_a_fall_that_ends_in_what_is_no_number():
+    layer, x = build("GRU"), randn(30, 1, I)
+    reset = torch.zeros(30, 1, dtype=torch.bool)
+    reset[11] = True
+    x[3] = math.inf  # which makes the states up to the reset NaN
+    found = gradient_flow(layer, x, reset=reset)
+    assert found.verdict == "explode"
+    assert 0 < found.rate < 1
+    assert "is not finite from 20 steps back on" in found.summary()
+    assert "grows" not in found.summary()
+
+
 def gradient_flow_of_overflow():
     layer = fastrnn.RNN(1, 2, nonlinearity="relu", bias=False)
     with torch.no_grad():

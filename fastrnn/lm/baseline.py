@@ -69,7 +69,7 @@ def parameters(model: nn.Module) -> int:
 def table(comparison: Comparison) -> str:
     """Lines: the networks, then the Markov models."""
     perplexities, counted = comparison.perplexities, comparison.counted
-    lines = ["validation perplexity per character, and the size of what gives it:"]
+    lines = ["perplexity per character of the validation text, and the size of what gives it:"]
     for name, value in perplexities.items():
         lines.append(
             f"  {name:14s} {value:9.3f} {comparison.size:>13,} parameters, however far it looks back"

@@ -77,8 +77,15 @@ def _draw_sizes(axes: Any, comparison: Comparison) -> None:
     axes.plot(orders, [c.dense for c in comparison.counted], "C7--", label="Markov, dense table")
     axes.plot(orders, [c.stored for c in comparison.counted], "C1o-", label="Markov, counts stored")
     for c in comparison.counted:
-        at = {"xytext": (0, -13), "textcoords": "offset points", "ha": "center", "color": "C1"}
-        axes.annotate(f"{c.perplexity:.2f}", (c.order, c.stored), **at)
+        axes.annotate(
+            f"{c.perplexity:.2f}",
+            (c.order, c.stored),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+            color="C1",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
     best = min(comparison.perplexities, key=lambda name: comparison.perplexities[name])
     label = f"{best}, parameters: {comparison.perplexities[best]:.2f}"
     axes.axhline(comparison.size, color="C0", label=label)
