@@ -184,9 +184,7 @@ class BuildExt(build_ext):
         if not plan.units:
             raise fail("no sources under csrc/: an incomplete checkout or archive")
         # An object's name is a digest of all that went into it, so that a stale one cannot be picked up.
-        common = hashlib.sha256((torch_version + compiler.version).encode())
-        for header in headers():
-            common.update(str(header).encode() + header.read_bytes())
+        compiled_with = (torch_version + compiler.version).encode()
         temporary = Path(self.build_temp)
         if self.editable_mode:  # pip's is a new folder: all that an in-place build has would be compiled anew
             temporary = ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
@@ -197,7 +195,7 @@ class BuildExt(build_ext):
         with (objects / "lock").open("w") as lock:
             # Two builds of one checkout at a time would tidy away each other's objects.
             fcntl.flock(lock, fcntl.LOCK_EX)
-            names = [self.object_path(objects, unit, common.copy()) for unit in plan.units]
+            names = [self.object_path(objects, unit, hashlib.sha256(compiled_with)) for unit in plan.units]
             wish = os.environ.get("MAX_JOBS") or str(max(2, os.cpu_count() or 1))
             if not wish.isdecimal() or int(wish) < 1:
                 raise fail(f"MAX_JOBS must be a number of 1 or more, got {wish!r}")
@@ -228,6 +226,10 @@ class BuildExt(build_ext):
     @staticmethod
     def object_path(folder: Path, unit: tuple[Path, list[str]], digest: hashlib._Hash) -> Path:
         source, command = unit
+        theirs = ROOT / "csrc" / ("cpu" if source.suffix == ".cu" else "cuda")  # which it includes nothing of
+        for header in headers():
+            if theirs not in header.parents:
+                digest.update(str(header).encode() + header.read_bytes())
         digest.update("\0".join([str(source), *command]).encode() + source.read_bytes())
         return folder / f"{source.stem}-{digest.hexdigest()[:20]}.o"
 

@@ -110,6 +110,20 @@ class Timer:
         )
 
 
+def captured(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call as a CUDA graph: what the GPU takes for it, whatever the processor's speed."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
 def calls(module: torch.nn.Module, x: torch.Tensor) -> dict[str, Callable[[], Any]]:
     def forward() -> None:
         with torch.no_grad():
@@ -141,7 +155,7 @@ def prepare(case: tuple[str, str, int, int, int], device: torch.device) -> None:
     Timer(device).synchronize()
 
 
-def measure(case: tuple[str, str, int, int, int], device: torch.device) -> list[Row]:
+def measure(case: tuple[str, str, int, int, int], device: torch.device, graphs: bool) -> list[Row]:
     cell, dtype, T, B, H = case
     modules = [layer(package, case, device) for package in (fastrnn, torch.nn)]
     x = sequence(case, device)
@@ -149,6 +163,8 @@ def measure(case: tuple[str, str, int, int, int], device: torch.device) -> list[
     kernel = str(fastrnn.explain(modules[0], x).kernel)
     rows = []
     for mode in ours:
+        if graphs:
+            ours[mode], theirs[mode] = captured(ours[mode]), captured(theirs[mode])
         mine, other, spread = Timer(device).alternate(ours[mode], theirs[mode])
         limit = None
         if cell == "lstm" and mode == "forward" and dtype != "float32" and H in LIMITS and B in BATCHES:
@@ -180,6 +196,49 @@ def machine(device: torch.device) -> dict[str, str | None]:
     }
 
 
+def plot(rows: Sequence[Row], about: dict[str, str | None], path: Path) -> None:
+    """torch.nn's time over ours against H, a line each batch, of the first type and length measured."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    shown = [row for row in rows if (row.dtype, row.T) == (rows[0].dtype, rows[0].T)]
+    cells = list(dict.fromkeys(row.cell for row in shown))
+    modes = list(dict.fromkeys(row.mode for row in shown))
+    figure, axes = pyplot.subplots(
+        len(modes),
+        len(cells),
+        figsize=(4 * len(cells), 3 * len(modes)),
+        squeeze=False,
+        sharex=True,
+        sharey=True,
+    )
+    for i, j in itertools.product(range(len(modes)), range(len(cells))):
+        axis = axes[i][j]
+        of_all = [row for row in shown if (row.mode, row.cell) == (modes[i], cells[j])]
+        for B in dict.fromkeys(row.B for row in of_all):
+            line = [(row.H, row.theirs / row.ours) for row in of_all if row.B == B]
+            axis.plot(*zip(*line, strict=True), marker="o", label=f"B = {B}")
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set(
+            title=f"{cells[j]}, {modes[i]}", xscale="log", yscale="log", xlabel="H", ylabel="times as fast"
+        )
+        axis.set_xticks([row.H for row in of_all], [str(row.H) for row in of_all], rotation=60)
+        axis.xaxis.set_minor_locator(pyplot.NullLocator())
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    axes[0][0].legend()
+    figure.suptitle(
+        f"torch.nn's (cuDNN) time over ours: {shown[0].dtype}, T = {shown[0].T}, {about['device']}"
+    )
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    print(f"written: {path}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m fastrnn.bench.gpu", description=__doc__, allow_abbrev=False
@@ -197,7 +256,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         default=os.cpu_count(),
         help="processes that compile the kernels, before any timing",
     )
+    parser.add_argument(
+        "--graphs", action="store_true", help="both as CUDA graphs: without what the processor takes"
+    )
     parser.add_argument("--json", type=Path, default=Path("out/gpu.json"), metavar="PATH")
+    parser.add_argument("--plot", type=Path, metavar="PATH", help="a picture of the ratios (matplotlib)")
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
@@ -218,7 +281,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             left += 1
             continue
         with fastrnn.backend(args.backend):
-            measured = measure(case, args.device)
+            measured = measure(case, args.device, args.graphs)
         for row in measured:
             print(row.text(), flush=True)
             rows.append(row)
@@ -232,9 +295,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(
-        json.dumps({"machine": about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+        json.dumps({"machine": about, "graphs": args.graphs, "rows": [asdict(row) for row in rows]}, indent=1)
+        + "\n"
     )
     print(f"written: {args.json}")
+    if args.plot and rows:
+        plot(rows, about, args.plot)
     return 0
 
 

@@ -18,9 +18,10 @@ from .reference import CELLS
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIN_CAPABILITY = 80
 # csrc/cuda/args.h: how blocks wait for each other.
-MODES = {"step": 0, "grid": 1, "block": 2}
+MODES = {"step": 0, "grid": 1, "block": 2, "cluster": 3}
 # Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
 EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
+CLUSTERS, MOST_BLOCKS = 90, 16  # the compute capability from which there are clusters, and a cluster's blocks
 BLOCK_UNITS = 64  # of a block that is alone in its group
 # What all blocks read of each other a step, up to which they look for all of it at once.
 EAGER_BYTES = 1 << 20
@@ -117,7 +118,7 @@ def why_not(x: Tensor) -> str | None:
 @dataclass(frozen=True)
 class Shape:
     """What the choice depends on: groups (directions x heads) of H units, with K columns of h; B sequences,
-    elements of itemsize bytes; so many multiprocessors."""
+    elements of itemsize bytes; so many multiprocessors, of this compute capability."""
 
     cell: str
     H: int
@@ -128,21 +129,24 @@ class Shape:
     projected: bool
     backward: bool
     processors: int
+    capability: int = MIN_CAPABILITY
 
 
 @dataclass(frozen=True)
 class Config:
-    """mode: see MODES; units of a block; at_once: how many tiles of 16 sequences have blocks of their own,
-    which take the others one after another; in_registers: whether registers hold weights."""
+    """mode: see MODES; units of a block; at_once: how many tiles of `rows` sequences have blocks of their
+    own, which take the others one after another; in_registers: whether registers hold weights."""
 
     mode: str
     units: int
     at_once: int
     in_registers: bool = True
+    rows: int = ROWS
 
     def __str__(self) -> str:
         tiles = f"{self.at_once} tile{'s' if self.at_once > 1 else ''}"
-        return f"blocks of {self.units} units, {tiles} of {ROWS} sequences at once"
+        sequences = f"{self.rows} sequence{'s' if self.rows > 1 else ''}"
+        return f"blocks of {self.units} units, {tiles} of {sequences} at once"
 
 
 def round_up(n: int, to: int) -> int:
@@ -169,14 +173,30 @@ def widths(shape: Shape) -> Widths:
     return Widths(used, (round_up(used[0], piece), round_up(used[1], piece)))
 
 
+def clusters(shape: Shape) -> Config | None:
+    """One of clusters, where one holds a group's units and as many at once as the device has all sequences:
+    each takes as few of these as it can. Multiprocessors are neighbours by 16, and some lack one."""
+    for units in (16, 32):
+        size = -(-max(shape.H, shape.K) // units)
+        if shape.capability < CLUSTERS or size > MOST_BLOCKS:
+            continue
+        at_once = (shape.processors // MOST_BLOCKS * (MOST_BLOCKS // size) - 1) // shape.groups
+        rows = -(-shape.B // at_once) if at_once > 0 else ROWS + 1
+        if rows <= ROWS:
+            return Config("cluster", units, -(-shape.B // rows), rows=rows)
+    return None
+
+
 @functools.cache
 def configure(shape: Shape) -> Config:
-    """On an H200, of LSTMs and GRUs in bfloat16 with H from 128 to 2048 and B from 1 to 128, forward and
-    backward: the fewer tiles of the batch a block takes one after another the faster, and of as many the
-    units in this order."""
+    """On an H200, of LSTMs, GRUs and RNNs in bfloat16 and float32 with H from 64 to 2048 and B from 1 to 128,
+    forward and backward: clusters are the fastest; else the fewer tiles of the batch a block takes one after
+    another the faster, and of as many the units in this order."""
+    if in_clusters := clusters(shape):
+        return in_clusters
     tiles = -(-shape.B // ROWS)
     found = []
-    for units in (16, 8, 32):
+    for units in (16, 32):
         of_units = -(-max(shape.H, shape.K) // units)
         most = shape.processors // (of_units * shape.groups)
         if most:
@@ -207,12 +227,24 @@ def shape_of(call: Call, backward: bool) -> Shape:
         call.projected,
         backward,
         processors(call.x.device),
+        capability(call.x.device) or MIN_CAPABILITY,
     )
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
     """Of a layer's forward pass: its kernel and its tiles."""
-    shape = Shape(cell, H, proj_size or H, D, B, x.element_size(), proj_size > 0, False, processors(x.device))
+    shape = Shape(
+        cell,
+        H,
+        proj_size or H,
+        D,
+        B,
+        x.element_size(),
+        proj_size > 0,
+        False,
+        processors(x.device),
+        capability(x.device) or MIN_CAPABILITY,
+    )
     config = configure(shape)
     two = "two launches" if widths(shape).used[1] else "a launch"
     launches = f"{two} a step" if config.mode == "step" else "one launch"
@@ -280,14 +312,30 @@ class _Pass:
             "grid_x": config.at_once,
             "grid_y": tiles,
             "grid_z": shape.groups,
+            "tile_rows": config.rows,
             "in_registers": config.in_registers,
         }
-        names = ("cell", "dtype", "backward", "projected", "units", "mode", "grid_x", "grid_y", "grid_z", "B")
-        more = ("stride_1", "stride_2", "used_1", "used_2", "in_registers", "H", "P", "D", "heads")
+        names = ("cell", "dtype", "backward", "projected", "units", "mode", "grid_x", "grid_y", "grid_z")
+        more = (
+            "tile_rows",
+            "stride_1",
+            "stride_2",
+            "used_1",
+            "used_2",
+            "in_registers",
+            "B",
+            "H",
+            "P",
+            "D",
+            "heads",
+        )
         plan = _plan(self.library, tuple((name, int(values[name])) for name in names + more), call.x.device)
         blocks = config.at_once * tiles * shape.groups
         if config.mode == "grid" and plan[0] < blocks:
             self.adopt_steps(config)
+            return
+        if config.mode == "cluster" and plan[0] < tiles:
+            self.adopt(configure(replace(shape, capability=MIN_CAPABILITY)))
             return
         self.config = config
         row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]
@@ -297,7 +345,7 @@ class _Pass:
         if config.mode == "grid":
             steps = call.T + shape.backward
             slots = 1 + min(steps, max(LEAST_STEPS, EXCHANGE_BYTES // max(1, sum(row_bytes))))
-        elif config.mode == "block":
+        elif config.mode in ("block", "cluster"):
             row_bytes = [0, 0]
         values["slots"] = slots
         kept = [4 * call.D * call.B * call.P, 4 * call.D * call.B * call.H]
@@ -319,7 +367,7 @@ class _Pass:
         self.packs = True
 
     def adopt_steps(self, config: Config) -> None:
-        self.adopt(replace(config, mode="step", at_once=-(-self.call.B // ROWS)))
+        self.adopt(replace(config, mode="step", at_once=-(-self.call.B // ROWS), rows=ROWS))
 
     def run(self, begin: int, end: int, leaves: bool) -> None:
         self.values |= {"begin": begin, "end": end, "starts": begin == 0, "leaves": leaves}

@@ -108,9 +108,17 @@ inline std::atomic<bool> failed;       // a thread gave up: all stop
 inline std::atomic<unsigned> seed{1};  // of the order of fibers
 inline std::atomic<int> delayed{-1};   // the block that waits long before it starts and at each look
 
+struct Block;
+// The blocks of a launch, which find one another, and how many of a cluster have come to its meetings.
+struct Together {
+  std::vector<Block*> blocks;
+  std::vector<std::atomic<int>> met;
+};
+
 struct Block {
   dim3 index, grid;
-  int number = 0;
+  int number = 0, meetings = 0;
+  Together* together = nullptr;
   int current = -1;
   std::vector<Fiber> fibers;
   std::vector<int> ready;
@@ -187,7 +195,8 @@ inline bool run(Block& b, dim3 grid, int number, int threads, size_t shared_byte
   b.barriers.assign(threads / 32 + 1, {});
   for (auto& barrier : b.barriers) barrier.needed = 32;
   b.barriers.back().needed = threads;
-  b.shared.reset(new uint4[shared_bytes / 16]);  // just as much: a sanitizer sees who goes beyond
+  if (!b.together)
+    b.shared.reset(new uint4[shared_bytes / 16]);  // just as much: a sanitizer sees who goes beyond
   std::memset(static_cast<void*>(b.shared.get()), 0xff, shared_bytes / 16 * 16);  // NaN
   for (int i = 0; i < threads; i++) {
     Fiber& f = b.fibers[i];
@@ -216,9 +225,16 @@ bool launch(bool together, dim3 grid, int threads, size_t shared_bytes, K kernel
     for (int i = 0; i < blocks; i++) ok = run(b, grid, i, threads, shared_bytes, body) && ok;
   } else {
     std::vector<std::thread> all;
+    Together others{std::vector<Block*>(blocks), std::vector<std::atomic<int>>(grid.x * grid.z)};
+    std::vector<Block> each(blocks);
+    for (int i = 0; i < blocks; i++) {
+      others.blocks[i] = &each[i];
+      each[i].together = &others;
+      each[i].shared.reset(new uint4[shared_bytes / 16]);
+    }
     for (int i = 0; i < blocks; i++)
       all.emplace_back([&, i] {
-        Block b;
+        Block& b = each[i];
         if (!run(b, grid, i, threads, shared_bytes, body)) ok = false, failed = true;
       });
     for (auto& thread : all) thread.join();
@@ -252,6 +268,14 @@ inline uint32_t __shfl_down_sync(uint32_t, uint32_t v, int by) {
   return found;
 }
 
+inline uint32_t __shfl_sync(uint32_t, uint32_t v, int from) {
+  emulated::lane(threadIdx.x % 32).word[0] = v;
+  emulated::meet(emulated::warp());
+  const uint32_t found = emulated::lane(from).word[0];
+  emulated::meet(emulated::warp());
+  return found;
+}
+
 namespace fastrnn::cuda {
 
 inline void give_up() {
@@ -275,6 +299,55 @@ inline uint4 load_relaxed(const void* p) {
 inline void store_relaxed(void* p, uint32_t v) {
   std::atomic_ref(*static_cast<uint32_t*>(p)).store(v, std::memory_order_relaxed);
 }
+inline uint4 load_shared(const void* p) { return *static_cast<const uint4*>(p); }
+
+constexpr bool kClusters = true;
+// An arrival: turns that are over << 33 | bytes expected less those that came, which before it is expected
+// are below 0, + 2^32 << 1 | whether it is expected.
+constexpr uint64_t kNone = uint64_t(1) << 33, kTurn = uint64_t(1) << 34;
+inline void change_arrival(uint64_t* arrival, int64_t bytes, bool expected) {
+  std::atomic_ref<uint64_t> word(*arrival);
+  uint64_t before = word.load(std::memory_order_relaxed), after;
+  do {
+    after = before + uint64_t(bytes * 2) + (expected ? 1 : 0);
+    if ((after & (kTurn - 1)) == (kNone | 1)) after = (after - 1) + kTurn;
+  } while (!word.compare_exchange_weak(before, after, std::memory_order_acq_rel));
+}
+inline void start_arrival(uint64_t* arrival) { *arrival = kNone; }
+inline void expect(uint64_t* arrival, int bytes) { change_arrival(arrival, bytes, true); }
+inline void await(uint64_t* arrival, int parity, int patience) {
+  std::atomic_ref<uint64_t> word(*arrival);
+  while (int(word.load(std::memory_order_acquire) / kTurn % 2) == parity) {
+    if (--patience < 0) return give_up();
+    if (emulated::delayed == emulated::here().number)
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    sched_yield();
+    emulated::pause();
+  }
+}
+inline void push(char* place, uint4 v, uint64_t* arrival, int peer) {
+  const emulated::Block& own = emulated::here();
+  const int number = int(own.index.x + own.grid.x * (peer + own.grid.y * own.index.z));
+  char* const theirs = reinterpret_cast<char*>(own.together->blocks[number]->shared.get());
+  const char* const mine = reinterpret_cast<char*>(own.shared.get());
+  std::memcpy(theirs + (place - mine), &v, 16);
+  change_arrival(reinterpret_cast<uint64_t*>(theirs + (reinterpret_cast<char*>(arrival) - mine)), -16, false);
+}
+inline void meet_cluster() {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    emulated::Block& own = emulated::here();
+    std::atomic<int>& met = own.together->met[own.index.x + own.grid.x * own.index.z];
+    const int all = int(own.grid.y) * ++own.meetings;
+    for (met++; met.load() < all && !emulated::failed;) sched_yield();
+  }
+  __syncthreads();
+}
+
+template <class V>
+void pin(V&) {}
+inline void store(uint16_t* p, uint16_t v) { *p = v; }
+inline void store(uint32_t* p, uint32_t v) { *p = v; }
 inline uint16_t load_early(const uint16_t* p) { return *p; }
 inline uint32_t load_early(const uint32_t* p) { return *p; }
 
@@ -293,6 +366,7 @@ inline uint16_t bf16_bits(float x) {
   return x == x ? uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : uint16_t(0x7fff);
 }
 inline uint16_t fp16_bits(float x) {
+  if (x != x) return 0x7fff;
   const _Float16 half = _Float16(x);
   uint16_t bits;
   std::memcpy(&bits, &half, 2);

@@ -22,20 +22,27 @@ import fastrnn
 from fastrnn import cuda
 from fastrnn.cuda import Config
 
-# Of a batch in so many tiles.
+
+def tiles(B, rows=16):
+    return -(-B // rows)
+
+
+# Of a batch of B sequences.
 KERNELS = {
-    "step": lambda tiles: Config("step", 8, tiles),
-    "grid": lambda tiles: Config("grid", 8, tiles),
-    "block": lambda tiles: Config("block", 64, tiles),
+    "step": lambda B: Config("step", 16, tiles(B)),
+    "grid": lambda B: Config("grid", 16, tiles(B)),
+    "block": lambda B: Config("block", 64, tiles(B)),
+    "cluster": lambda B: Config("cluster", 16, tiles(B, 7), rows=7),
 }
 # A block takes all tiles, one after another; in "cache" no register holds weights.
 OTHERS = {
-    "tall": lambda tiles: Config("grid", 8, 1),
-    "cache": lambda tiles: Config("grid", 16, 1, False),
+    "tall": lambda B: Config("grid", 16, 1),
+    "cache": lambda B: Config("grid", 16, 1, False),
 }
 ON_THE_GPU = {  # what the emulation, whose compiler is slow, has not
-    "wide": lambda tiles: Config("grid", 32, tiles),
-    "wide step": lambda tiles: Config("step", 32, tiles),
+    "wide": lambda B: Config("grid", 32, tiles(B)),
+    "wide step": lambda B: Config("step", 32, tiles(B)),
+    "wide cluster": lambda B: Config("cluster", 32, tiles(B), rows=16),
 }
 
 
@@ -69,7 +76,7 @@ def engine(request, monkeypatch):
     def use(kernel=None):
         if kernel is not None or device == "cpu":
             of = {**KERNELS, **OTHERS, **ON_THE_GPU}[kernel or "grid"]
-            monkeypatch.setattr(cuda, "configure", lambda shape: of(-(-shape.B // 16)))
+            monkeypatch.setattr(cuda, "configure", lambda shape: of(shape.B))
         if kernel in ON_THE_GPU and device == "cpu":
             pytest.skip("wide tiles run on a GPU alone: the emulation's compiler is slow")
         with fastrnn.backend("cuda"):
@@ -97,10 +104,12 @@ def faults(engine, request):
     if engine.device != "cpu":
         pytest.skip("the emulation injects the faults: a GPU has no such switch")
     emulation = request.getfixturevalue("emulation")
-    cuda._plan.cache_clear()
-    yield lambda resident=1 << 20, slow=-1, seed=1: emulation.functions.fastrnn_cuda_emulation(
-        resident, slow, seed
-    )
+
+    def fault(resident=1 << 20, slow=-1, seed=1):
+        cuda._plan.cache_clear()
+        emulation.functions.fastrnn_cuda_emulation(resident, slow, seed)
+
+    yield fault
     emulation.functions.fastrnn_cuda_emulation(1 << 20, -1, 1)
     cuda._plan.cache_clear()
 
@@ -115,7 +124,7 @@ def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults
         return run(self, values, *rest)
 
     monkeypatch.setattr(cuda.Library, "run", noted)
-    faults(resident=2)
+    faults(resident=1)
     check(cell, "grid", engine, H=18)
     assert set(modes) == {cuda.MODES["step"]}
     # Nor where the device says so only when asked to start them.
@@ -127,10 +136,10 @@ def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
-@pytest.mark.parametrize("slow", [0, 2])
-def test_a_slow_block_is_waited_for(cell, slow, engine, faults):
+@pytest.mark.parametrize(("waits", "slow"), [("grid", 0), ("grid", 2), ("cluster", 0), ("cluster", 1)])
+def test_a_slow_block_is_waited_for(cell, waits, slow, engine, faults):
     faults(slow=slow)
-    check(cell, "grid", engine, T=5, dtype=torch.bfloat16)
+    check(cell, waits, engine, T=5, dtype=torch.bfloat16)
 
 
 def test_any_order_of_threads(engine, faults):
@@ -138,6 +147,30 @@ def test_any_order_of_threads(engine, faults):
         faults(seed=seed)
         check("lstm", "grid", engine, T=6, H=33, dtype=torch.float16, D=2)
         check("gru_reset_before", "block", engine, T=6, H=33, dtype=torch.float16)
+        check("gru_reset_before", "cluster", engine, T=6, H=33, dtype=torch.float16)
+        check("lstm", "cluster", engine, T=6, H=33, P=20, D=2)
+
+
+def test_a_device_without_such_clusters_does_without(engine, faults, monkeypatch):
+    modes = []
+    run = cuda.Library.run
+
+    def noted(self, values, *rest):
+        modes.append(values["mode"])
+        return run(self, values, *rest)
+
+    monkeypatch.setattr(cuda.Library, "run", noted)
+    check("lstm", "cluster", engine, H=18)
+    assert set(modes) == {cuda.MODES["cluster"]}
+    faults(resident=1)
+    cluster, grid = (KERNELS[name] for name in ("cluster", "grid"))
+    modes.clear()
+    x, states, params, masks = case("lstm", 4, 3, 4, 18)
+    with engine.use("cluster"), monkeypatch.context() as patch:
+        patch.setattr(cuda, "capability", lambda device: 90)
+        patch.setattr(cuda, "configure", lambda of: (cluster if of.capability >= 90 else grid)(of.B))
+        results("lstm", moved((x, *states, *params), torch.float32, "cpu"), 2, masks)
+    assert set(modes) == {cuda.MODES["step"]}
 
 
 def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):
@@ -219,7 +252,7 @@ def test_modules_and_the_compiler(engine):
             said = fastrnn.explain(ours, x)
         assert said.backend == "cuda"
         assert "grid in CUDA, one launch, float32 products" in said.kernel
-        assert "blocks of 8 units, 1 tile of 16 sequences at once" in said.split
+        assert "blocks of 16 units, 1 tile of 16 sequences at once" in said.split
 
 
 def test_explain_without_a_gpu(monkeypatch):
@@ -243,13 +276,18 @@ def test_the_choice_fits_the_device():
                 for groups in (1, 2, 16):
                     for backward in (False, True):
                         for itemsize in (2, 4):
-                            shape = cuda.Shape(cell, H, H, groups, B, itemsize, projected, backward, 132)
-                            config = cuda.configure(shape)
-                            blocks = config.at_once * -(-H // config.units) * groups
-                            assert 1 <= config.at_once <= -(-B // 16)
-                            assert config.mode != "grid" or blocks <= 132
-                            assert config.mode != "block" or config.units >= H
-                            assert config.mode == "grid" or config.at_once == -(-B // 16)
+                            for capability in (80, 90):
+                                sizes = (H, H, groups, B, itemsize, projected, backward, 132, capability)
+                                config = cuda.configure(cuda.Shape(cell, *sizes))
+                                of_units = -(-H // config.units)
+                                tiles = -(-B // config.rows)
+                                blocks = config.at_once * of_units * groups
+                                assert 1 <= config.at_once <= tiles
+                                assert config.mode not in ("grid", "cluster") or blocks <= 132
+                                assert config.mode != "block" or config.units >= H
+                                assert config.mode != "cluster" or (of_units <= 16 and capability == 90)
+                                assert config.mode == "cluster" or config.rows == 16
+                                assert config.mode == "grid" or config.at_once == tiles
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])

@@ -9,8 +9,12 @@
 
 namespace fastrnn {
 
-#ifdef __CUDA_ARCH__  // within two units in the last place, in a third of the time
-FASTRNN_HD float sigmoid(float x) { return __fdividef(1.0f, 1.0f + expf(-x)); }
+#ifdef __CUDA_ARCH__  // within 1e-7, in a fraction of the instructions
+FASTRNN_HD float sigmoid(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(1.0f + __expf(-x)));
+  return y;
+}
 #else
 FASTRNN_HD float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 #endif

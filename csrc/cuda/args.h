@@ -6,10 +6,11 @@
 
 #include <cstdint>
 
-#define FASTRNN_CUDA_ARGS(X)                                                                             \
-  /* Which kernel: index in FASTRNN_CELLS, 0 float32, 1 bfloat16, 2 float16, units of a block, one of */ \
-  /* the MODEs below; its grid: batch tiles at once, unit tiles, groups. */                              \
-  X(cell) X(dtype) X(backward) X(projected) X(units) X(mode) X(grid_x) X(grid_y) X(grid_z)                 \
+#define FASTRNN_CUDA_ARGS(X)                                                                              \
+  /* Which kernel: index in FASTRNN_CELLS, 0 float32, 1 bfloat16, 2 float16, units of a block, one of */  \
+  /* the MODEs below; its grid: batch tiles at once, unit tiles, groups; sequences of a batch tile, at */ \
+  /* most 16 and but in a cluster 16. */                                                                  \
+  X(cell) X(dtype) X(backward) X(projected) X(units) X(mode) X(grid_x) X(grid_y) X(grid_z) X(tile_rows)    \
   /* Rows [D, rows, .] from base on: gates [., SAVED*H], mid [., H] (what is projected); y [N, D*P], seq */ \
   /* [D, N, H] float32. A 0: there is none. */                                                             \
   X(gates) X(y) X(seq) X(mid) X(base_0) X(base_1) X(rows)                                                  \
@@ -53,9 +54,10 @@ struct Args {
 
 // How blocks wait for each other.
 enum Mode : int64_t {
-  kStep = 0,   // they do not: a launch each stage of a step
-  kGrid = 1,   // through the cache, all of them resident: one launch of many steps
-  kBlock = 2,  // through shared memory: a block owns all units of its group
+  kStep = 0,     // they do not: a launch each stage of a step
+  kGrid = 1,     // through the cache, all of them resident: one launch of many steps
+  kBlock = 2,    // through shared memory: a block owns all units of its group
+  kCluster = 3,  // through each other's shared memory: a cluster owns all units of its group
 };
 
 }  // namespace fastrnn::cuda

@@ -26,6 +26,69 @@ __device__ __forceinline__ void store_relaxed(void* p, uint32_t v) {
   asm volatile("st.relaxed.gpu.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
 }
 
+__device__ __forceinline__ uint32_t shared_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+// 16 bytes of the block's own.
+__device__ __forceinline__ uint4 load_shared(const void* p) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(shared_address(p))
+               : "memory");
+  return v;
+}
+
+// Blocks of a cluster, which are one another's peers by blockIdx.y. What a block pushes into a peer's shared
+// memory, the place as it is in its own, an *arrival* there counts: of turn after turn, each over when as
+// many bytes have come as were expected of it.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kClusters = false;
+#else
+constexpr bool kClusters = true;
+#endif
+__device__ __forceinline__ void start_arrival(uint64_t* arrival) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(arrival)) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+// Of the turn at hand; once each turn.
+__device__ __forceinline__ void expect(uint64_t* arrival, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(arrival)),
+               "r"(bytes)
+               : "memory");
+}
+// Until the turns of this parity, 0 for the first, are over.
+__device__ __forceinline__ void await(uint64_t* arrival, int parity, int patience) {
+  uint32_t over = 0;
+  while (!over) {
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(over)
+        : "r"(shared_address(arrival)), "r"(parity)
+        : "memory");
+    if (!over && --patience < 0) give_up();
+  }
+}
+__device__ __forceinline__ void push(char* place, uint4 v, uint64_t* arrival, int peer) {
+  asm volatile(
+      "{\n.reg .b32 to, counts;\n"
+      "mapa.shared::cluster.u32 to, %0, %6;\n"
+      "mapa.shared::cluster.u32 counts, %1, %6;\n"
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%2, %3, %4, %5}, "
+      "[counts];\n}" ::"r"(shared_address(place)),
+      "r"(shared_address(arrival)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(peer)
+      : "memory");
+}
+// All threads of the cluster meet.
+__device__ __forceinline__ void meet_cluster() {
+  asm volatile(
+      "barrier.cluster.arrive.release.aligned;\n"
+      "barrier.cluster.wait.acquire.aligned;" ::
+          : "memory");
+}
+
 // Loads that keep their place: before a wait, so that it hides theirs.
 __device__ __forceinline__ uint16_t load_early(const uint16_t* p) {
   uint16_t v;
@@ -37,6 +100,20 @@ __device__ __forceinline__ uint32_t load_early(const uint32_t* p) {
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
+
+__device__ __forceinline__ void store(uint16_t* p, uint16_t v) {
+  asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+}
+__device__ __forceinline__ void store(uint32_t* p, uint32_t v) {
+  asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// Computed once: the compiler would do it again each time that it is needed.
+template <class V>
+__device__ __forceinline__ void pin(V*& v) {
+  asm volatile("" : "+l"(v));
+}
+__device__ __forceinline__ void pin(int& v) { asm volatile("" : "+r"(v)); }
 
 __device__ __forceinline__ uint16_t bf16_bits(float x) {
   uint16_t v;

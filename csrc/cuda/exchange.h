@@ -1,9 +1,14 @@
 // What forward and backward share: where things lie, and how blocks tell each other what they found.
 //
-// The data is the flag. A block that needs another's h (backward: gradients of the gates) reads the place
-// where it will be until no word there is kPending, to which the host has set all; a word is written once,
-// whole, and never as kPending. So no fence, counter or barrier orders anything: what a word says is all that
-// anyone concludes from it. That asks for a fresh place each step, and for all blocks to be resident.
+// Through the cache the data is the flag. A block that needs another's h (backward: gradients of the gates)
+// reads the place where it will be until no word there is kPending, to which the host has set all; a word is
+// written once, whole, and never as kPending. So no fence, counter or barrier orders anything: what a word
+// says is all that anyone concludes from it. That asks for a fresh place each step, and for all blocks to be
+// resident.
+//
+// In a cluster blocks push what they found into each other's shared memory, where arrivals count it. Two
+// places take turns: who pushes for a step has had everybody's of the step before, whose threads tell only
+// when the block has read the place of the step before that.
 #pragma once
 
 #include "args.h"
@@ -11,25 +16,49 @@
 
 namespace fastrnn::cuda {
 
+// Where a block finds what others tell it: in the cache, or in its own shared memory, alone in its group or
+// one of a cluster.
+enum class Via { kCache, kAlone, kCluster };
+
 // How a kernel's block is cut, the same for host and device. U: its units, of GATES gates in the stage that
-// has most; a block that does not share out k (WK = 1) is alone in its group.
-template <int U, int WK, int GATES>
+// has most; WN: parts of the columns, whose every warp has as many tiles of 16 in each stage.
+template <int U, int WN, int GATES, Via VIA>
 struct Shape {
-  static constexpr int kWn = kWarps / WK;
-  static constexpr bool kAlone = WK == 1;
-  static constexpr int kOutputs = (kRows * U + kThreads - 1) / kThreads;  // of a thread: units and sequences
-  static constexpr int kRow = U * GATES + 8;  // floats from row to row of the sums: no bank twice
-  static constexpr int kSums = WK * kRows * kRow;
+  static constexpr int kWn = WN, kParts = kWarps / WN;  // of k
+  static constexpr Via kVia = VIA;
+  static constexpr bool kNear = VIA != Via::kCache;
+  static constexpr int kOutputs = kRows * U / kThreads;  // of a thread: units and sequences
+  static_assert(kRows * U % kThreads == 0);
+  static constexpr int kColumns = (U * GATES + 15) / 16 * 16;
+  static constexpr int kRow = kColumns + 4;  // floats from row to row of the sums: no bank twice
+  static constexpr int kSums = kParts * kRows * kRow;
   static constexpr int kKept = 2 * kRows * U;  // floats that are kept of a tile of the batch: of h, of c
-  static_assert(U / 8 % kWn == 0);
 };
 
+// Parts of the columns, at most so many, where stages have so many tiles of them. The fewer parts of k the
+// fewer sums, and the more often h is read.
+constexpr int parts_of_columns(int tiles_1, int tiles_2, int most) {
+  int parts = most;
+  while (tiles_1 % parts || tiles_2 % parts) parts /= 2;
+  return parts;
+}
+
+constexpr int kMostPeers = 16;  // blocks of a cluster
+constexpr int kArrivals = 32;   // bytes: of the first exchange's places two, of the second's one
+
+// Bytes from row to row in shared memory: no two that are read at once are in the same banks.
+__host__ __device__ inline int64_t near_row(int64_t stride, int element) {
+  const int64_t bytes = stride * element;
+  return bytes / kPieceBytes % 2 ? bytes : bytes + (bytes ? kPieceBytes : 0);
+}
+
 // Bytes of a block's shared memory before the weights: sums, what is kept of `tiles` tiles of the batch, and
-// where it is alone the places of the exchange.
+// where it reads that from there the places of the exchanges.
 template <class S>
 __host__ __device__ int64_t fixed_bytes(const Args& a, int element, int64_t tiles) {
   int64_t bytes = (S::kSums + S::kKept * tiles) * 4;
-  if (S::kAlone) bytes += kRows * (2 * a.stride_1 + a.stride_2) * element;
+  if (S::kNear)
+    bytes += kRows * (2 * near_row(a.stride_1, element) + near_row(a.stride_2, element)) + kArrivals;
   return bytes;
 }
 
@@ -57,25 +86,39 @@ template <int U>
 struct Where {
   int d, head, HH, K, unit_0;  // unit_0: its first unit, of its head
   int unit, first_row;         // of this thread's outputs: row first_row + i * (kThreads / U)
-  bool works;
+  int rows, B, T;              // of a tile of the batch; sequences and steps of all
+  int thread;
+  bool masked;  // whether sequences run at some steps only
 
   __device__ __forceinline__ explicit Where(const Args& a) {
     const int group = blockIdx.z;
     d = group / int(a.heads), head = group % int(a.heads);
     HH = int(a.H / a.heads), K = int(a.P / a.heads);
     unit_0 = int(blockIdx.y) * U;
-    unit = unit_0 + int(threadIdx.x) % U;
-    first_row = int(threadIdx.x) / U;
-    works = int(threadIdx.x) < kRows * U;
+    thread = int(threadIdx.x);
+    pin(thread);
+    unit = unit_0 + thread % U;
+    first_row = thread / U;
+    rows = a.mode == kCluster ? int(a.tile_rows) : kRows, B = int(a.B), T = int(a.T);
+    masked = a.offsets || a.flags;
+    pin(rows), pin(B), pin(T);
   }
   __device__ __forceinline__ int row(int i) const { return first_row + i * (kThreads / U); }
+  // The sequence of its i-th output in the tile that begins with sequence first; B: none.
+  __device__ __forceinline__ int sequence(int first, int i) const {
+    return row(i) < rows ? first + row(i) : B;
+  }
+  __device__ __forceinline__ int tile(int i, const Args& a) const {
+    return (int(blockIdx.x) + i * int(a.grid_x)) * rows;
+  }
   // Its place among what a thread keeps, and among the outputs of a tile.
-  __device__ __forceinline__ int output(int i) const { return int(threadIdx.x) + i * kThreads; }
+  __device__ __forceinline__ int output(int i) const { return thread + i * kThreads; }
 };
 
-__device__ __forceinline__ Place place(const Args& a, int64_t s, int d, int b) {
-  const int t = int(d ? a.T - 1 - s : s);
-  Place p{t * int(a.B) + b, b < a.B, false, false};
+__device__ __forceinline__ Place place(const Args& a, int s, int d, int b) {
+  const int t = d ? int(a.T) - 1 - s : s;
+  const int B = int(a.B);
+  Place p{t * B + b, b < B, false, false};
   if (a.offsets) {
     const int64_t* offset = as<int64_t>(a.offsets) + t;
     p.here = p.here && b < offset[1] - offset[0];
@@ -83,10 +126,18 @@ __device__ __forceinline__ Place place(const Args& a, int64_t s, int d, int b) {
   }
   p.on = p.here;
   if (a.flags && p.here) {
-    const int flag = as<uint8_t>(a.flags)[wide(d * int(a.T) + t, int(a.B)) + b];
+    const int flag = as<uint8_t>(a.flags)[wide(d * int(a.T) + t, B) + b];
     p.on = flag & 1, p.cut = flag & 2;
   }
   return p;
+}
+
+// Likewise of sequence b at step s, in this group.
+template <int U>
+__device__ __forceinline__ Place place(const Args& a, const Where<U>& w, int s, int b) {
+  if (w.masked) return place(a, s, w.d, b);
+  const bool there = b < w.B;
+  return {(w.d ? w.T - 1 - s : s) * w.B + b, there, there, false};
 }
 
 // A number in the memory's bits, which are made a float when it is needed: to wait for a load before the wait
@@ -97,16 +148,38 @@ __device__ __forceinline__ typename T::Bits read(int64_t address, int64_t index,
 }
 template <class T>
 __device__ __forceinline__ void write(int64_t address, int64_t index, float value) {
-  to<typename T::Bits>(address)[index] = T::store(value);
+  store(to<typename T::Bits>(address) + index, T::store(value));
+}
+
+// An element of rows that are `pitch` bytes apart.
+struct Column {
+  char* first;
+  int pitch;
+  __device__ __forceinline__ Column(int64_t address, int64_t index, int64_t width, int bytes)
+      : first(reinterpret_cast<char*>(address) + index * bytes), pitch(int(width) * bytes) {
+    pin(first), pin(pitch);
+  }
+  __device__ __forceinline__ char* at(int row) const { return first + wide(row, pitch); }
+};
+template <class T>
+__device__ __forceinline__ typename T::Bits read(const char* place, bool there) {
+  return there ? load_early(reinterpret_cast<const typename T::Bits*>(place)) : typename T::Bits(0);
+}
+template <class T>
+__device__ __forceinline__ void write(char* place, float value) {
+  store(reinterpret_cast<typename T::Bits*>(place), T::store(value));
+}
+
+__device__ __forceinline__ void write_float(char* place, float value) {
+  store(reinterpret_cast<uint32_t*>(place), float_bits(value));
 }
 
 // What a thread keeps of its outputs of `own` tiles, from where the launch's steps start.
 template <class T, int STATES, int U>
 __device__ __forceinline__ void start(const Args& a, const Where<U>& w, float* kept, int own, bool has,
                                       bool has_k, int64_t unit, int64_t column, int each, int outputs) {
-  if (!w.works) return;
   for (int i = 0; i < own * outputs; i++) {
-    const int tile = i / outputs, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % outputs);
+    const int tile = i / outputs, b = w.sequence(w.tile(tile, a), i % outputs);
     float* state = kept + tile * each + w.output(i % outputs);
     auto first = [&](int64_t given, int64_t before, int64_t index, bool there) {
       if (!there || b >= a.B) return 0.0f;
@@ -121,9 +194,8 @@ __device__ __forceinline__ void start(const Args& a, const Where<U>& w, float* k
 template <class T, int STATES, int U>
 __device__ __forceinline__ void leave(const Args& a, const Where<U>& w, const float* kept, int own, bool has,
                                       bool has_k, int64_t unit, int64_t column, int each, int outputs) {
-  if (!w.works) return;
   for (int i = 0; i < own * outputs; i++) {
-    const int tile = i / outputs, b = (int(blockIdx.x) + tile * int(a.grid_x)) * kRows + w.row(i % outputs);
+    const int tile = i / outputs, b = w.sequence(w.tile(tile, a), i % outputs);
     const float* state = kept + tile * each + w.output(i % outputs);
     auto last = [&](int64_t given, int64_t after, int64_t index, float value) {
       if (a.leaves)
@@ -137,88 +209,163 @@ __device__ __forceinline__ void leave(const Args& a, const Where<U>& w, const fl
   }
 }
 
-// An element at `place`, beside the next thread's: all threads of a warp come here, and neighbours have
-// neighbouring columns of a row.
-template <class T, bool ALONE>
-__device__ __forceinline__ void publish(char* place, float value, bool there) {
-  if constexpr (ALONE) {
-    if (there) *reinterpret_cast<typename T::Bits*>(place) = T::store(value);
-  } else if constexpr (T::kBytes == 4) {
-    if (there) store_relaxed(place, T::store(value));
-  } else {
-    const uint32_t own = T::store(value), other = __shfl_down_sync(0xffffffffu, own, 1);
-    if (there && threadIdx.x % 2 == 0) store_relaxed(place, own | other << 16);
-  }
-}
-
-// One stage's exchange: slots of [groups, B, stride], or where a block is alone places of [kRows, stride] in
-// shared memory.
-template <class T, bool ALONE>
+// One stage's exchange: slots of [groups, B, stride], or near of [kRows, stride] in shared memory.
+template <class T, Via VIA>
 struct Exchange {
+  static constexpr bool kNear = VIA != Via::kCache;
   char* base;
-  int64_t apart;  // bytes from slot to slot
-  int row;        // from row to row
-  __device__ __forceinline__ Exchange(const Args& a, int64_t address, int64_t stride, char* alone) {
-    row = int(stride) * T::kBytes;
+  int64_t apart;       // from slot to slot
+  int row;             // from row to row
+  uint64_t* arrivals;  // of the slots
+  int bytes, peers;    // of an arrival; blocks of the cluster
+  int thread;
+
+  // near: its places, arrivals: theirs; rows: of this tile; used: columns.
+  __device__ __forceinline__ Exchange(const Args& a, int64_t address, int64_t stride, char* near,
+                                      uint64_t* arrivals, int rows, int64_t used)
+      : arrivals(arrivals), bytes(rows * int(used) * T::kBytes), peers(int(a.grid_y)) {
+    row = kNear ? int(near_row(stride, T::kBytes)) : int(stride) * T::kBytes;
     const int64_t groups = a.D * a.heads;
-    base = ALONE ? alone : to<char>(address) + int64_t(blockIdx.z) * a.B * row;
-    apart = ALONE ? int64_t(kRows * row) : groups * a.B * row;
+    base = kNear ? near : to<char>(address) + int64_t(blockIdx.z) * a.B * row;
+    apart = kNear ? int64_t(kRows * row) : groups * a.B * row;
+    thread = int(threadIdx.x);
+    if constexpr (VIA == Via::kCluster) pin(bytes), pin(peers);
+    pin(thread);
   }
-  __device__ __forceinline__ char* slot(int64_t i) const { return base + i * apart; }
+  __device__ __forceinline__ char* slot(int i) const { return base + i * apart; }
+
+  // An element of a row (near: of the tile). All threads of a warp come here; neighbours have neighbouring
+  // columns of a row, and `there` is the same for eight.
+  __device__ __forceinline__ void tell(int slot, int b, int column, float value, bool there) const {
+    using Bits = typename T::Bits;
+    char* const place = this->slot(slot) + wide(b, row) + column * T::kBytes;
+    if constexpr (VIA == Via::kAlone) {
+      if (there) *reinterpret_cast<Bits*>(place) = T::store(value);
+    } else if constexpr (VIA == Via::kCache) {
+      if constexpr (T::kBytes == 4) {
+        if (there) store_relaxed(place, value == value ? T::store(value) : 0x7fc00000u);  // not kPending
+      } else {
+        const uint32_t word = pair(T::store(value));
+        if (there && thread % 2 == 0) store_relaxed(place, word);
+      }
+    } else {
+      // Eight neighbours' 16 bytes, or twice those, which they push to a peer each.
+      constexpr int PARTS = T::kBytes * 8 / 16;
+      uint32_t word = T::store(value);
+      if constexpr (T::kBytes == 2) word = pair(word);
+      const int lane = thread % 32, first = lane / 8 * 8;
+#pragma unroll
+      for (int part = 0; part < PARTS; part++) {
+        auto of = [&](int i) { return __shfl_sync(kAll, word, first + (part * 4 + i) * 2 / PARTS); };
+        const uint4 v{of(0), of(1), of(2), of(3)};
+        if (there)
+#pragma unroll
+          for (int more = 0; more < kMostPeers; more += 8)
+            if (const int peer = more + lane % 8; peer < peers)
+              push(place - lane % 8 * T::kBytes + part * 16, v, arrivals + slot, peer);
+      }
+    }
+  }
+
+  // Until all of a slot is there; turn: how often it was before.
+  __device__ __forceinline__ void wait(int slot, int turn, int patience) const {
+    await(arrivals + slot, turn & 1, patience);
+    if (thread == 0) expect(arrivals + slot, bytes);  // next time
+  }
+  // Before the first turn, by one thread.
+  __device__ __forceinline__ void start(int slots) const {
+    for (int i = 0; i < slots; i++) {
+      start_arrival(arrivals + i);
+      expect(arrivals + i, bytes);
+    }
+  }
+
+ private:
+  static constexpr uint32_t kAll = 0xffffffffu;
+  static __device__ __forceinline__ uint32_t pair(uint32_t own) {
+    return own | __shfl_down_sync(kAll, own, 1) << 16;
+  }
 };
 
-// The slot of the first stage's exchange that step s reads: of its own, or where nobody waits one of two.
-__device__ __forceinline__ int64_t slot_of(const Args& a, int64_t s) {
-  return a.mode == kGrid ? s - a.origin : (s - a.origin) & 1;
+// Both exchanges' places in shared memory, before anyone tells anything: zeros, as what no thread writes must
+// be no NaN.
+template <class T, Via VIA>
+__device__ __forceinline__ void begin_near(const Exchange<T, VIA>& first, const Exchange<T, VIA>& second,
+                                           char* near) {
+  for (int i = threadIdx.x; i < kRows * (2 * first.row + second.row) / 4; i += kThreads)
+    reinterpret_cast<uint32_t*>(near)[i] = 0;
+  if constexpr (VIA == Via::kCluster) {
+    if (threadIdx.x == 0) {
+      first.start(2);
+      if (second.row) second.start(1);
+    }
+    meet_cluster();
+  } else {
+    __syncthreads();
+  }
 }
 
-// A product's source: 16 rows of a slot.
+// The slot of the first stage's exchange that step s reads: of its own, or near and where nobody waits one of
+// two.
+template <bool NEAR = false>
+__device__ __forceinline__ int slot_of(const Args& a, int s) {
+  return !NEAR && a.mode == kGrid ? s - int(a.origin) : (s - int(a.origin)) & 1;
+}
+
+// A product's source: 16 rows of a slot, and how often it was one before.
 struct Rows {
-  int64_t slot;
-  int first;
+  int slot, first, turn = 0;
 };
 
 // The recurrent product of a stage, from its exchange into the block's sums, and all of a thread's outputs
 // from there: found[i][g], of its i-th output and gate g. then: the source of the block's next such product,
 // whose loads then lie under this one's end, or nullptr.
-template <class S, int GATES, int U, int WK, class T, int TILES, int DEPTH, int HELD, class F>
+template <class S, int GATES, int U, class T, int TILES, int STEP, int DEPTH, int HELD, class F>
 __device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES],
-                                        Product<T, TILES, DEPTH, HELD>& weights,
-                                        const Exchange<T, S::kAlone>& exchange, Rows rows, const Rows* then,
+                                        Product<T, TILES, STEP, DEPTH, HELD, S::kNear>& weights,
+                                        const Exchange<T, S::kVia>& exchange, Rows rows, const Rows* then,
                                         const Args& a, bool wait, int pieces, const Where<U>& w, float* sums,
                                         F meanwhile) {
-  using Weights = Product<T, TILES, DEPTH, HELD>;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = lane / 4;
+  using Weights = Product<T, TILES, STEP, DEPTH, HELD, S::kNear>;
+  using Source = typename Weights::Source;
+  constexpr int WK = S::kParts;
+  const int lane = w.thread % 32, warp = w.thread / 32, r = lane / 4;
   auto source = [&](const Rows& of) {
-    // In a block that is alone all rows are there.
-    const char* place =
-        exchange.slot(of.slot) + wide(S::kAlone ? r : of.first + r, exchange.row) + lane % 4 * 16;
-    return typename Weights::Source{place,
-                                    int64_t(8 * exchange.row),
-                                    S::kAlone || of.first + r < a.B,
-                                    S::kAlone || of.first + r + 8 < a.B,
-                                    wait,
-                                    a.eager != 0,
-                                    a.patience};
+    // In shared memory all rows are there.
+    const char* place = exchange.slot(of.slot) + wide(S::kNear ? r : of.first + r, exchange.row) +
+                        weights.first * kPieceBytes + lane % 4 * 16;
+    return Source{place,
+                  int64_t(8 * exchange.row),
+                  of.first + r < w.B,
+                  of.first + r + 8 < w.B,
+                  S::kVia == Via::kCluster ? w.rows > 8 : w.B - of.first > 8,
+                  wait,
+                  a.eager != 0,
+                  a.patience};
   };
-  float acc[TILES][4];
-  weights.multiply(acc, source(rows), a.exact, meanwhile);
+  float acc[TILES][2][4];
+  const Source here = source(rows);
+  if constexpr (S::kVia == Via::kCluster) {
+    meanwhile();
+    exchange.wait(rows.slot, rows.turn, int(a.patience));
+    weights.multiply(acc, here, a.exact, [] {});
+  } else {
+    weights.multiply(acc, here, a.exact, meanwhile);
+  }
   if (weights.pieces > 0)
-    weights.put(acc, sums + warp % WK * kRows * S::kRow + warp / WK * TILES * 8, S::kRow);
+    weights.put(acc, sums + warp % WK * kRows * S::kRow + warp / WK * TILES * 16, S::kRow, here.tall);
   if (then) weights.look_ahead(source(*then));
   __syncthreads();
-  if (w.works) {
 #pragma unroll
-    for (int i = 0; i < S::kOutputs; i++)
+  for (int i = 0; i < S::kOutputs; i++)
 #pragma unroll
-      for (int g = 0; g < GATES; g++) {
-        const float* sum = sums + w.row(i) * S::kRow + g * U + w.unit - w.unit_0;
-        found[i][g] = 0.0f;
+    for (int g = 0; g < GATES; g++) {
+      const float* sum = sums + w.row(i) * S::kRow + g * U + w.unit - w.unit_0;
+      found[i][g] = 0.0f;
 #pragma unroll
-        for (int part = 0; part < WK; part++)
-          if (part < pieces) found[i][g] += sum[part * kRows * S::kRow];
-      }
-  }
+      for (int part = 0; part < WK; part++)
+        if (part < pieces) found[i][g] += sum[part * kRows * S::kRow];
+    }
   __syncthreads();  // the next product may write its sums
 }
 

@@ -11,7 +11,7 @@ struct Kernel {
   int64_t (*fixed)(const Args&, int64_t tiles) = nullptr;  // fixed_bytes
   int parts = 0, gates = 0;                                // of k; of the cell
   int tiles_1 = 0, held_1 = 0, tiles_2 = 0, held_2 = 0;  // a warp's column tiles, and its pieces in registers
-  int columns_1 = 0, columns_2 = 0;                      // tiles of 8 of the block
+  int columns_1 = 0, columns_2 = 0;                      // tiles of 16 of the block
 };
 
 template <class K>
@@ -23,18 +23,18 @@ Kernel describe(void (*function)(Args), int parts, int columns_1, int columns_2)
   return kernel;
 }
 
-template <class Cell, class T, bool BACKWARD, int U, int WK, bool PROJECTED>
+template <class Cell, class T, bool BACKWARD, int U, Via VIA, bool PROJECTED>
 Kernel kernel_of() {
   Kernel kernel;
   if constexpr (BACKWARD) {
-    using K = Backward<Cell, T, U, WK, PROJECTED>;
-    kernel = describe<K>(scan_backward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns1, K::kColumns2);
+    using K = Backward<Cell, T, U, VIA, PROJECTED>;
+    kernel = describe<K>(scan_backward<Cell, T, U, VIA, PROJECTED>, K::S::kParts, K::kColumns1, K::kColumns2);
     kernel.fixed = [](const Args& a, int64_t tiles) {
       return fixed_bytes<typename K::S>(a, T::kBytes, tiles);
     };
   } else {
-    using K = Forward<Cell, T, U, WK, PROJECTED>;
-    kernel = describe<K>(scan_forward<Cell, T, U, WK, PROJECTED>, WK, K::kColumns1, K::kColumns2);
+    using K = Forward<Cell, T, U, VIA, PROJECTED>;
+    kernel = describe<K>(scan_forward<Cell, T, U, VIA, PROJECTED>, K::S::kParts, K::kColumns1, K::kColumns2);
     kernel.fixed = [](const Args& a, int64_t tiles) {
       return fixed_bytes<typename K::S>(a, T::kBytes, tiles);
     };
@@ -46,17 +46,20 @@ Kernel kernel_of() {
 template <class Cell, class T, bool BACKWARD, bool PROJECTED>
 Kernel of_units([[maybe_unused]] const Args& a) {
 #ifdef FASTRNN_UNITS  // a test compiles these alone
-  return kernel_of<Cell, T, BACKWARD, FASTRNN_UNITS, kWarps, PROJECTED>();
+  if (a.mode == kCluster) return kernel_of<Cell, T, BACKWARD, FASTRNN_UNITS, Via::kCluster, PROJECTED>();
+  return kernel_of<Cell, T, BACKWARD, FASTRNN_UNITS, Via::kCache, PROJECTED>();
 #else
-  if (a.mode == kBlock) return a.units == 64 ? kernel_of<Cell, T, BACKWARD, 64, 1, PROJECTED>() : Kernel{};
+  const bool cluster = a.mode == kCluster;
+  if (a.mode == kBlock)
+    return a.units == 64 ? kernel_of<Cell, T, BACKWARD, 64, Via::kAlone, PROJECTED>() : Kernel{};
   switch (a.units) {
-    case 8:
-      return kernel_of<Cell, T, BACKWARD, 8, kWarps, PROJECTED>();
     case 16:
-      return kernel_of<Cell, T, BACKWARD, 16, kWarps, PROJECTED>();
+      return cluster ? kernel_of<Cell, T, BACKWARD, 16, Via::kCluster, PROJECTED>()
+                     : kernel_of<Cell, T, BACKWARD, 16, Via::kCache, PROJECTED>();
 #ifndef FASTRNN_FEW_KERNELS
     case 32:
-      return kernel_of<Cell, T, BACKWARD, 32, kWarps, PROJECTED>();
+      return cluster ? kernel_of<Cell, T, BACKWARD, 32, Via::kCluster, PROJECTED>()
+                     : kernel_of<Cell, T, BACKWARD, 32, Via::kCache, PROJECTED>();
 #endif
   }
   return {};

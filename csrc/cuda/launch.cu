@@ -34,12 +34,13 @@ int64_t pieces_of(const Args& a, int64_t stride) { return stride * bytes_of(a) /
 
 // Shares out what shared memory is left over pieces of the weights; all bytes that a block takes.
 int64_t share_out(const Kernel& kernel, Args& a, int64_t limit) {
-  const int64_t tiles = (a.B + kRows - 1) / kRows, own = (tiles + a.grid_x - 1) / a.grid_x;
+  const int64_t rows = a.mode == kCluster ? a.tile_rows : kRows;
+  const int64_t tiles = (a.B + rows - 1) / rows, own = (tiles + a.grid_x - 1) / a.grid_x;
   int64_t used = kernel.fixed(a, own);
   auto share = [&](int64_t stride, int held, int columns) {
     const int64_t pieces = (pieces_of(a, stride) + kernel.parts - 1) / kernel.parts;
     const int64_t wanted = std::max<int64_t>(0, pieces - (a.in_registers ? held : 0));
-    const int64_t each = int64_t(kWarps) * columns * 512;
+    const int64_t each = int64_t(kWarps) * columns * 1024;
     const int64_t given = columns ? std::min(wanted, std::max<int64_t>(0, limit - used) / each) : 0;
     used += given * each;
     return given;
@@ -84,6 +85,22 @@ int64_t device_limit() {
   return bytes;
 }
 
+// A launch of args' grid in clusters along y.
+cudaLaunchConfig_t in_clusters(const void* function, const Args& args, int64_t bytes,
+                               cudaLaunchAttribute* attribute) {
+  constexpr int kPortable = 8;
+  if (args.grid_y > kPortable)
+    cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  attribute->id = cudaLaunchAttributeClusterDimension;
+  attribute->val.clusterDim = {1, static_cast<unsigned>(args.grid_y), 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(args.grid_x, args.grid_y, args.grid_z);
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.attrs = attribute, config.numAttrs = 1;
+  return config;
+}
+
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue queue) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
   const cudaError_t error =
@@ -92,6 +109,12 @@ int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue qu
   const dim3 grid(args.grid_x, args.grid_y, args.grid_z);
   Args copy = args;
   void* values[] = {&copy};
+  if (args.mode == kCluster) {
+    cudaLaunchAttribute cluster;
+    cudaLaunchConfig_t config = in_clusters(function, args, bytes, &cluster);
+    config.stream = queue;
+    return cudaLaunchKernelExC(&config, function, values);
+  }
   if (args.mode != kGrid) return cudaLaunchKernel(function, grid, dim3(kThreads), values, bytes, queue);
   const cudaError_t together =
       cudaLaunchCooperativeKernel(function, grid, dim3(kThreads), values, bytes, queue);
@@ -100,9 +123,21 @@ int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue qu
   return kNotResident;
 }
 
-int resident(const Kernel& kernel, int64_t bytes) {
+int resident(const Kernel& kernel, const Args& args, int64_t bytes) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
   int device = 0, blocks = 0, processors = 0;
+  if (args.mode == kCluster) {
+    cudaLaunchAttribute cluster;
+    int clusters = 0;
+    if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+      clusters = 0;
+    else {
+      const cudaLaunchConfig_t config = in_clusters(function, args, bytes, &cluster);
+      if (cudaOccupancyMaxActiveClusters(&clusters, function, &config)) clusters = 0;
+    }
+    cudaGetLastError();
+    return clusters * static_cast<int>(args.grid_y);
+  }
   if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) ||
       cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, bytes) ||
       cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
@@ -140,9 +175,12 @@ int64_t device_limit() { return 99 << 10; }
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue) {
   const dim3 grid{unsigned(args.grid_x), unsigned(args.grid_y), unsigned(args.grid_z)};
   if (args.mode == kGrid && int(grid.x * grid.y * grid.z) > most_resident) return kNotResident;
-  return emulated::launch(args.mode == kGrid, grid, kThreads, bytes, kernel.function, args) ? 0 : 719;
+  return emulated::launch(args.mode == kGrid || args.mode == kCluster, grid, kThreads, bytes, kernel.function,
+                          args)
+             ? 0
+             : 719;
 }
-int resident(const Kernel&, int64_t) { return most_resident; }
+int resident(const Kernel&, const Args&, int64_t) { return most_resident; }
 template <class T>
 int start_prepare(unsigned, const Args& a, const Weights& first, const Weights& second, int64_t parts_1,
                   int64_t parts_2, int64_t places, Queue) {
@@ -169,7 +207,8 @@ int copy(int64_t to, int64_t from, int64_t bytes, Queue) {
 // The places of the exchange, fresh for a launch of so many steps, and where `weights`, these packed.
 int make_ready(const Args& a, const Kernel& kernel, bool weights, int64_t steps, Queue queue) {
   const int64_t bytes = bytes_of(a), rows = a.D * a.heads * a.B;
-  if (a.mode != kBlock) {
+  const bool near = a.mode == kBlock || a.mode == kCluster;
+  if (!near) {
     int error = 0;
     int64_t slots = a.mode == kGrid ? steps + 1 : 2;
     const bool goes_on = a.backward && !a.starts;  // the first slot is what the launch before told last
@@ -191,7 +230,7 @@ int make_ready(const Args& a, const Kernel& kernel, bool weights, int64_t steps,
   const Weights first = weights_of(a, kernel, 1), second = weights_of(a, kernel, 2);
   const int64_t groups = a.D * a.heads, parts_1 = weights ? first.parts(groups) : 0;
   const int64_t parts_2 = weights && a.used_2 ? second.parts(groups) : 0;
-  const int64_t places = a.backward || a.mode == kBlock ? 0 : rows * a.stride_1;
+  const int64_t places = a.backward || near ? 0 : rows * a.stride_1;
   const int64_t all = parts_1 + parts_2 + places;
   if (!all) return 0;
   const auto blocks = unsigned(std::min<int64_t>((all + kThreads - 1) / kThreads, 1 << 12));
@@ -229,7 +268,7 @@ FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
   if (!kernel.function) return;
   const int64_t limit = limit_of(args);
   out[1] = share_out(kernel, args, limit);
-  out[0] = out[1] <= limit ? resident(kernel, out[1]) : 0;
+  out[0] = out[1] <= limit ? resident(kernel, args, out[1]) : 0;
   for (int stage = 1; stage <= 2; stage++) {
     int64_t* of = out + 2 + 4 * (stage - 1);
     of[0] = (pieces_of(args, stage == 1 ? args.stride_1 : args.stride_2) + kernel.parts - 1) / kernel.parts;

@@ -8,39 +8,42 @@ namespace fastrnn::cuda {
 
 // A stage's weights: of w [gates * heads * height, width] those of `gates` gates from `first` on. By rows,
 // these are the product's columns and k counts w's; or by columns, and k counts w's rows, each gate's up to a
-// multiple of 8. Packed [groups, tiles of units, pieces, gates * units / 8 (by columns units / 8), lane, 16
-// bytes].
+// multiple of 8. Packed [groups, tiles of units, pieces, columns, 2, lane, 16 bytes], columns the gates *
+// units (by columns the units), by 16.
 struct Weights {
   int64_t w[2], packed;  // of each direction
   int64_t first, gates, heads, height, width;
   int64_t tiles, units, pieces, columns;
   bool by_columns;
 
-  __host__ __device__ int64_t parts(int64_t groups) const { return groups * tiles * pieces * columns * 32; }
+  __host__ __device__ int64_t parts(int64_t groups) const { return groups * tiles * pieces * columns * 64; }
 };
 
 template <class T>
 __device__ __forceinline__ void pack(const Weights& w, int64_t i) {
   using Bits = typename T::Bits;
   constexpr int PART = 16 / T::kBytes;
-  const int64_t lane = i % 32, column = i / 32 % w.columns, piece = i / (32 * w.columns) % w.pieces;
-  const int64_t tile = i / (32 * w.columns * w.pieces) % w.tiles;
-  const int64_t group = i / (32 * w.columns * w.pieces * w.tiles), d = group / w.heads,
+  const int64_t lane = i % 32, half = i / 32 % 2, column = i / 64 % w.columns;
+  const int64_t piece = i / (64 * w.columns) % w.pieces, tile = i / (64 * w.columns * w.pieces) % w.tiles;
+  const int64_t group = i / (64 * w.columns * w.pieces * w.tiles), d = group / w.heads,
                 head = group % w.heads;
-  const int64_t n = column * 8 + lane / 4, k_0 = (piece * 4 + lane % 4) * PART;
   const int64_t tall = (w.height + 7) / 8 * 8;
   const Bits* from = as<Bits>(w.w[d]);
   alignas(16) Bits part[PART];
 #pragma unroll
   for (int e = 0; e < PART; e++) {
-    const int64_t k = k_0 + e;
+    // mma's operand: of columns lane / 4 and the 8th after it, a lower and an upper k.
+    constexpr int WORD = PART / 4;
+    const int64_t n = column * 16 + lane / 4 + e / WORD % 2 * 8;
+    const int64_t k = (piece * 4 + lane % 4) * PART + (half * 2 + e / WORD / 2) * WORD + e % WORD;
     int64_t gate, row, column_of_w;
     if (w.by_columns) {
       gate = k / tall, row = k % tall, column_of_w = tile * w.units + n;
     } else {
       gate = n / w.units, row = tile * w.units + n % w.units, column_of_w = k;
     }
-    const bool there = gate < w.gates && row < w.height && column_of_w < w.width;
+    const bool there =
+        gate < w.gates && row < w.height && column_of_w < w.width && (!w.by_columns || n < w.units);
     part[e] = there ? from[(((w.first + gate) * w.heads + head) * w.height + row) * w.width + column_of_w]
                     : Bits(0);
   }

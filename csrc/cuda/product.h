@@ -1,9 +1,10 @@
-// The recurrent product of a block: 16 sequences times the columns that it owns, [16, k] x [k, N].
+// The recurrent product of a block: its slice of the weights, [N, k], times 16 sequences, [k, 16].
 //
-// A *piece* is 64 bytes of k: of a row of the source four lanes read 16 bytes each, which are a lane's parts
-// of two mma tiles; so are 16 bytes of a column of the weights. Weights are packed [k / piece, N / 8, lane,
-// 16 bytes], lane / 4 the column, and lane % 4 its part of the piece. Eight warps share the work: WK parts of
-// k (pieces wk, wk + WK ...), 8 / WK parts of N. Their sums meet in shared memory.
+// A *piece* is 64 bytes of k: of a sequence's row of the source four lanes read 16 bytes each, which are a
+// lane's operands of two steps of mma, and so are two times 16 bytes of 16 columns of the weights. Weights
+// are packed [k / piece, N / 16, 2, lane, 16 bytes]. Eight warps share the work: WK parts of k (pieces wk, wk
+// + WK
+// ...), 8 / WK parts of N. Their sums meet in shared memory.
 #pragma once
 
 #include "types.h"
@@ -15,80 +16,79 @@ constexpr int kThreads = 256, kWarps = 8, kRows = 16, kPieceBytes = 64;
 // How a thread's registers are shared out, by the number of a warp's column tiles in this stage and in the
 // widest, of a kernel of one stage or two, whose threads have so many outputs: 16-byte parts that a row of
 // the source has in flight, and pieces of the weights that are held. `most` is what all of these and the sums
-// may take.
+// may take; near: the source is shared memory.
 struct Registers {
   int depth, held;
 };
-constexpr Registers share_registers(int tiles, int widest, bool two, int outputs, int most) {
-  const int depth = outputs > 2 || widest > 8 ? 2 : widest > 4 ? 3 : widest == 1 && !two ? 8 : 4;
-  const int left = (most - 4 * widest - 8 * depth) / (two ? 2 : 1), held = left / 4 / tiles;
+constexpr Registers share_registers(int tiles, int widest, bool two, int outputs, int most, bool near) {
+  const int depth = near || outputs > 2 || widest > 4 ? 2 : widest > 2 ? 3 : widest == 1 && !two ? 8 : 4;
+  const int left = (most - 8 * widest - 8 * depth) / (two ? 2 : 1), held = left / 8 / tiles;
   return {depth, held < 0 ? 0 : held > 16 ? 16 : held};
 }
 
-// DEPTH, HELD: see Registers.
-template <class T, int TILES, int DEPTH, int HELD>
+// STEP: parts of k; DEPTH, HELD: see Registers; NEAR: the source is shared memory, and all of it there.
+template <class T, int TILES, int STEP, int DEPTH, int HELD, bool NEAR>
 struct Product {
-  uint4 held[HELD > 0 ? HELD : 1][TILES];
-  uint4 a[DEPTH][2];    // parts of the source on their way, a ring
+  uint4 held[HELD > 0 ? HELD : 1][TILES][2];
+  uint4 b[DEPTH][2];    // parts of the source on their way, a ring: of a sequence, of the 8th after it
   bool on_their_way;    // those of the next product are
-  const uint4* packed;  // this warp's first tile, and lane, of the block's weights
+  const uint4* packed;  // this warp's first piece and tile, and lane, of the block's weights
   const uint4* shared;  // likewise of its pieces after those held
   int64_t apart;        // from piece to piece of packed
-  int first, step, pieces;
+  int first, pieces;
   int begin_shared, end_shared;
 
-  // weights: the block's; columns: of 8, all of the block's; count: pieces of k; resident: shared memory for
+  // weights: the block's; columns: of 16, all of the block's; count: pieces of k; resident: shared memory for
   // `in_shared` pieces of all warps.
-  __device__ __forceinline__ void prepare(const uint4* weights, int columns, int count, int part, int parts,
+  __device__ __forceinline__ void prepare(const uint4* weights, int columns, int count, int part,
                                           int first_tile, bool in_registers, uint4* resident, int in_shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    first = part, step = parts, on_their_way = false;
-    pieces = count > part ? (count - part + parts - 1) / parts : 0;
-    packed = weights + first_tile * 32 + lane;
-    apart = int64_t(columns) * 32;
+    first = part, on_their_way = false;
+    pieces = count > part ? (count - part + STEP - 1) / STEP : 0;
+    packed = weights + (int64_t(part) * columns + first_tile) * 64 + lane;
+    apart = int64_t(columns) * 64 * STEP;
     begin_shared = in_registers ? HELD : 0;
     end_shared = begin_shared + in_shared;
 #pragma unroll
     for (int j = 0; j < HELD; j++)
 #pragma unroll
-      for (int n = 0; n < TILES; n++)
-        held[j][n] = in_registers && j < pieces ? packed[piece(j) * apart + n * 32] : uint4{0, 0, 0, 0};
-    uint4* own = resident + (warp * in_shared * TILES) * 32 + lane;
+      for (int n = 0; n < TILES * 2; n++)
+        held[j][n / 2][n % 2] = in_registers && j < pieces ? packed[j * apart + n * 32] : uint4{0, 0, 0, 0};
+    uint4* own = resident + (warp * in_shared * TILES) * 64 + lane;
     shared = own;
     for (int j = begin_shared; j < end_shared && j < pieces; j++)
 #pragma unroll
-      for (int n = 0; n < TILES; n++)
-        own[((j - begin_shared) * TILES + n) * 32] = packed[piece(j) * apart + n * 32];
+      for (int n = 0; n < TILES * 2; n++)
+        own[((j - begin_shared) * TILES * 2 + n) * 32] = packed[j * apart + n * 32];
   }
 
-  __device__ __forceinline__ int64_t piece(int j) const { return first + j * step; }
-
-  // Where a product's sequences come from: this lane's row, at its part of a piece; `below` bytes further the
-  // row 8 below. A row that is not there reads as zeros. wait: until all of it is there; eager: see Args.
+  // Where a product's sequences come from: this lane's, at its part of this warp's first piece; `below` bytes
+  // further the 8th after it. One that is not live reads as zeros; tall: whether there are more than 8. wait:
+  // until all of it is there; eager: see Args.
   struct Source {
     const char* place;
     int64_t below;
-    bool live_0, live_1, wait, eager;
+    bool live_0, live_1, tall, wait, eager;
     int64_t patience;
   };
 
   // meanwhile: done while the first pieces are on their way.
   template <class F>
-  __device__ __forceinline__ void multiply(float (&acc)[TILES][4], Source source, bool exact, F meanwhile) {
+  __device__ __forceinline__ void multiply(float (&acc)[TILES][2][4], Source source, bool exact,
+                                           F meanwhile) {
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
-      for (int i = 0; i < 4; i++) acc[n][i] = 0.0f;
+      for (int i = 0; i < 8; i++) acc[n][i / 4][i % 4] = 0.0f;
     if (begin_shared) {
       begin<0>(source, meanwhile);
 #pragma unroll
       for (int j = 0; j < HELD; j++) {
-        if (j < pieces) {
-          settle(a[j % DEPTH], j, source);
+        if (j >= pieces) break;
+        settle(b[j % DEPTH], j, source);
 #pragma unroll
-          for (int n = 0; n < TILES; n++) add(acc[n], a[j % DEPTH], held[j][n], exact);
-          fetch(a[j % DEPTH], j + DEPTH, source);
-        }
+        for (int n = 0; n < TILES; n++) add(acc[n], held[j][n], b[j % DEPTH], source.tall, exact);
+        fetch(b[j % DEPTH], j + DEPTH, source);
       }
     } else {
       begin<HELD % DEPTH>(source, meanwhile);
@@ -99,16 +99,23 @@ struct Product {
         const int j = first_j + i;
         if (j < pieces) {
           // Some before the wait; more would take too many registers.
-          constexpr int EARLY = TILES < 4 ? TILES : 4;
+          constexpr int EARLY = TILES < 2 ? TILES : 2;
           const uint4* const w =
-              j < end_shared ? shared + (j - begin_shared) * TILES * 32 : packed + piece(j) * apart;
-          uint4 b[EARLY];
+              j < end_shared ? shared + (j - begin_shared) * TILES * 64 : packed + j * apart;
+          uint4 early[EARLY][2];
 #pragma unroll
-          for (int n = 0; n < EARLY; n++) b[n] = w[n * 32];
-          uint4(&part)[2] = a[(HELD + i) % DEPTH];
+          for (int n = 0; n < EARLY * 2; n++) early[n / 2][n % 2] = w[n * 32];
+          uint4(&part)[2] = b[(HELD + i) % DEPTH];
           settle(part, j, source);
 #pragma unroll
-          for (int n = 0; n < TILES; n++) add(acc[n], part, n < EARLY ? b[n] : w[n * 32], exact);
+          for (int n = 0; n < TILES; n++) {
+            if (n < EARLY) {
+              add(acc[n], early[n], part, source.tall, exact);
+            } else {
+              const uint4 late[2] = {w[n * 64], w[n * 64 + 32]};
+              add(acc[n], late, part, source.tall, exact);
+            }
+          }
           fetch(part, j + DEPTH, source);
         }
       }
@@ -125,33 +132,44 @@ struct Product {
   }
 
   // acc into sums [16, row].
-  __device__ __forceinline__ void put(const float (&acc)[TILES][4], float* sums, int row) const {
+  __device__ __forceinline__ void put(const float (&acc)[TILES][2][4], float* sums, int row,
+                                      bool tall) const {
     const int lane = threadIdx.x % 32;
-    float* to = sums + lane / 4 * row + lane % 4 * 2;
+    float* const to = sums + lane % 4 * 2 * row + lane / 4;
 #pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      *reinterpret_cast<float2*>(to + n * 8) = float2{acc[n][0], acc[n][1]};
-      *reinterpret_cast<float2*>(to + n * 8 + 8 * row) = float2{acc[n][2], acc[n][3]};
+    for (int half = 0; half < 2; half++) {
+      if (half && !tall) break;
+#pragma unroll
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[(8 * half + i % 2) * row + n * 16 + i / 2 * 8] = acc[n][half][i];
     }
   }
 
  private:
-  __device__ __forceinline__ void fetch(uint4 (&a)[2], int j, const Source& source) const {
-    if (j >= pieces) return;
-    const char* p = source.place + piece(j) * kPieceBytes;
-    a[0] = source.live_0 ? load_relaxed(p) : uint4{0, 0, 0, 0};
-    a[1] = source.live_1 ? load_relaxed(p + source.below) : uint4{0, 0, 0, 0};
+  static __device__ __forceinline__ uint4 load(const char* p) {
+    if constexpr (NEAR)
+      return load_shared(p);
+    else
+      return load_relaxed(p);
   }
 
-  static __device__ __forceinline__ bool pending(const uint4 (&a)[2]) {
-    return a[0].x == kPending || a[0].y == kPending || a[0].z == kPending || a[0].w == kPending ||
-           a[1].x == kPending || a[1].y == kPending || a[1].z == kPending || a[1].w == kPending;
+  __device__ __forceinline__ void fetch(uint4 (&b)[2], int j, const Source& source) const {
+    if (j >= pieces) return;
+    const char* p = source.place + j * (STEP * kPieceBytes);
+    b[0] = NEAR || source.live_0 ? load(p) : uint4{0, 0, 0, 0};
+    if (source.tall) b[1] = NEAR || source.live_1 ? load(p + source.below) : uint4{0, 0, 0, 0};
+  }
+
+  static __device__ __forceinline__ bool pending(const uint4 (&b)[2], bool tall) {
+    return b[0].x == kPending || b[0].y == kPending || b[0].z == kPending || b[0].w == kPending ||
+           (tall && (b[1].x == kPending || b[1].y == kPending || b[1].z == kPending || b[1].w == kPending));
   }
 
   template <int FROM>
   __device__ __forceinline__ void fetch_ring(const Source& source) {
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+    for (int i = 0; i < DEPTH; i++) fetch(b[(FROM + i) % DEPTH], i, source);
   }
 
   // The first pieces, from slot FROM of the ring on. What is fetched too early is fetched again: of many
@@ -159,7 +177,10 @@ struct Product {
   // others.
   template <int FROM, class F>
   __device__ __forceinline__ void begin(Source& source, F& meanwhile) {
-    if (!source.wait || source.eager || on_their_way) {
+    if constexpr (NEAR) {
+      fetch_ring<FROM>(source);
+      meanwhile();
+    } else if (!source.wait || source.eager || on_their_way) {
       if (!on_their_way) fetch_ring<FROM>(source);
       on_their_way = false;
       meanwhile();
@@ -169,35 +190,40 @@ struct Product {
         again = false;
 #pragma unroll
         for (int i = 0; i < DEPTH; i++) {
-          if (i < pieces && pending(a[(FROM + i) % DEPTH])) {
+          if (i < pieces && pending(b[(FROM + i) % DEPTH], source.tall)) {
             again = true;
-            fetch(a[(FROM + i) % DEPTH], i, source);
+            fetch(b[(FROM + i) % DEPTH], i, source);
           }
         }
         if (again && --source.patience < 0) give_up();
       }
     } else {
-      fetch(a[FROM], 0, source);
+      fetch(b[FROM], 0, source);
       meanwhile();
-      if (pieces > 0) settle(a[FROM], 0, source);
+      if (pieces > 0) settle(b[FROM], 0, source);
 #pragma unroll
-      for (int i = 1; i < DEPTH; i++) fetch(a[(FROM + i) % DEPTH], i, source);
+      for (int i = 1; i < DEPTH; i++) fetch(b[(FROM + i) % DEPTH], i, source);
     }
   }
 
-  __device__ __forceinline__ void settle(uint4 (&a)[2], int j, Source& source) const {
+  __device__ __forceinline__ void settle(uint4 (&b)[2], int j, Source& source) const {
+    if constexpr (NEAR) return;
     if (source.wait) {
-      while (pending(a)) {
+      while (pending(b, source.tall)) {
         if (--source.patience < 0) give_up();
-        fetch(a, j, source);
+        fetch(b, j, source);
       }
     }
     __syncwarp();
   }
 
-  static __device__ __forceinline__ void add(float (&c)[4], const uint4 (&a)[2], const uint4& b, bool exact) {
-    T::pair(c, exact, a[0].x, a[1].x, a[0].y, a[1].y, b.x, b.y);
-    T::pair(c, exact, a[0].z, a[1].z, a[0].w, a[1].w, b.z, b.w);
+  static __device__ __forceinline__ void add(float (&c)[2][4], const uint4 (&w)[2], const uint4 (&b)[2],
+                                             bool tall, bool exact) {
+    T::add(c[0], exact, w[0], b[0].x, b[0].y);
+    T::add(c[0], exact, w[1], b[0].z, b[0].w);
+    if (!tall) return;
+    T::add(c[1], exact, w[0], b[1].x, b[1].y);
+    T::add(c[1], exact, w[1], b[1].z, b[1].w);
   }
 };
 

@@ -1,4 +1,4 @@
-// The types that layers come in, as the kernels store them, and their products.
+// The types that layers come in, as the kernels store them, and a step of their products: c += w b.
 #pragma once
 
 #include "device.h"
@@ -7,20 +7,21 @@ namespace fastrnn::cuda {
 
 constexpr uint32_t kPending = 0xffffffffu;  // a NaN that no number is stored as: what nobody has written yet
 
-// Bits is what a word of memory holds; a NaN is stored as one of its own, never as kPending's bits.
+// Bits is what a word of memory holds. Of 16 bits a NaN is stored as the one that conversions give, never as
+// kPending's.
 struct Float32 {
   using Bits = uint32_t;
   static constexpr int kBytes = 4;
-  static __device__ __forceinline__ Bits store(float x) { return x == x ? float_bits(x) : 0x7fc00000u; }
+  static __device__ __forceinline__ Bits store(float x) { return float_bits(x); }
   static __device__ __forceinline__ float load(Bits bits) { return bits_float(bits); }
 
   static __device__ __forceinline__ uint32_t rest(float x, uint32_t high) {
     const float low = x - bits_float(high);
     return tf32_bits(low == low ? low : 0.0f);  // of an infinity nothing is left
   }
-  static __device__ __forceinline__ void pair(float (&c)[4], bool exact, uint32_t a0, uint32_t a1,
-                                              uint32_t a2, uint32_t a3, uint32_t b0, uint32_t b1) {
-    const float a[4] = {bits_float(a0), bits_float(a1), bits_float(a2), bits_float(a3)};
+  static __device__ __forceinline__ void add(float (&c)[4], bool exact, const uint4& w, uint32_t b0,
+                                             uint32_t b1) {
+    const float a[4] = {bits_float(w.x), bits_float(w.y), bits_float(w.z), bits_float(w.w)};
     const float b[2] = {bits_float(b0), bits_float(b1)};
     uint32_t ah[4], bh[2];
 #pragma unroll
@@ -38,22 +39,20 @@ struct Float32 {
 struct BFloat16 {
   using Bits = uint16_t;
   static constexpr int kBytes = 2;
-  static __device__ __forceinline__ Bits store(float x) { return x == x ? bf16_bits(x) : Bits(0x7fc0); }
+  static __device__ __forceinline__ Bits store(float x) { return bf16_bits(x); }
   static __device__ __forceinline__ float load(Bits bits) { return bits_float(uint32_t(bits) << 16); }
-  static __device__ __forceinline__ void pair(float (&c)[4], bool, uint32_t a0, uint32_t a1, uint32_t a2,
-                                              uint32_t a3, uint32_t b0, uint32_t b1) {
-    mma_bf16(c, a0, a1, a2, a3, b0, b1);
+  static __device__ __forceinline__ void add(float (&c)[4], bool, const uint4& w, uint32_t b0, uint32_t b1) {
+    mma_bf16(c, w.x, w.y, w.z, w.w, b0, b1);
   }
 };
 
 struct Float16 {
   using Bits = uint16_t;
   static constexpr int kBytes = 2;
-  static __device__ __forceinline__ Bits store(float x) { return x == x ? fp16_bits(x) : Bits(0x7e00); }
+  static __device__ __forceinline__ Bits store(float x) { return fp16_bits(x); }
   static __device__ __forceinline__ float load(Bits bits) { return fp16_float(bits); }
-  static __device__ __forceinline__ void pair(float (&c)[4], bool, uint32_t a0, uint32_t a1, uint32_t a2,
-                                              uint32_t a3, uint32_t b0, uint32_t b1) {
-    mma_fp16(c, a0, a1, a2, a3, b0, b1);
+  static __device__ __forceinline__ void add(float (&c)[4], bool, const uint4& w, uint32_t b0, uint32_t b1) {
+    mma_fp16(c, w.x, w.y, w.z, w.w, b0, b1);
   }
 };
 
