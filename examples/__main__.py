@@ -11,7 +11,10 @@ import fastrnn
 
 from . import common
 from .captioning import captioning
+from .lstm_gru import lstm_gru
+from .memory import memory
 from .sentiment import sentiment
+from .shapes import shapes
 from .speech import speech
 from .tagging import tagging
 from .translation import translation
@@ -22,6 +25,10 @@ from .vanishing import vanishing
 EXAMPLES = {
     example.__name__: example
     for example in (
+        shapes,
+        vanishing,
+        memory,
+        lstm_gru,
         translation,
         captioning,
         sentiment,
@@ -29,7 +36,6 @@ EXAMPLES = {
         speech,
         trees_listops,
         trees_syntax,
-        vanishing,
     )
 }
 
