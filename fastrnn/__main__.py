@@ -1,4 +1,4 @@
-"""`python -m fastrnn info|bench|tune|lm`."""
+"""`python -m fastrnn info|bench|tune|lm|diagnose`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 def _parser() -> Parser:
     from ._version import __version__
-    from .lm.cli import add_parser
+    from .lm.cli import add_diagnose, add_parser
 
     parser = Parser(
         prog="python -m fastrnn", description="Faster LSTM, GRU and RNN for PyTorch.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,tune,lm}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,bench,tune,lm,diagnose}")
     info = commands.add_parser("info", help="versions, build, instruction sets, GPUs, kernels")
     info.set_defaults(run=_info)
     # The benchmark reads its own options, --help included.
@@ -32,6 +32,7 @@ def _parser() -> Parser:
     tune.set_defaults(run=_tune)
     _tune_options(tune)
     add_parser(commands)
+    add_diagnose(commands)
     return parser
 
 

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from . import functional
 from .conversion import convert
-from .flow import GradientFlow, Masks, draw
+from .flow import GradientFlow, Masks, Origin, draw
 from .inference import Packed
 from .jacobians import STEPS
 from .modules import _Layer
@@ -65,7 +65,7 @@ class _Recorded(_Layer):
             raise ValueError(f"gradient_flow does not know the layer's option {', '.join(sorted(unknown))}")
         D = states[0].shape[0]
         params = split_params([w.detach() for w in weights], D)
-        first = [s.detach() for s in states]
+        first = [_leaf(s) for s in states]
         gx = torch.cat([linear(x, p.w_ih, p.b_ih) for p in params], -1)
         if not gx.requires_grad:
             gx.requires_grad_()
@@ -80,6 +80,11 @@ class _Recorded(_Layer):
         y, last, seq = functional.layer(self._cell, gx, first, flat, return_states=True, **masks)
         self.passes.append(_Pass(gx, y, seq[0] if seq else None, first, params))
         return y, last, seq
+
+
+def _leaf(t: Tensor) -> Tensor:
+    """Without a graph; what inference mode made, no backward pass may keep."""
+    return t.detach().clone() if t.is_inference() else t.detach()
 
 
 def _recorded(layer: Any) -> Any:
@@ -152,7 +157,8 @@ def gradient_flow(
     returns  a `GradientFlow`; for several layers or directions a list of them in torch.nn's order (layer 0,
              its reverse direction, layer 1, ...)
 
-    The backward pass gives dL/dgates of all steps; dL/dh_k = dL/dy_k + R^T dL/dgates_{k+1} is one product for
+    It takes the time of two or three training steps of the layer, and keeps the gates twice. The backward
+    pass gives dL/dgates of all steps; dL/dh_k = dL/dy_k + R^T dL/dgates_{k+1} is one product for
     all k, and what passes by the gates (the LSTM's c, the GRU's z * h) an elementwise recursion.
     16-bit layers are diagnosed in float32, from the 16-bit values and gradients that they compute.
 
@@ -175,7 +181,7 @@ def gradient_flow(
             x, lengths = pad_packed_sequence(input, batch_first=twin.batch_first)
         else:
             x = input
-        x = x.detach().clone() if x.is_inference() else x.detach()
+        x = _leaf(x)
         output = twin(x, hx, lengths=lengths, reset=reset)[0]
         if order is not None and loss is not None:
             output = _packed(output, cast(Tensor, lengths), order, twin.batch_first)
@@ -197,7 +203,8 @@ def gradient_flow(
                 name = type(twin).__name__ if len(passes) == 1 else f"{type(twin).__name__} layer {k}"
                 name += ", reverse" if d else ", forward" if len(p.params) > 1 else ""
                 masks = _masks(p.gx, lengths, reset, d)
-                flows.append(_flow(name, twin._cell, p, grads[2 * k], grads[2 * k + 1], masks, d, batched))
+                dgx, dy, origin = grads[2 * k], grads[2 * k + 1], _origin(grads[-1], len(p.params), d)
+                flows.append(_flow(name, twin._cell, p, dgx, dy, masks, origin, d, batched))
     return flows[0] if len(flows) == 1 else flows
 
 
@@ -235,8 +242,29 @@ def _backwards(v: Tensor, a: Tensor) -> Tensor:
     return torch.stack(steps)
 
 
+def _origin(doutput: Tensor, D: int, d: int) -> Origin:
+    """Of direction d's flows, from the gradient of the last layer's output [T, B, D*P]."""
+    T = doutput.shape[0]
+    read = [half.flatten(1).any(1).nonzero().flatten().tolist() for half in doutput.chunk(D, -1)]
+    last = max(read[0], default=0)
+    first = min(read[1], default=T - 1) if D > 1 else T - 1
+    # What a direction reads at the step with which it begins flows nowhere.
+    later = first < T - 1 if d else first < T - 1 and not last
+    if later:
+        return Origin(first, True)
+    return Origin(last if read[0] else T - 1, False)
+
+
 def _flow(
-    name: str, cell: str, run: _Pass, dgx: Tensor, dy: Tensor, masks: Masks, d: int, batched: bool
+    name: str,
+    cell: str,
+    run: _Pass,
+    dgx: Tensor,
+    dy: Tensor,
+    masks: Masks,
+    origin: Origin,
+    d: int,
+    batched: bool,
 ) -> GradientFlow:
     """Of direction d of one layer."""
     dtype = torch.float64 if run.gx.dtype == torch.float64 else torch.float32
@@ -278,7 +306,9 @@ def _flow(
         norm: Tensor = torch.linalg.vector_norm(gradient, dim=(1, 2), dtype=torch.float64).to(dtype)
         return norm.flip(0) if d else norm
 
-    return GradientFlow(name, norms(dh), None if dc is None else norms(dc), local, masks, d == 1, batched)
+    return GradientFlow(
+        name, norms(dh), None if dc is None else norms(dc), local, masks, origin, d == 1, batched
+    )
 
 
 def plot(flows: GradientFlow | Sequence[GradientFlow], path: str | Path) -> None:

@@ -18,8 +18,9 @@ from .jacobians import Steps
 MISSING = "matplotlib is not installed: pip install fastrnn[lm]"
 # Elements of the Jacobians that exist at once: 64 MiB of float32, and what they are made of.
 _AT_ONCE = 1 << 24
-# Of a spectrum that is only drawn: n matrices of S x S take n * S^3 at most, some ten seconds on one core.
-_DRAWN = 2e10
+# Of a spectrum that is only drawn: so many of the Jacobians, evenly chosen, within a few seconds on one core.
+_DRAWN = 1000
+_DRAWN_WORK = 1e9  # n matrices of S x S take n * S^3
 # Steady is a change of less than 1 % a step and less than tenfold in all.
 _RATE, _CHANGE = math.log(1.01), math.log(10.0)
 
@@ -32,11 +33,19 @@ class Masks(NamedTuple):
     begins: Tensor  # ... and it begins from the first state
 
 
+class Origin(NamedTuple):
+    """Where the loss begins: lag n is n input steps before `step`, or after it where `later`."""
+
+    step: int
+    later: bool
+
+
 class Trend(NamedTuple):
-    """What the norms do, by lag: 0 is the last step of the run, where a loss at the end begins."""
+    """What the norms do, by lag."""
 
     verdict: str  # vanish, explode, steady, none (no gradient arrives), start (only where the run begins)
     rate: float  # factor a step, fitted
+    level: float  # logarithm of the norm at lag 0, fitted
     start: int  # the first lag with a gradient
     steps: int  # how many steps the fit spans
     zero: int | None  # the first lag after those of the fit, where the gradient is 0 or as good as 0
@@ -51,6 +60,10 @@ class GradientFlow:
     norms            [T] ||dL/dh_k||, Frobenius over the batch, by all paths from h_k, of the layers above too
     norms_c          [T] ||dL/dc_k|| of the LSTM likewise, h_k = o * tanh(c_k) among the paths; else None
     singular_values  [T-1, B, S], see there
+    origin           (step, later): the lag 0 of summary and plot, from which lags go back to step 0, or on to
+                     step T-1 where `later`. It is the last step, in the direction's own order, that the loss
+                     reads of the output's half; where that is none or the very step with which the direction
+                     begins, as in reverse by the last step's output, it is the other direction's
     rate             factor by which norms change a step back in time: exp of the slope of a line fitted to
                      their logarithms over all steps that have a gradient (below the dtype's smallest normal
                      number it counts as none); NaN where there are not two
@@ -66,12 +79,14 @@ class GradientFlow:
         norms_c: Tensor | None,
         steps: Steps,
         masks: Masks,
+        origin: Origin,
         reverse: bool,
         batched: bool,
     ) -> None:
         self.name = name
         self.norms = norms
         self.norms_c = norms_c
+        self.origin = origin
         self._steps, self._masks = steps, masks
         self._reverse, self._batched = reverse, batched
 
@@ -115,17 +130,21 @@ class GradientFlow:
     def _spectrum(self) -> tuple[Tensor, int]:
         """Singular values [n, S] to draw, evenly out of all, and of how many."""
         linked = self._masks.linked[1:].flatten()
-        rows, most = linked.nonzero().squeeze(1), max(1, int(_DRAWN / self._steps.size**3))
-        if "singular_values" in self.__dict__:
+        rows, known = linked.nonzero().squeeze(1), "singular_values" in self.__dict__
+        # quantile takes no more than 2^24 elements.
+        most = (1 << 24) // self._steps.size if known else 16 + int(_DRAWN_WORK / self._steps.size**3)
+        most = min(most if known else min(most, _DRAWN), rows.numel())
+        some = rows[torch.linspace(0, max(0, rows.numel() - 1), most).round().long().to(rows.device)]
+        if known:
             values = self.singular_values
-            values = (values.flip(0) if self._reverse else values).reshape(linked.numel(), -1)[rows]
+            values = (values.flip(0) if self._reverse else values).reshape(linked.numel(), -1)[some]
         else:
-            some = torch.linspace(0, max(0, rows.numel() - 1), min(most, rows.numel()), dtype=torch.double)
-            values = self._decomposed(rows[some.round().long().to(rows.device)] + self._masks.linked.shape[1])
+            values = self._decomposed(some + self._masks.linked.shape[1])
         return values[~values.isnan().any(-1)], rows.numel()
 
     def _by_lag(self, norms: Tensor) -> Tensor:
-        return (norms if self._reverse else norms.flip(0)).double().cpu()
+        step, later = self.origin
+        return (norms[step:] if later else norms[: step + 1].flip(0)).double().cpu()
 
     @cached_property
     def _trend(self) -> Trend:
@@ -135,22 +154,25 @@ class GradientFlow:
         lags = seen.nonzero().squeeze(1)
         overflow = None if bool(finite.all()) else int((~finite).nonzero()[0])
         if not lags.numel():
-            return Trend("none" if overflow is None else "explode", math.nan, 0, 0, None, overflow)
-        start, end = int(lags[0]), int(lags[-1])
-        last = values.numel() - 1
+            return Trend("none" if overflow is None else "explode", math.nan, math.nan, 0, 0, None, overflow)
+        start, end, last = int(lags[0]), int(lags[-1]), values.numel() - 1
         zero = end + 1 if end < last and overflow is None else None
         steps = end - start
         if lags.numel() < 2:
-            verdict = "explode" if overflow is not None else "start" if start == last else "vanish"
-            return Trend(verdict, math.nan, start, 0, zero, overflow)
-        t, log = lags.double() - lags.double().mean(), values[lags].log()
-        slope = float((t * (log - log.mean())).sum() / (t * t).sum())
+            own = self.origin.step + (start if self.origin.later else -start)
+            first = own == (self.norms.numel() - 1 if self._reverse else 0)
+            verdict = "explode" if overflow is not None else "start" if first else "vanish"
+            return Trend(verdict, math.nan, math.nan, start, 0, zero, overflow)
+        log, middle = values[lags].log(), float(lags.double().mean())
+        t = lags.double() - middle
+        slope = float((t * log).sum() / (t * t).sum())
         change = abs(slope) * steps
         moves = change > math.log(2.0) and (abs(slope) > _RATE or change > _CHANGE)
         verdict = "steady" if not moves else "vanish" if slope < 0 else "explode"
         if overflow is not None:
             verdict = "explode"
-        return Trend(verdict, math.exp(slope), start, steps, zero, overflow)
+        level = float(log.mean()) - slope * middle
+        return Trend(verdict, math.exp(slope), level, start, steps, zero, overflow)
 
     @property
     def rate(self) -> float:
@@ -165,7 +187,7 @@ class GradientFlow:
         return f"{self.name}: {self._sentence()}."
 
     def _sentence(self) -> str:
-        verdict, rate, start, steps, zero, overflow = self._trend
+        verdict, rate, _, start, steps, zero, overflow = self._trend
         T = self.norms.numel()
         if verdict == "none":
             return "no gradient of the loss arrives at any step"
@@ -173,9 +195,9 @@ class GradientFlow:
             if T == 1:
                 return "a single step, from which no gradient flows back"
             return "the loss reads this direction only at the step with which it begins, nothing flows back"
+        if overflow is not None and not rate > 1:
+            return f"gradients explode: ||dL/dh|| is not finite from {_back(overflow)} on"
         if math.isnan(rate):
-            if overflow is not None:
-                return f"gradients explode: ||dL/dh|| is not finite from {_back(overflow)} on"
             return f"gradients vanish at once: ||dL/dh|| is 0 from {_back(start + 1)} on"
         values = self._by_lag(self.norms)[start:]
         ratio = float(values[steps] / values[0])
@@ -212,8 +234,8 @@ class GradientFlow:
 
         path  a file, whose suffix names the format (.png, .svg, .pdf; PNG without one)
 
-        Of a large layer's Jacobians only so many are taken, evenly chosen, as cost some ten seconds, unless
-        singular_values was read before. `diagnostics.plot` draws several flows.
+        Of many Jacobians, or of large ones, only some are taken, evenly chosen, unless singular_values was
+        read before; the picture says of how many. `diagnostics.plot` draws several flows.
         Raises ImportError where matplotlib is missing, OSError where the file cannot be written.
         """
         draw([self], path)
@@ -243,7 +265,7 @@ def draw(flows: Sequence[GradientFlow], path: str | Path) -> None:
     parts = figure.subfigures(len(flows), 1, squeeze=False)[:, 0]
     for flow, part in zip(flows, parts, strict=True):
         left, right = part.subplots(1, 2, width_ratios=(3, 2))
-        part.suptitle(textwrap.fill(flow.summary(), 110), fontsize=11, x=0.01, ha="left")
+        part.suptitle(textwrap.fill(flow.summary(), 140), fontsize=11, x=0.01, ha="left")
         _draw_norms(left, flow)
         _draw_spectrum(right, flow)
     figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=120)
@@ -260,17 +282,17 @@ def _draw_norms(axes: Any, flow: GradientFlow) -> None:
                 lags, values[lags], color=color, label=f"$\\|\\partial L/\\partial {name}_k\\|$", **style
             )
     if not math.isnan(trend.rate):
-        values, ends = flow._by_lag(flow.norms), [trend.start, trend.start + trend.steps]
-        seen = values[trend.start : trend.start + trend.steps + 1].clamp(min=1e-300)
-        seen = seen[seen.isfinite()].log()
-        middle, slope = float(seen.mean()), math.log(trend.rate)
-        line = [math.exp(max(-690.0, min(690.0, middle + slope * s * trend.steps / 2))) for s in (-1, 1)]
+        ends = (trend.start, trend.start + trend.steps)
+        line = [math.exp(max(-690.0, min(690.0, trend.level + math.log(trend.rate) * lag))) for lag in ends]
         label = f"fit: {trend.rate:.3g} a step"
         axes.plot(ends, line, color="0.35", linestyle="--", linewidth=1, label=label)
     axes.set_yscale("log")
     _decades(axes)
-    axes.set(xlabel="lag: steps back from the last one", ylabel="norm of the gradient")
-    axes.set_xlim(0, max(1, flow.norms.numel() - 1))
+    axes.set(
+        xlabel=f"lag: steps {'after' if flow.origin.later else 'before'} step {flow.origin.step:,}",
+        ylabel="norm of the gradient",
+    )
+    axes.set_xlim(0, max(1, flow._by_lag(flow.norms).numel() - 1))
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

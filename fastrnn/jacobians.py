@@ -74,6 +74,8 @@ class Steps:
 class _Vanilla(Steps):
     """h' = f(a): dh'/dh = diag(f'(a)) R."""
 
+    slope: Tensor
+
     def jacobian(self, rows: Tensor) -> Tensor:
         (slope,) = self._at(rows, self.slope)
         return _scaled(slope, self.R)
@@ -95,6 +97,8 @@ class LSTM(Steps):
     dc'/dh = diag(g i') R_i + diag(c f') R_f + diag(i g') R_g        dc'/dc = diag(f)
     dm/dh  = diag(tanh(c') o') R_o + diag(o tanh'(c')) dc'/dh        dm/dc  = diag(o tanh'(c') f)
     """
+
+    carry: Tensor
 
     def _derive(self, gx: Tensor, old: States, new: States, b: Tensor | None) -> None:
         gates = (gx + linear(old[0], self.R, b)).chunk(4, -1)

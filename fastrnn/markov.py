@@ -46,6 +46,17 @@ class MarkovModel:
     def __repr__(self) -> str:
         return f"MarkovModel(vocab_size={self.vocab_size}, order={self.order}, smoothing={self.smoothing})"
 
+    @property
+    def stored(self) -> int:
+        """How many n-grams of order + 1 tokens the text fitted has, each stored with its count: no more than
+        the text has tokens. Raises RuntimeError before `fit`."""
+        return self._fitted().numel()
+
+    @property
+    def dense_size(self) -> int:
+        """How many counts a dense table holds: vocab_size ** (order + 1), for the bigram model its square."""
+        return int(self.vocab_size ** (self.order + 1))
+
     def fit(self, tokens: Tokens) -> MarkovModel:
         """Counts the n-grams of tokens, [N] integers; replaces what was fitted before. Returns the model.
 

@@ -64,6 +64,7 @@ def test_train_then_resume_then_sample(capsys, text, tmp_path):
     code, out, _ = train(capsys, text, parts, "--steps", "30", "--resume")
     assert code == 0
     assert "validation perplexity" in out
+    assert "Markov order 4" in out
     losses = [checkpoint.load(str(path))["losses"] for path in (straight, parts)]
     assert len(losses[0]) == 30
     assert torch.equal(*losses)
@@ -97,7 +98,8 @@ def test_demo(capsys, text, tmp_path):
     )
     assert code == 0
     assert "torch.nn.LSTM / fastrnn.LSTM training time: " in printed
-    assert "bigram Markov" in printed
+    assert "Markov order 1" in printed
+    assert "parameters, however far it looks back" in printed
     assert "largest relative difference of the loss curves" in printed
     assert {"demo.pt", "sample.txt"} <= {file.name for file in out.iterdir()}
     assert call(capsys, "lm", "sample", "--checkpoint", str(out / "demo.pt"), "--length", "5")[0] == 0
@@ -111,6 +113,48 @@ def test_demo_without_matplotlib(capsys, text, tmp_path, monkeypatch):
     assert "pip install fastrnn[lm]" in err
     assert not (tmp_path / "demo.png").exists()
     assert_one_line(train(capsys, text, tmp_path / "lm.pt", "--plot", str(tmp_path / "p.png")), "matplotlib")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn"])
+@pytest.mark.parametrize("implementation", ["fastrnn", "torch"])
+def test_diagnose(capsys, text, tmp_path, cell, implementation):
+    path, plot = str(tmp_path / "lm.pt"), tmp_path / "sub" / "flow.png"
+    more = ("--cell", cell, "--implementation", implementation, "--layers", "2")
+    assert train(capsys, text, path, "--steps", "2", *more)[0] == 0
+    drawn = ("--plot", str(plot)) if report.available() else ()
+    code, out, err = call(capsys, "diagnose", path, "--data", text, "--steps", "30", "--batch", "3", *drawn)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert "over 3 stretches of 30 characters" in lines[0]
+    for k in range(2):
+        assert lines[1 + k].startswith(f"{cell.upper()} layer {k}: gradients vanish: ")
+    assert lines[3].startswith("against vanishing: ")
+    if drawn:
+        assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_diagnose_says_what_is_wrong(capsys, text, tmp_path, monkeypatch):
+    path = str(tmp_path / "lm.pt")
+    assert train(capsys, text, path, "--steps", "2")[0] == 0
+    other = tmp_path / "other.txt"
+    other.write_text("QUITE ANOTHER TEXT", encoding="utf-8")
+    given = ("diagnose", path, "--data", text, "--steps", "9")
+    assert_one_line(call(capsys, "diagnose", path, "--data", str(other)), "does not occur")
+    assert_one_line(call(capsys, "diagnose", path, "--data", text, "--steps", "880"), "needs 881 characters")
+    assert_one_line(call(capsys, *given, "--plot", str(tmp_path)), "directory")
+    if report.available():
+        code, _, err = call(capsys, *given, "--plot", str(tmp_path / "flow.abc"))
+        assert code == 2
+        assert "cannot write" in err
+        assert "abc" in err
+    monkeypatch.setattr(report, "available", lambda: False)
+    assert_one_line(call(capsys, *given, "--plot", str(tmp_path / "p.png")), "matplotlib")
+    # As many stretches as a text has: 880 characters have two of 879.
+    code, out, _ = call(capsys, "diagnose", path, "--data", text, "--steps", "878", "--batch", "9")
+    assert code == 0
+    assert "over 2 stretches" in out
+    assert train(capsys, text, path, "--steps", "3", "--lr", "1e30", "--overwrite")[0] == 0
+    assert_one_line(call(capsys, *given), "diverged")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +196,11 @@ def test_demo_without_matplotlib(capsys, text, tmp_path, monkeypatch):
         (("lm", "sample", "--top-k", "-1"), "--top-k"),
         (("lm", "sample", "--temperature", "-0.5"), "--temperature"),
         (("lm", "sample", "--seed", "-1"), "--seed"),
+        (("diagnose",), "CHECKPOINT"),
+        (("diagnose", "none.pt"), "No such file"),
+        (("diagnose", "none.pt", "--steps", "1"), "--steps"),
+        (("diagnose", "none.pt", "--batch", "0"), "--batch"),
+        (("diagnose", "none.pt", "--device", "abacus"), "abacus"),
     ],
 )
 def test_bad_options_give_one_line(capsys, tmp_path, monkeypatch, arguments, part):

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.profiler import ProfilerActivity, profile
 
 import fastrnn
-from fastrnn import diagnostics, flow, jacobians
+from fastrnn import flow, jacobians
 from fastrnn.diagnostics import gradient_flow
 from fastrnn.reference import CELLS as REGISTRY
 
@@ -197,10 +197,12 @@ def test_lengths_and_reset(cell):
     x, lengths = randn(T, B + 1, I), torch.tensor([4, T, 0, 6])
     x[4:, 0] = math.nan  # padding reaches nothing
     reset = torch.rand(T, B + 1) < 0.25
+    reset[0, 1] = True  # this sequence does not see its first state
     assert bool(reset[1:4].any())
-    output, runs = loop(layer, torch.where(x.isnan(), 0, x), None, lengths, reset)
+    hx = hidden(layer, B + 1)
+    output, runs = loop(layer, torch.where(x.isnan(), 0, x), hx, lengths, reset)
     (output[3, 0] + output[T - 1, 1] + output[5, 3]).sum().backward()
-    flows = gradient_flow(layer, x, lengths=lengths, reset=reset)
+    flows = gradient_flow(layer, x, hx, lengths=lengths, reset=reset)
     assert_norms(flows, runs)
     wanted = expected_singular_values(layer, runs)
     for n, (one, want) in enumerate(zip(flows, wanted, strict=True)):
@@ -280,7 +282,7 @@ def test_frozen_parameters_no_grad_and_inference_mode():
     with torch.no_grad():
         again = gradient_flow(layer, x)
     with torch.inference_mode():
-        inferred = gradient_flow(layer, x + 0)
+        inferred = gradient_flow(layer, x + 0, torch.zeros(2, B, H, dtype=F64))
     for a, b, c in zip(want, again, inferred, strict=True):
         assert torch.equal(a.norms, b.norms)
         assert torch.equal(a.norms, c.norms)
@@ -330,88 +332,6 @@ def test_autocast():
         torch.testing.assert_close(a.singular_values, b.singular_values, rtol=0.1, atol=0.03)
 
 
-def of_rate(rate, steps=100, dtype=F64):
-    """h' = rate * h, positive."""
-    layer = fastrnn.RNN(1, 2, nonlinearity="relu", bias=False, dtype=dtype)
-    with torch.no_grad():
-        layer.weight_ih_l0.fill_(1.0)
-        layer.weight_hh_l0.copy_(rate * torch.eye(2, dtype=dtype))
-    return gradient_flow(layer, torch.rand(steps, 1, 1, dtype=dtype))
-
-
-@pytest.mark.parametrize(
-    ("rate", "steps", "parts"),
-    [
-        (
-            0.8,
-            100,
-            ("vanish", "falls by 20 % a step over 99 steps", "a tenth after 11", "a thousandth after 31"),
-        ),
-        (0.985, 100, ("vanish", "falls by 1.5 % a step", "a thousandth after 457 at that rate")),
-        (
-            1.2,
-            100,
-            ("explode", "grows by 20 % a step over 99 steps", "to 6.9e+07 times", "tenfold every 13 steps"),
-        ),
-        (40.0, 4, ("explode", "grows 40-fold a step over 3 steps")),
-        (1.0, 100, ("steady", "over 99 steps, to 1 times its size")),
-        (1.001, 300, ("steady", "+0.1 % a step")),
-        (0.995, 1000, ("vanish", "falls by 0.5 % a step")),
-        (0.7, 2, ("steady",)),
-        (0.4, 2, ("vanish", "falls by 60 % a step over 1 step")),
-        (0.5, 1, ("single step",)),
-        (0.0, 5, ("vanish at once", "0 from 1 step back on")),
-    ],
-)
-def test_summary(rate, steps, parts):
-    found = of_rate(rate, steps)
-    assert found.verdict in (parts[0].split()[0], "start")
-    if steps > 1 and rate:
-        assert found.rate == pytest.approx(rate, rel=1e-9)
-    text = found.summary()
-    assert text.startswith("RNN: ")
-    assert text.endswith(".")
-    assert "\n" not in text
-    for part in parts:
-        assert part in text
-    assert text in repr(found)
-
-
-def test_summary_of_underflow_and_overflow():
-    gone = of_rate(0.2, 200, torch.float32)
-    assert gone.verdict == "vanish"
-    assert gone.rate == pytest.approx(0.2, rel=1e-3)  # numbers that have lost their digits do not count
-    assert "is below the smallest normal number from 55 steps back on" in gone.summary()
-    over = gradient_flow_of_overflow()
-    assert over.verdict == "explode"
-    assert over.rate == pytest.approx(4.0, rel=1e-3)
-    assert "is not finite from 64 steps back on" in over.summary()
-
-
-def gradient_flow_of_overflow():
-    layer = fastrnn.RNN(1, 2, nonlinearity="relu", bias=False)
-    with torch.no_grad():
-        layer.weight_hh_l0.copy_(4 * torch.eye(2))
-    return gradient_flow(layer, torch.zeros(100, 1, 1), torch.full((1, 1, 2), 1e-35))
-
-
-def test_summary_where_nothing_arrives():
-    layer = build("gru", bidirectional=True)
-    forward, reverse = gradient_flow(layer, randn(T, B, I))
-    assert forward.verdict == "vanish"
-    assert reverse.verdict == "start"
-    assert "reads this direction only at the step with which it begins" in reverse.summary()
-    assert reverse.summary().startswith("GRU, reverse: ")
-    ends = gradient_flow(layer, randn(T, B, I), loss=lambda o: o[-1, :, :H].sum() + o[0, :, H:].sum())
-    assert [one.verdict for one in ends] == ["vanish", "vanish"]
-    none = gradient_flow(layer, randn(T, B, I), loss=lambda o: (o * 0).sum())
-    assert [one.verdict for one in none] == ["none", "none"]
-    assert "no gradient" in none[0].summary()
-    empty = gradient_flow(build("lstm"), randn(T, 2, I), lengths=torch.tensor([0, 0]))
-    assert empty.verdict == "none"
-    assert bool(empty.singular_values.isnan().all())
-
-
 def test_a_state_that_is_not_finite():
     layer, x = build("rnn_relu"), randn(T, B, I)
     x[2, 1] = math.inf
@@ -421,45 +341,29 @@ def test_a_state_that_is_not_finite():
     assert found.summary()
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_plot(cell, tmp_path):
-    pytest.importorskip("matplotlib")
-    path = tmp_path / "flow.png"
-    layer, x = build(cell, bidirectional=True), randn(T, B, I)
-    flows = gradient_flow(layer, x)
-    flows[0].plot(path)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert "singular_values" not in vars(flows[0])  # a picture takes some of them alone
-    diagnostics.plot(flows, tmp_path / "all.svg")
-    assert "<svg" in (tmp_path / "all.svg").read_text()
-    for odd in (x[:1], x[:2] * math.nan):
-        gradient_flow(layer, odd)[0].plot(str(path))
-    with pytest.raises(OSError, match="none"):
-        flows[0].plot(tmp_path / "none" / "flow.png")
-    with pytest.raises(ValueError, match="no flow"):
-        diagnostics.plot([], path)
+@each_cell
+def test_one_step_and_no_sequence(cell):
+    layer = build(cell, num_layers=2)
+    for x, shape in ((randn(1, B, I), (0, B)), (randn(T, 0, I), (T - 1, 0)), (randn(1, I), (0,))):
+        for one in gradient_flow(layer, x):
+            assert one.norms.shape == x.shape[:1]
+            assert one.singular_values.shape[:-1] == shape
+            assert one.verdict == ("none" if x.numel() == 0 else "start")
+            assert one.summary()
 
 
-def test_the_drawn_spectrum_is_of_the_singular_values(monkeypatch):
-    lengths = torch.tensor([T, 3, 5])
-    for one in gradient_flow(build("lstm", bidirectional=True), randn(T, B, I), lengths=lengths):
-        drawn, total = one._spectrum()
-        assert drawn.shape == (total, 2 * H)
-        values = one.singular_values
-        assert total == 6 + 2 + 4
-        torch.testing.assert_close(drawn.sort(0)[0], values[~values.isnan().any(-1)].sort(0)[0], **CLOSE)
-        torch.testing.assert_close(one._spectrum()[0], drawn, **CLOSE)
-    monkeypatch.setattr(flow, "_DRAWN", 4 * H**3)
-    some, total = gradient_flow(build("gru"), randn(T, B, I))._spectrum()
-    assert (some.shape, total) == ((4, H), 18)
-
-
-def test_plot_without_matplotlib(monkeypatch, tmp_path):
-    import sys
-
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install fastrnn\[lm\]"):
-        of_rate(0.5).plot(tmp_path / "flow.png")
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@each_cell
+def test_on_the_gpu(cell):
+    layer, x = build(cell, num_layers=2, bidirectional=True), randn(T, B, I)
+    want = gradient_flow(layer, x, loss=weighed)
+    found = gradient_flow(layer.float().cuda(), x.float().cuda(), loss=weighed)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a.norms.cpu().double(), b.norms, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a.singular_values.cpu().double(), b.singular_values, rtol=1e-3, atol=1e-5)
+        assert a.norms.is_cuda
+        assert a.verdict == b.verdict
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import fastrnn.lm.checkpoint as checkpoint
-from fastrnn.lm import demo, generate, report, train
+from fastrnn.lm import baseline, demo, diagnose, generate, report, train
 from fastrnn.lm.corpus import Chunks, Corpus, Vocabulary, read_text
 from fastrnn.lm.errors import UserError
 from fastrnn.lm.model import Config, build
 from fastrnn.lm.progress import Progress
 from fastrnn.lm.train import Trainer
+from fastrnn.markov import MarkovModel
 
 CPU = torch.device("cpu")
 TINY = Config(hidden=12, batch=3, bptt=7, lr=1e-2)
@@ -228,6 +229,68 @@ def test_generate_repeats_by_seed(corpus):
     assert generate.generate(model, corpus.vocabulary, 0, prompt="ab") == "ab"
 
 
+def test_markov_baseline(corpus):
+    V = len(corpus.vocabulary)
+    counted = baseline.count(corpus, (1, 2, 5, 10_000))
+    assert [c.order for c in counted] == [1, 2, 5]  # the text is too short for the last
+    for c in counted:
+        model = MarkovModel(V, c.order, c.smoothing).fit(corpus.train)
+        assert c.perplexity == pytest.approx(float(model.perplexity(corpus.valid)), rel=1e-12)
+        others = (MarkovModel(V, c.order, s).fit(corpus.train) for s in baseline.SMOOTHINGS)
+        assert c.perplexity == min(float(m.perplexity(corpus.valid)) for m in others)
+        windows = corpus.train.unfold(0, c.order + 1, 1)
+        assert c.stored == torch.unique(windows, dim=0).shape[0]
+        assert c.dense == V ** (c.order + 1)
+
+
+def test_table_of_the_baseline(corpus):
+    sizes = [baseline.parameters(Trainer(TINY, text, CPU).model) for text in (corpus, corpus_of(3000))]
+    assert sizes[0] == sizes[1]  # as many for a longer text: what is counted grows
+    stored = [baseline.count(text, (3,))[0].stored for text in (corpus, corpus_of(3000))]
+    assert stored[1] > 2 * stored[0]
+    counted = [baseline.Counted(n, 0.1, *c, 500) for n, c in ((1, (5.0, 70, 100)), (2, (4.5, 300, 1000)))]
+    lines = baseline.table(baseline.Comparison({"fastrnn.LSTM": 3.25}, 1234, counted, 10)).splitlines()
+    assert [line.split()[:4] for line in lines[1:]] == [
+        ["fastrnn.LSTM", "3.250", "1,234", "parameters,"],
+        ["counted", "on", "500", "characters,"],
+        ["Markov", "order", "1", "5.000"],
+        ["Markov", "order", "2", "4.500"],
+    ]
+    assert "70 counts stored; 100 = 10^2 in a dense table" in lines[3]
+    assert "300 counts stored; 1,000 = 10^3 in a dense table" in lines[4]
+    behind = baseline.table(baseline.Comparison({"fastrnn.LSTM": 4.75}, 1234, counted, 10))
+    assert "not yet ahead of counting (order 2)" in behind
+
+
+def test_the_baseline_counts_no_endless_text(corpus, monkeypatch):
+    monkeypatch.setattr(baseline, "COUNTED", 100)
+    (c,) = baseline.count(corpus, (1,))
+    assert (c.characters, c.stored) == (
+        100,
+        len(set(zip(corpus.train[:99].tolist(), corpus.train[1:100].tolist(), strict=True))),
+    )
+
+
+def corpus_of(n):
+    return Corpus.from_text(make_text(n))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_diagnosis_is_of_the_last_characters_loss(implementation, corpus):
+    """The norms' last step is the head's own gradient."""
+    model = build(Config(implementation, hidden=12), len(corpus.vocabulary), CPU)
+    tokens = diagnose.stretches(corpus.vocabulary, make_text(), 9, 4, "text")
+    assert torch.equal(tokens[:, -1], corpus.valid[-10:])
+    assert torch.equal(tokens[:, 0], corpus.train[:10])
+    found, loss = diagnose.flows(model, tokens)
+    output = model.rnn(model.embedding(tokens[:-1]))[0][-1].detach().requires_grad_()
+    want = torch.nn.functional.cross_entropy(model.head(output), tokens[-1])
+    want.backward()
+    assert loss == pytest.approx(want.item(), rel=1e-5)
+    assert len(found) == 2
+    torch.testing.assert_close(found[1].norms[-1], output.grad.norm())
+
+
 def test_outcome_of_the_demo():
     losses = {"fastrnn": [2.0, 1.0, 1.1], "torch": [2.0, 1.0, 1.0]}
     outcome = demo.Outcome([1.0, 3.0, 1.5], losses)
@@ -240,8 +303,10 @@ def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     curve = report.Curve("fastrnn.LSTM", [2.0, 1.0], [0.1, 0.2], 300)
     path = tmp_path / "plot.png"
-    report.plot(str(path), [curve, curve], "title")
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    for counted in (None, [], [baseline.Counted(1, 0.1, 5.0, 70, 100, 500)]):
+        comparison = None if counted is None else baseline.Comparison({"LSTM": 3.0}, 1234, counted, 10)
+        report.plot(str(path), [curve, curve], "title", comparison)
+        assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match="cannot write"):
         report.plot(str(tmp_path / "none" / "plot.png"), [curve], "title")
 

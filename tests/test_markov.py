@@ -53,6 +53,8 @@ def test_large_vocabulary_and_order(order):
     vocab_size = 100_000  # a dense table would need 1e10 entries for order 1; 1e35 pass 64 bits
     train = random_tokens(20_000, vocab_size, 3)
     model = MarkovModel(vocab_size, order).fit(train)
+    assert model.stored == len({tuple(gram) for gram in train.unfold(0, order + 1, 1).tolist()})
+    assert model.dense_size == vocab_size ** (order + 1)
     test = torch.cat([train[500:700], random_tokens(100, vocab_size, 4)])
     want = expected_log_prob(train.tolist(), test.tolist(), vocab_size, order, 1.0)
     assert float(model.log_prob(test)) == pytest.approx(want, rel=1e-12)
@@ -139,3 +141,5 @@ def test_before_fit():
         MarkovModel(3).log_prob([0, 1])
     with pytest.raises(RuntimeError, match="fit"):
         MarkovModel(3).sample(1)
+    with pytest.raises(RuntimeError, match="fit"):
+        MarkovModel(3).stored  # noqa: B018

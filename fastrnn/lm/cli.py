@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import checkpoint, demo, generate, report, train
+from . import baseline, checkpoint, demo, diagnose, generate, report, train
 from .corpus import VALID_MAX, Corpus, read_text
 from .errors import UserError
 from .model import CELLS, IMPLEMENTATIONS, Config
@@ -95,6 +95,20 @@ def add_parser(commands: Subparsers) -> None:
     p.set_defaults(run=_demo)
 
 
+def add_diagnose(commands: Subparsers) -> None:
+    """Adds `diagnose`: the gradient flow of a checkpoint of `lm train`."""
+    p = commands.add_parser(
+        "diagnose", help="whether the gradients of a trained language model vanish", allow_abbrev=False
+    )
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help="of lm train or lm demo")
+    p.add_argument("--data", metavar="FILE", help="UTF-8 text (default: the standard library's sources)")
+    p.add_argument("--steps", type=int, default=200, help="characters back in time (default %(default)s)")
+    p.add_argument("--batch", type=int, default=16, help="stretches of the text (default %(default)s)")
+    p.add_argument("--plot", metavar="PNG", help="draw norms against lag and the Jacobians' spectrum")
+    p.add_argument("--device", default="cpu", help="(default %(default)s)")
+    p.set_defaults(run=_diagnose)
+
+
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
@@ -154,10 +168,14 @@ def _train(args: argparse.Namespace) -> int:
         trainer.leave()
     if not world.first:
         return 0 if whole else 130
+    name = f"{demo.NAMES[config.implementation]}.{CELLS[config.cell]}"
+    comparison = None
+    if whole:
+        comparison = baseline.compare({name: trainer.validations[-1][1]}, trainer.model, corpus)
+        print(baseline.table(comparison))
     if args.plot is not None and trainer.losses:
-        name = f"{demo.NAMES[config.implementation]}.{CELLS[config.cell]}"
         curve = report.Curve(name, trainer.losses, trainer.seconds, trainer.tokens_per_step)
-        report.plot(args.plot, [curve], f"{name} {config.hidden} on characters")
+        report.plot(args.plot, [curve], f"{name} {config.hidden} on characters", comparison)
     state = "trained" if whole else "interrupted"
     print(
         f"{state} at step {trainer.step}, saved to {args.checkpoint}"
@@ -204,4 +222,16 @@ def _demo(args: argparse.Namespace) -> int:
         raise UserError(f"--seconds must be a finite number above 0, got {seconds}")
     valid_max = QUICK_VALID if args.quick else VALID_MAX
     demo.demo(config, args.data, args.out, seconds, valid_max, _device(args.device))
+    return 0
+
+
+def _diagnose(args: argparse.Namespace) -> int:
+    _at_least("--steps", args.steps, 2)
+    _at_least("--batch", args.batch, 1)
+    device = _device(args.device)
+    if args.plot is not None:
+        checkpoint.check_writable(args.plot)
+        if not report.available():
+            raise UserError(f"--plot: {report.MISSING}")
+    diagnose.diagnose(args.checkpoint, args.data, args.steps, args.batch, args.plot, device)
     return 0

@@ -11,8 +11,7 @@ from pathlib import Path
 import torch
 
 from .._version import __version__
-from ..markov import MarkovModel
-from . import checkpoint, generate, report
+from . import baseline, checkpoint, generate, report
 from .corpus import Corpus, read_text
 from .errors import UserError, os_reason
 from .model import CELLS, Config
@@ -105,7 +104,11 @@ def demo(
         for name, trainer in trainers.items()
     ]
     _print_outcome(outcome, curves)
-    _print_perplexities(trainers, corpus, layer)
+    reached = {
+        curve.name: trainer.validate() for curve, trainer in zip(curves, trainers.values(), strict=True)
+    }
+    comparison = baseline.compare(reached, trainers["fastrnn"].model, corpus)
+    print(baseline.table(comparison), flush=True)
 
     ours = trainers["fastrnn"]
     text = generate.generate(ours.model, corpus.vocabulary, GENERATED, temperature=0.7, seed=config.seed)
@@ -117,7 +120,8 @@ def demo(
         raise UserError(f"cannot write {files['sample.txt']}: {os_reason(error)}") from error
     written = ["demo.pt", "sample.txt"]
     if report.available():
-        report.plot(files["demo.png"], curves, f"{config.layers} x {layer}({config.hidden}) on characters")
+        title = f"{config.layers} x {layer}({config.hidden}) on characters"
+        report.plot(files["demo.png"], curves, title, comparison)
         written.append("demo.png")
     print(f"written to {folder}: {', '.join(written)}")
 
@@ -142,15 +146,3 @@ def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
     )
     if steps > first:
         print("  training amplifies rounding: so would torch.nn's curves part, begun 1e-7 apart")
-
-
-def _print_perplexities(trainers: dict[str, Trainer], corpus: Corpus, layer: str) -> None:
-    bigram = MarkovModel(len(corpus.vocabulary), order=1).fit(corpus.train)
-    print("validation perplexity per character:")
-    reached = {name: trainer.validate() for name, trainer in trainers.items()}
-    for name, perplexity in reached.items():
-        print(f"  {NAMES[name] + '.' + layer:14s} {perplexity:8.3f}")
-    counted = float(bigram.perplexity(corpus.valid))
-    print(f"  {'bigram Markov':14s} {counted:8.3f}", flush=True)
-    if reached["fastrnn"] > counted:
-        print("  not yet ahead of counting pairs of characters: give it more time, --seconds 300")

@@ -1,4 +1,4 @@
-"""A picture of a training run: loss curves and tokens per second."""
+"""A picture of a training run: loss curves, tokens per second, and the baseline's size."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 from dataclasses import dataclass
 from typing import Any
 
+from .baseline import Comparison
 from .errors import UserError, os_reason
 
 MISSING = "matplotlib is not installed: pip install fastrnn[lm]"
@@ -33,8 +34,8 @@ def available() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def plot(path: str, curves: list[Curve], title: str) -> None:
-    """Writes a PNG with the loss of every curve beside its tokens per second.
+def plot(path: str, curves: list[Curve], title: str, comparison: Comparison | None = None) -> None:
+    """Writes a PNG with the loss of every curve beside its tokens per second, and what Markov models store.
 
     Raises UserError where matplotlib is missing or the file cannot be written.
     """
@@ -43,7 +44,11 @@ def plot(path: str, curves: list[Curve], title: str) -> None:
         pyplot: Any = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise UserError(MISSING) from error
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), width_ratios=(3, 2))
+    widths = (3, 2) if comparison is None else (3, 2, 3)
+    figure, panels = pyplot.subplots(1, len(widths), figsize=(2.2 * sum(widths), 4), width_ratios=widths)
+    left, right = panels[:2]
+    if comparison is not None:
+        _draw_sizes(panels[2], comparison)
     # Curves that agree hide each other: the first is drawn broad, the next ones thin upon it.
     for index, curve in enumerate(curves):
         width, alpha = (4.0, 0.45) if index == 0 and len(curves) > 1 else (1.2, 1.0)
@@ -64,3 +69,28 @@ def plot(path: str, curves: list[Curve], title: str) -> None:
         raise UserError(f"cannot write {path}: {os_reason(error)}") from error
     finally:
         pyplot.close(figure)
+
+
+def _draw_sizes(axes: Any, comparison: Comparison) -> None:
+    """How many numbers each model is made of, by how far back it looks, with its perplexity."""
+    orders = [c.order for c in comparison.counted]
+    axes.plot(orders, [c.dense for c in comparison.counted], "C7--", label="Markov, dense table")
+    axes.plot(orders, [c.stored for c in comparison.counted], "C1o-", label="Markov, counts stored")
+    for c in comparison.counted:
+        axes.annotate(
+            f"{c.perplexity:.2f}",
+            (c.order, c.stored),
+            xytext=(0, -14),
+            textcoords="offset points",
+            ha="center",
+            color="C1",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
+        )
+    best = min(comparison.perplexities, key=lambda name: comparison.perplexities[name])
+    label = f"{best}, parameters: {comparison.perplexities[best]:.2f}"
+    axes.axhline(comparison.size, color="C0", label=label)
+    axes.set(yscale="log", xlabel="order: characters looked back at", ylabel="numbers", xticks=orders)
+    axes.margins(x=0.12, y=0.12)
+    axes.set_title("size, with validation perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left", fontsize=9)
