@@ -1,8 +1,9 @@
 """What a step of a cell does to a small change of its state: derivatives in closed form, from the gates.
 
 `fastrnn.diagnostics` is made of them. As the reference they are plain torch operations and share no code with
-the kernels. All steps are done at once; each class holds the elementwise derivatives of its cell, [T, B, H],
-and knows two things:
+the kernels. What these saved of the gates differs from backend to backend, and is made again from the states,
+by one product for all steps. Each class holds the elementwise derivatives of its cell, [T, B, H], and knows
+two things:
 
     back(dgx)       the part of dL/dh_{k-1} that comes through step k's gates, [T, B, P], from the gradient
                     dgx [T, B, G*H] of their input part; `carry` [T, B, H] is what comes through beside them,
