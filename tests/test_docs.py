@@ -1,0 +1,67 @@
+"""The programs in the documents run as they stand, and print what the documents say.
+
+A page's ```python blocks run one after another in one namespace. A ```text block right after one is what it
+prints, where ... stands for anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastrnn
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted(
+    page
+    for page in [ROOT / "README.md", *ROOT.glob("docs/**/*.md")]
+    if "```python\n" in page.read_text(encoding="utf-8")
+)
+BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n?^```text\n(.*?)^```\n)?", re.M | re.S)
+NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
+
+
+@pytest.fixture(autouse=True)
+def as_before(tmp_path, monkeypatch):
+    """Pages may write files and, as users do, rebind torch.nn's names."""
+    monkeypatch.chdir(tmp_path)
+    for name in NAMES:
+        monkeypatch.setattr(torch.nn, name, getattr(torch.nn, name))
+    torch.manual_seed(0)
+    yield
+    fastrnn.backend("auto")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_programs_run_and_print_what_the_page_says(page):
+    text = page.read_text(encoding="utf-8")
+    if ".plot(" in text:
+        pytest.importorskip("matplotlib")
+    names: dict[str, object] = {"__name__": "__main__"}
+    for block in BLOCK.finditer(text):
+        code, expected = block.groups()
+        line = text[: block.start(1)].count("\n")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            # Blank lines before it, so that an error names the page's line.
+            exec(compile("\n" * line + code, str(page), "exec"), names)
+        if expected is not None:
+            same = doctest.OutputChecker().check_output(
+                expected, printed.getvalue(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+            )
+            assert same, f"{page.name}:{line}: expected\n{expected}\ngot\n{printed.getvalue()}"
+
+
+def test_no_block_is_left_out():
+    """A block that is written in another way, indented say, would not be seen."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert len(BLOCK.findall(text)) == len(
+            re.findall(r"^\s*[`~]{3,}\s*(?:python|py|pycon)\b", text, re.M)
+        ), page
