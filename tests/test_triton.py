@@ -28,9 +28,9 @@ def version(package: str) -> tuple[int, ...]:
     return tuple(int(n) for n in metadata.version(package).split(".")[:2])
 
 
-def run(name: str, expression: str, **environment: str) -> subprocess.Popen[str]:
+def run(name: str, expression: str, *options: str, **environment: str) -> subprocess.Popen[str]:
     """pytest on a file, in a process of its own: Triton decides at import whether it interprets."""
-    kept = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TRITON_INTERPRET", "PYTEST_XDIST"))}
     return subprocess.Popen(
         [
             sys.executable,
@@ -43,6 +43,7 @@ def run(name: str, expression: str, **environment: str) -> subprocess.Popen[str]
             str(HERE / name),
             "-k",
             expression,
+            *options,
         ],
         env={**kept, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         cwd=HERE.parent,
@@ -73,8 +74,11 @@ def test_interpreted():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_the_gpu():
+    """In as many processes as there are processors, at most 12, where pytest-xdist is installed."""
+    many = min(os.cpu_count() or 1, 12)
+    parallel = ("-n", str(many)) if util.find_spec("xdist") else ()
     for name in ("triton_interpreted.py", "triton_attention.py"):
-        finish(run(name, "step or not step"))
+        finish(run(name, "step or not step", *parallel))
 
 
 def test_tuning_wants_a_gpu(capsys):
