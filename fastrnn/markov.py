@@ -1,4 +1,4 @@
-"""The n-gram model with additive smoothing: what a recurrent language model has to beat."""
+"""The n-gram model with additive smoothing: the least that a recurrent language model has to beat."""
 
 from __future__ import annotations
 
@@ -19,13 +19,21 @@ class MarkovModel:
     any token did. order=0 is the unigram model, order=1 the bigram model. Laplace's rule is smoothing=1,
     Lidstone's any other; see Jurafsky & Martin, "Speech and Language Processing", ch. 3.
 
+    Smoothing is added for every token of the vocabulary: a context seen 10 times gives, with smoothing=1 and
+    vocab_size=10**5, a 10,000th of its probability to what it has seen. For a large vocabulary take far less,
+    1 / vocab_size say, or `sample` draws noise.
+
     Only n-grams that were seen are stored, so memory grows with the text and not with
     vocab_size ** (order + 1).
 
-    Raises ValueError for vocab_size < 1, order < 0, or a smoothing that is negative or not finite.
+    Raises ValueError for vocab_size < 1, order < 0, or a smoothing that is negative or not finite, TypeError
+    for a vocab_size or order that is no integer.
     """
 
     def __init__(self, vocab_size: int, order: int = 1, smoothing: float = 1.0) -> None:
+        for name, value in (("vocab_size", vocab_size), ("order", order)):
+            if not hasattr(value, "__index__"):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
         if vocab_size < 1 or vocab_size >= 2**31:
             raise ValueError(f"vocab_size must be in [1, 2**31), got {vocab_size}")
         if order < 0:
@@ -104,6 +112,8 @@ class MarkovModel:
 
         start: the tokens before the first one drawn (at least `order` of them; they are not repeated in
         the result). Without it a context is drawn from the text fitted, and the result begins with it.
+        A context that was never seen goes on with any token, all alike: with a smoothing that is not far
+        below 1 / vocab_size most contexts are soon such ones.
         generator: on the device of the tokens fitted. Raises ValueError for a short start, and for a
         context with no continuation where smoothing is 0.
         """
@@ -129,7 +139,13 @@ class MarkovModel:
         return result[0] if num_sequences is None else result
 
     def _checked(self, tokens: Tokens, at_least: int | None = None) -> Tensor:
-        tokens = torch.as_tensor(tokens)
+        try:
+            tokens = torch.as_tensor(tokens)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(
+                "tokens must be 1-D integers, a text's characters or words by number, "
+                f"got a {type(tokens).__name__}"
+            ) from error
         at_least = self.order + 1 if at_least is None else at_least
         if tokens.numel() == 0:
             tokens = tokens.long()  # an empty list reads as float

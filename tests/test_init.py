@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from torch.nn.utils import prune
 
 import fastrnn
 from fastrnn import init
@@ -126,6 +129,69 @@ def test_a_subclass_is_what_it_extends():
     init.chrono_(Mine(4, H), 10)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_every_type(kind, dtype):
+    layer = init.recommended_(getattr(fastrnn, kind)(4, H, dtype=dtype))
+    for block in layer.weight_hh_l0.detach().double().split(H):
+        exact = dtype == torch.float64
+        torch.testing.assert_close(
+            block.mT @ block, torch.eye(H).double(), atol=1e-12 if exact else 1e-2, rtol=0
+        )
+    if kind != "RNN":
+        init.chrono_(layer, 100_000)  # above float16's largest
+        keeps = layer.bias_ih_l0.detach()[H : 2 * H]
+        assert ((keeps >= 0) & (keeps <= 11.53)).all()
+
+
+@pytest.mark.parametrize(
+    "function", [init.orthogonal_, init.recommended_, lambda layer: init.chrono_(layer, 9)]
+)
+def test_complex_layers_are_refused(function):
+    with pytest.raises(TypeError, match="draws real numbers, and this GRU is complex"):
+        function(fastrnn.GRU(2, 3, dtype=torch.complex64))
+
+
+COMPUTED = {
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "orthogonal": torch.nn.utils.parametrizations.orthogonal,
+    "pruned": lambda layer, name: prune.l1_unstructured(layer, name, amount=0.5),
+}
+
+
+@each_package
+@pytest.mark.parametrize("how", COMPUTED)
+@pytest.mark.parametrize("name", ["rnn", "rnn cell"])
+def test_computed_weights_are_an_error_and_nothing_is_changed(name, package, how):
+    """Else they would stay as they are."""
+    layer = LAYERS[name](package)
+    COMPUTED[how](layer, "weight_hh" if "cell" in name else "weight_hh_l1")
+    before = others(layer, "none")
+    for function in (init.orthogonal_, init.identity_, init.recommended_):
+        with pytest.raises(TypeError, match=r"cannot set weight_hh.* initialise the layer before"):
+            function(layer)
+    assert_kept(layer, before)
+
+
+def test_what_is_not_set_may_be_computed():
+    layer = fastrnn.LSTM(4, H)
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_ih_l0")
+    init.chrono_(init.orthogonal_(layer), 9)
+    block = layer.weight_hh_l0.detach()[:H]
+    torch.testing.assert_close(block.mT @ block, torch.eye(H))
+
+
+def test_a_class_of_that_name_is_not_that_layer():
+    class LSTM(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weights = torch.nn.Linear(2, 2)
+
+    for function in (init.orthogonal_, init.recommended_, init.forget_bias_):
+        with pytest.raises(TypeError, match=r"of fastrnn or torch\.nn, got LSTM"):
+            function(LSTM())
+
+
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
@@ -137,11 +203,13 @@ def test_a_subclass_is_what_it_extends():
         (
             lambda: init.identity_(fastrnn.LSTM(2, 2)),
             TypeError,
-            "identity_ takes an RNN layer or cell, got LSTM",
+            "identity_ takes an RNN layer or cell .*got LSTM",
         ),
         (lambda: init.forget_bias_(fastrnn.GRU(2, 2)), TypeError, "forget_bias_ takes an LSTM .*got GRU"),
         (lambda: init.chrono_(fastrnn.RNN(2, 2), 9), TypeError, "chrono_ takes an LSTM, GRU .*got RNN"),
         (lambda: init.chrono_(fastrnn.LSTM(2, 2), 1), ValueError, "t_max must be at least 2 steps, got 1"),
+        (lambda: init.chrono_(fastrnn.LSTM(2, 2), math.nan), ValueError, "at least 2 steps, got nan"),
+        (lambda: init.chrono_(fastrnn.LSTM(2, 2), math.inf), ValueError, "at least 2 steps, got inf"),
         (
             lambda: init.chrono_(fastrnn.LSTM(2, 2, bias=False), 9),
             ValueError,

@@ -108,6 +108,12 @@ def test_bad_construction(arguments):
         MarkovModel(*arguments)
 
 
+@pytest.mark.parametrize("arguments", [(3, 1.5), (3, 1.0), (3.5,), ("abc",)])
+def test_what_is_no_integer_is_not_rounded(arguments):
+    with pytest.raises(TypeError, match="must be an integer, got"):
+        MarkovModel(*arguments)
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -117,6 +123,9 @@ def test_bad_construction(arguments):
         ([1], "at least 2"),
         ([[0, 1], [1, 2]], "1-D"),
         ([0.5, 1.0], "integers"),
+        ("hello", "1-D integers, a text's characters or words by number, got a str"),
+        (["a", "b"], "1-D integers, .* got a list"),
+        ([[0], [1, 2]], "1-D integers, .* got a list"),
     ],
 )
 def test_bad_tokens(tokens, message):
