@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
     missing = [name for name in ("pytest", "pytest_benchmark") if find_spec(name) is None]
     if missing:
-        raise UserError(f"bench needs {', '.join(missing)}: pip install 'fastrnn[bench]'")
+        raise UserError(f"bench needs {', '.join(missing)}: in fastrnn's clone, pip install -e '.[bench]'")
     if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads must be at least 1, got {args.threads}")
     for path in (args.json, args.plot):

@@ -48,7 +48,9 @@ def _bench(args: argparse.Namespace) -> int:
         bench = importlib.import_module("fastrnn.bench")
     except ImportError as error:
         if error.name is not None and not error.name.startswith("fastrnn"):
-            raise UserError(f"bench needs {error.name}: pip install fastrnn[bench]") from error
+            raise UserError(
+                f"bench needs {error.name}: in fastrnn's clone, pip install -e '.[bench]'"
+            ) from error
         raise UserError("this installation of fastrnn has no benchmarks") from error
     if not hasattr(bench, "main"):  # an empty folder imports as a namespace package
         raise UserError("this installation of fastrnn has no benchmarks")

@@ -256,6 +256,7 @@ def test_table_of_the_baseline(corpus):
         ["Markov", "order", "1", "5.000"],
         ["Markov", "order", "2", "4.500"],
     ]
+    assert lines[2].endswith("smoothing picked on the validation text, in counting's favour:")
     assert "70 counts stored; 100 = 10^2 in a dense table" in lines[3]
     assert "300 counts stored; 1,000 = 10^3 in a dense table" in lines[4]
     behind = baseline.table(baseline.Comparison({"fastrnn.LSTM": 4.75}, 1234, counted, 10))
@@ -309,6 +310,19 @@ def test_plot(tmp_path):
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with pytest.raises(UserError, match="cannot write"):
         report.plot(str(tmp_path / "none" / "plot.png"), [curve], "title")
+
+
+def test_the_picture_says_what_its_numbers_are():
+    axes = pytest.importorskip("matplotlib.figure").Figure().subplots()
+    counted = [baseline.Counted(n, 0.1, 5.0 / n, 70 * n, 10 ** (n + 1), 500) for n in (1, 2)]
+    report._draw_sizes(axes, baseline.Comparison({"LSTM": 3.0}, 1234, counted, 10))
+    assert [text.get_text() for text in axes.texts] == ["perplexity\n5.00", "perplexity\n2.50"]
+    assert axes.get_ylabel() == "numbers stored"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "Markov, a table of every possible n-gram",
+        "Markov, the n-grams of the text",
+        "LSTM, any context: perplexity 3.00",
+    ]
 
 
 def test_plain_progress_prints_its_last_line(capsys):

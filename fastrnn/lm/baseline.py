@@ -71,12 +71,11 @@ def table(comparison: Comparison) -> str:
     perplexities, counted = comparison.perplexities, comparison.counted
     lines = ["perplexity per character of the validation text, and the size of what gives it:"]
     for name, value in perplexities.items():
-        lines.append(
-            f"  {name:14s} {value:9.3f} {comparison.size:>13,} parameters, however far it looks back"
-        )
+        lines.append(f"  {name:14s} {value:9.3f} {comparison.size:>13,} parameters, the same for any context")
     if counted:
         lines.append(
-            f"  counted on {counted[0].characters:,} characters, vocabulary {comparison.vocab_size}:"
+            f"  counted on {counted[0].characters:,} characters, vocabulary {comparison.vocab_size}; "
+            "smoothing picked on the validation text, in counting's favour:"
         )
     for c in counted:
         dense = f"{c.dense:,} = {comparison.vocab_size}^{c.order + 1} in a dense table"

@@ -11,7 +11,7 @@ from typing import Any
 from .baseline import Comparison
 from .errors import UserError, os_reason
 
-MISSING = "matplotlib is not installed: pip install fastrnn[lm]"
+MISSING = "matplotlib is not installed: in fastrnn's clone, pip install -e '.[lm]'"
 
 
 @dataclass(frozen=True)
@@ -73,24 +73,29 @@ def plot(path: str, curves: list[Curve], title: str, comparison: Comparison | No
 
 def _draw_sizes(axes: Any, comparison: Comparison) -> None:
     """How many numbers each model is made of, by how far back it looks, with its perplexity."""
-    orders = [c.order for c in comparison.counted]
-    axes.plot(orders, [c.dense for c in comparison.counted], "C7--", label="Markov, dense table")
-    axes.plot(orders, [c.stored for c in comparison.counted], "C1o-", label="Markov, counts stored")
-    for c in comparison.counted:
+    counted = comparison.counted
+    orders = [c.order for c in counted]
+    axes.plot(orders, [c.dense for c in counted], "C7--", label="Markov, a table of every possible n-gram")
+    axes.plot(orders, [c.stored for c in counted], "C1o-", label="Markov, the n-grams of the text")
+    for c in counted:
         axes.annotate(
-            f"{c.perplexity:.2f}",
+            f"perplexity\n{c.perplexity:.2f}",
             (c.order, c.stored),
-            xytext=(0, -14),
+            xytext=(0, -8),
             textcoords="offset points",
             ha="center",
+            va="top",
+            fontsize=9,
             color="C1",
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     best = min(comparison.perplexities, key=lambda name: comparison.perplexities[name])
-    label = f"{best}, parameters: {comparison.perplexities[best]:.2f}"
-    axes.axhline(comparison.size, color="C0", label=label)
-    axes.set(yscale="log", xlabel="order: characters looked back at", ylabel="numbers", xticks=orders)
-    axes.margins(x=0.12, y=0.12)
-    axes.set_title("size, with validation perplexity")
+    perplexity = f"perplexity {comparison.perplexities[best]:.2f}"
+    axes.axhline(comparison.size, color="C0", label=f"{best}, any context: {perplexity}")
+    axes.set(yscale="log", xlabel="characters of context", ylabel="numbers stored", xticks=orders)
+    axes.set_title("size and perplexity by context")
+    # Room for the words: the perplexities below, the legend above.
+    sizes = [comparison.size, *(c.stored for c in counted), *(c.dense for c in counted)]
+    axes.set_ylim(min(sizes) / 100, max(sizes) * 3000)
+    axes.margins(x=0.12)
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left", fontsize=9)
