@@ -61,12 +61,19 @@ def run(name: str, example: Example, quick: bool, out: Path) -> list[Figure]:
     out.mkdir(parents=True, exist_ok=True)
     random.seed(SEED)
     torch.manual_seed(SEED)
-    began = time.perf_counter()
+    began, before = time.perf_counter(), _files(out)
     found = example(quick, out)
     figures = found if isinstance(found, list) else [found]
     print(*figures, sep="\n")
+    for path in sorted(_files(out) - before):
+        print(f"wrote {path[0]}")
     print(f"({time.perf_counter() - began:.0f} s)\n", flush=True)
     return figures
+
+
+def _files(folder: Path) -> set[tuple[Path, int]]:
+    """Each with the time it was written."""
+    return {(path, path.stat().st_mtime_ns) for path in folder.iterdir()}
 
 
 def main(name: str, example: Example, description: str | None) -> int:

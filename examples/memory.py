@@ -1,6 +1,6 @@
 """The long lag: two tasks at 500 steps that gated cells solve and the vanilla cell does not.
 
-    python -m examples.memory            # minutes on one core; --quick: seconds, adding at 50 steps
+    python -m examples.memory            # minutes on one core; --quick: seconds, adding alone, at 50 steps
 
 Adding (Hochreiter & Schmidhuber 1997): of 500 random numbers two are marked, and the answer is their
 sum. Who always answers 1 has a mean squared error of 1/6. Copying: ten symbols of eight, 500 steps of
@@ -36,6 +36,7 @@ from . import common
 
 SYMBOLS, COPIED = 8, 10
 RECALLED = {"LSTM": 0.5, "GRU": 0.8, "vanilla tanh": 0.2}  # of the symbols; guessing finds an eighth
+LOSSES = {"adding": "mean squared error", "copying": "cross-entropy"}
 CELLS = {"LSTM": fastrnn.LSTM, "GRU": fastrnn.GRU, "vanilla tanh": fastrnn.RNN}
 
 
@@ -125,9 +126,7 @@ def picture(path: Path, curves: dict[tuple[str, str], Curve], T: int) -> None:
     figure = Figure(figsize=(9, 3.8))
     axes = figure.subplots(1, len({task for task, _ in curves}), squeeze=False)[0]
     styles = {"LSTM": "-o", "GRU": "-s", "vanilla tanh": "--^"}
-    for ax, (task, name) in zip(
-        axes, (("adding", "mean squared error"), ("copying", "cross-entropy")), strict=False
-    ):
+    for ax, (task, name) in zip(axes, LOSSES.items(), strict=False):
         for cell, style in styles.items():
             ax.semilogy(*zip(*curves[task, cell], strict=True), style, label=cell, markersize=4)
         ax.axhline(without_memory(task, T), color="gray", linestyle=":", label="without memory")
@@ -140,12 +139,19 @@ def picture(path: Path, curves: dict[tuple[str, str], Curve], T: int) -> None:
 
 def memory(quick: bool, out: Path) -> list[common.Figure]:
     T = 50 if quick else 500
+    if quick:
+        print("copying is left out: it takes minutes")
     plan = {"adding": (32, 300)} if quick else {"adding": (64, 800), "copying": (128, 2500)}
     curves, figures = {}, []
     for name, (hidden, steps) in plan.items():
         for cell in CELLS:
             curve, output, answers = train(cell, TASKS[name], T, hidden, steps)
             curves[name, cell] = curve
+            print(
+                f"{name}, {cell}: {LOSSES[name]} {curve[-1][1]:.4f}, "
+                f"without memory {without_memory(name, T):.4f}",
+                flush=True,
+            )
             gated = cell != "vanilla tanh"
             if name == "adding":
                 share = curve[-1][1] / without_memory(name, T)
@@ -156,14 +162,10 @@ def memory(quick: bool, out: Path) -> list[common.Figure]:
                     at_most=gated,
                 )
             else:
-                print(
-                    f"{cell}: cross-entropy {curve[-1][1]:.4f}, without memory {without_memory(name, T):.4f}"
-                )
                 right = (output[-COPIED:].argmax(-1) == answers[-COPIED:]).float().mean().item()
                 figure = common.Figure(
                     f"copying, {cell}: symbols recalled", right, RECALLED[cell], at_most=not gated
                 )
-            print(figure, flush=True)
             figures.append(figure)
     picture(out / "memory.png", curves, T)
     return figures

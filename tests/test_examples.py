@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
 common = pytest.importorskip("examples.common", reason="the examples, or tqdm, are not here")
 ROOT = Path(__file__).parent.parent
@@ -41,3 +43,40 @@ def test_the_readme_has_every_example():
     listed = set(re.findall(r"^\| \[(\w+)\]\(\1\.py\)", readme, re.M))
     source = (ROOT / "examples" / "__main__.py").read_text(encoding="utf-8")
     assert listed == set(re.findall(r"^from \.(\w+) import \1$", source, re.M))
+
+
+def test_the_files_that_an_example_writes_are_named(tmp_path, capsys):
+    (tmp_path / "older.png").touch()
+    (tmp_path / "again.png").touch()
+    os.utime(tmp_path / "again.png", (0, 0))
+
+    def example(quick, out):
+        for name in ("new.png", "again.png"):
+            (out / name).write_bytes(b"")
+        return common.Figure("a figure", 1.0, 0.5)
+
+    common.run("one", example, True, tmp_path)
+    wrote = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")]
+    assert wrote == [f"wrote {tmp_path / name}" for name in ("again.png", "new.png")]
+
+
+def test_figures_of_memory_stand_once(tmp_path, capsys, monkeypatch):
+    memory = pytest.importorskip("examples.memory", reason="matplotlib is not here")
+    output, answers = torch.zeros(70, 2, 10), torch.zeros(70, 2, dtype=torch.long)
+    monkeypatch.setattr(memory, "train", lambda *args: ([(1, 0.001)], output, answers))
+    for quick in (True, False):
+        figures = common.run("memory", memory.memory, quick, tmp_path)
+        printed = capsys.readouterr().out
+        assert [printed.count(figure.name) for figure in figures] == [1] * (3 if quick else 6)
+        assert ("copying is left out" in printed) is quick
+        assert f"wrote {tmp_path / 'memory.png'}" in printed
+
+
+@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+def test_a_summary_is_of_several(names, tmp_path, capsys, monkeypatch):
+    program = pytest.importorskip("examples.__main__", reason="what the examples need is not here")
+    found = {name: lambda quick, out: common.Figure("a figure", 1.0, 0.5) for name in ("one", "two")}
+    monkeypatch.setattr(program, "EXAMPLES", found)
+    monkeypatch.setattr("sys.argv", ["examples", *names, "--out", str(tmp_path)])
+    assert program.main() == 0
+    assert capsys.readouterr().out.count("a figure 100.00%") == {1: 1, 2: 4}[len(names)]
