@@ -139,14 +139,14 @@ class _TreeLSTM(_Tree):
 
 
 class ChildSumTreeLSTM(_TreeLSTM):
-    r"""The Child-Sum Tree-LSTM (Tai, Socher & Manning 2015, arXiv:1503.00075, eq. 2 to 8), for any number of
+    """The Child-Sum Tree-LSTM (Tai, Socher & Manning 2015, arXiv:1503.00075, eq. 2 to 8), for any number of
     children.
 
-    h~ = \sum_k h_k over the children k of a node, and with b = b_ih + b_hh
+    h~ = sum_k h_k over the children k of a node, and with b = b_ih + b_hh
 
-    i = \sigma(W_i x + U_i h~ + b_i)      f_k = \sigma(W_f x + U_f h_k + b_f)
-    o = \sigma(W_o x + U_o h~ + b_o)      g = \tanh(W_g x + U_g h~ + b_g)  (the paper's u)
-    c = i g + \sum_k f_k c_k              h = o \tanh(c)
+    i = sigmoid(W_i x + U_i h~ + b_i)      f_k = sigmoid(W_f x + U_f h_k + b_f)
+    o = sigmoid(W_o x + U_o h~ + b_o)      g = tanh(W_g x + U_g h~ + b_g)  (the paper's u)
+    c = i g + sum_k f_k c_k                h = o tanh(c)
 
     input_size    I; 0 where no node has an input
     hidden_size   H
@@ -176,15 +176,15 @@ class ChildSumTreeLSTM(_TreeLSTM):
 
 
 class NaryTreeLSTM(_TreeLSTM):
-    r"""The N-ary Tree-LSTM (Tai, Socher & Manning 2015, arXiv:1503.00075, eq. 9 to 14), with weights for each
+    """The N-ary Tree-LSTM (Tai, Socher & Manning 2015, arXiv:1503.00075, eq. 9 to 14), with weights for each
     slot.
 
     Children stand in slots 1 .. A (`Forest.from_parents(slots=)` counts from 0); h_l = c_l = 0 where slot l
     is empty. With b = b_ih + b_hh
 
-    i = \sigma(W_i x + \sum_l U_il h_l + b_i)      f_k = \sigma(W_f x + \sum_l U_fkl h_l + b_f)
-    o = \sigma(W_o x + \sum_l U_ol h_l + b_o)      g = \tanh(W_g x + \sum_l U_gl h_l + b_g)  (the paper's u)
-    c = i g + \sum_k f_k c_k                       h = o \tanh(c)
+    i = sigmoid(W_i x + sum_l U_il h_l + b_i)    f_k = sigmoid(W_f x + sum_l U_fkl h_l + b_f)
+    o = sigmoid(W_o x + sum_l U_ol h_l + b_o)    g = tanh(W_g x + sum_l U_gl h_l + b_g)  (the paper's u)
+    c = i g + sum_k f_k c_k                      h = o tanh(c)
 
     input_size    I; 0 where no node has an input
     hidden_size   H
