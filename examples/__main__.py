@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
 
@@ -10,34 +11,27 @@ import torch
 import fastrnn
 
 from . import common
-from .captioning import captioning
-from .lstm_gru import lstm_gru
-from .memory import memory
-from .sentiment import sentiment
-from .shapes import shapes
-from .speech import speech
-from .tagging import tagging
-from .translation import translation
-from .trees_listops import trees_listops
-from .trees_syntax import trees_syntax
-from .vanishing import vanishing
 
-EXAMPLES = {
-    example.__name__: example
-    for example in (
-        shapes,
-        vanishing,
-        memory,
-        lstm_gru,
-        translation,
-        captioning,
-        sentiment,
-        tagging,
-        speech,
-        trees_listops,
-        trees_syntax,
-    )
-}
+# Imported when they run: not every one needs what the others do.
+EXAMPLES = (
+    "shapes",
+    "vanishing",
+    "memory",
+    "lstm_gru",
+    "translation",
+    "captioning",
+    "sentiment",
+    "tagging",
+    "speech",
+    "trees_listops",
+    "trees_syntax",
+)
+
+
+def load(name: str) -> common.Example:
+    """The function of that name in the module of that name."""
+    example: common.Example = getattr(importlib.import_module(f"examples.{name}"), name)
+    return example
 
 
 def main() -> int:
@@ -49,14 +43,16 @@ def main() -> int:
     unknown = set(args.names) - set(EXAMPLES)
     if unknown:
         parser.error(f"no example is named {', '.join(sorted(unknown))}: there are {', '.join(EXAMPLES)}")
+    try:
+        examples = {name: load(name) for name in args.names or EXAMPLES}
+    except ModuleNotFoundError as error:
+        parser.error(f"{error.name} is missing: pip install -e '.[examples]'")
     print(
         f"fastrnn {fastrnn.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"Python {sys.version.split()[0]}\n"
     )
     began = time.perf_counter()
-    figures = {
-        name: common.run(name, EXAMPLES[name], args.quick, args.out) for name in args.names or EXAMPLES
-    }
+    figures = {name: common.run(name, example, args.quick, args.out) for name, example in examples.items()}
     if len(figures) > 1:  # one example's stand right above
         width = max(map(len, figures))
         for name, found in figures.items():

@@ -1,13 +1,14 @@
 """The programs in the documents run as they stand, and print what the documents say.
 
 A page's ```python blocks run one after another in one namespace. A ```text block right after one is what it
-prints, where ... stands for anything.
+prints, where ... stands for anything. Where matplotlib is missing all runs but the lines that draw.
 """
 
 from __future__ import annotations
 
 import contextlib
 import doctest
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -24,6 +25,7 @@ PAGES = sorted(
     if "```python\n" in page.read_text(encoding="utf-8")
 )
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n?^```text\n(.*?)^```\n)?", re.M | re.S)
+DRAWS = importlib.util.find_spec("matplotlib") is not None
 NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 
 
@@ -41,11 +43,11 @@ def as_before(tmp_path, monkeypatch):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_programs_run_and_print_what_the_page_says(page):
     text = page.read_text(encoding="utf-8")
-    if ".plot(" in text:
-        pytest.importorskip("matplotlib")
     names: dict[str, object] = {"__name__": "__main__"}
     for block in BLOCK.finditer(text):
         code, expected = block.groups()
+        if not DRAWS:
+            code = re.sub(r"^\w+\.plot\(.*$", "", code, flags=re.M)
         line = text[: block.start(1)].count("\n")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 common = pytest.importorskip("examples.common", reason="the examples, or tqdm, are not here")
+program = pytest.importorskip("examples.__main__")
 ROOT = Path(__file__).parent.parent
 
 
@@ -41,8 +44,8 @@ def test_every_figure_of_an_example_counts(tmp_path, monkeypatch):
 def test_the_readme_has_every_example():
     readme = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| \[(\w+)\]\(\1\.py\)", readme, re.M))
-    source = (ROOT / "examples" / "__main__.py").read_text(encoding="utf-8")
-    assert listed == set(re.findall(r"^from \.(\w+) import \1$", source, re.M))
+    assert listed == set(program.EXAMPLES)
+    assert all((ROOT / "examples" / f"{name}.py").is_file() for name in listed)
 
 
 def test_the_files_that_an_example_writes_are_named(tmp_path, capsys):
@@ -72,11 +75,28 @@ def test_figures_of_memory_stand_once(tmp_path, capsys, monkeypatch):
         assert f"wrote {tmp_path / 'memory.png'}" in printed
 
 
-@pytest.mark.parametrize("names", [["one"], ["one", "two"]])
+@pytest.mark.parametrize("names", [["shapes"], ["shapes", "memory"]])
 def test_a_summary_is_of_several(names, tmp_path, capsys, monkeypatch):
-    program = pytest.importorskip("examples.__main__", reason="what the examples need is not here")
-    found = {name: lambda quick, out: common.Figure("a figure", 1.0, 0.5) for name in ("one", "two")}
-    monkeypatch.setattr(program, "EXAMPLES", found)
+    monkeypatch.setattr(program, "load", lambda name: lambda quick, out: common.Figure("a figure", 1.0, 0.5))
     monkeypatch.setattr("sys.argv", ["examples", *names, "--out", str(tmp_path)])
     assert program.main() == 0
     assert capsys.readouterr().out.count("a figure 100.00%") == {1: 1, 2: 4}[len(names)]
+
+
+def test_an_example_needs_only_what_it_imports(tmp_path):
+    """shapes has nothing to do with scikit-learn; who lacks it learns of that before any training."""
+    pytest.importorskip("matplotlib")
+    script = (
+        "import sys\n"
+        "sys.modules.update({'sklearn': None, 'sklearn.datasets': None})\n"
+        "import examples.__main__ as program\n"
+        "assert program.load('shapes').__name__ == 'shapes'\n"
+        "sys.argv = ['examples', 'shapes', 'captioning']\n"
+        "program.main()\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 2, ran.stderr
+    assert ran.stdout == ""
+    assert ran.stderr.endswith("is missing: pip install -e '.[examples]'\n")
