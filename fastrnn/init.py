@@ -1,8 +1,8 @@
 """Initial values for recurrent layers, in place, as torch.nn.init has them for tensors.
 
 Each function takes one of fastrnn's or torch.nn's recurrent layers or cells, changes the parameters of all
-its layers and directions, and returns it. A layer some of whose weights are computed (parametrized, pruned)
-is a TypeError, and stays as it was. torch.nn's defaults, U(-1/sqrt(H), 1/sqrt(H)) for all, are
+its layers and directions, and returns it. Where one to be set is computed from others (parametrized, pruned)
+it raises TypeError, and changes nothing. torch.nn's defaults, U(-1/sqrt(H), 1/sqrt(H)) for all, are
 `layer.reset_parameters()`.
 """
 
@@ -35,7 +35,7 @@ def _kind(layer: torch.nn.Module, kinds: tuple[str, ...], what: str) -> str:
     )
 
 
-def _parameters(layer: torch.nn.Module, what: str, *beginnings: str) -> list[Tensor]:
+def _parameters(layer: torch.nn.Module, what: str, beginning: str) -> list[Tensor]:
     """Those whose names begin so: weight_ih_l0, weight_ih_l0_reverse ..., or a cell's weight_ih.
 
     Raises TypeError for one that is computed from others, which a change in place would not reach.
@@ -46,7 +46,7 @@ def _parameters(layer: torch.nn.Module, what: str, *beginnings: str) -> list[Ten
         names = ["weight_ih", "weight_hh", *(["bias_ih", "bias_hh"] if layer.bias else [])]
     found: list[Tensor] = []
     for name in names:
-        if name.startswith(beginnings):
+        if name.startswith(beginning):
             p = layer._parameters.get(name)
             if p is None:
                 raise TypeError(
@@ -146,7 +146,8 @@ def recommended_(layer: torch.nn.Module) -> torch.nn.Module:
     """What usually trains well: weight_ih by Glorot and Bengio 2010 gate by gate, weight_hh orthogonal,
     biases of zero, an LSTM's forget gate 1; a projection stays as it is. An RNN with relu gets the identity.
 
-    It is no cure for lags of some dozens of steps or more: the gates still begin half open. `chrono_` is.
+    It is no cure for long lags: gates that begin at 1/2, or at sigmoid(1) = 0.73, keep next to nothing for
+    some dozens of steps. `chrono_` is one, for LSTM and GRU.
     Raises TypeError for anything but a real LSTM, GRU or RNN layer or cell.
     """
     kind = _kind(layer, ("LSTM", "GRU", "RNN"), "recommended_")

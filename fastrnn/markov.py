@@ -20,8 +20,8 @@ class MarkovModel:
     Lidstone's any other; see Jurafsky & Martin, "Speech and Language Processing", ch. 3.
 
     Smoothing is added for every token of the vocabulary: a context seen 10 times gives, with smoothing=1 and
-    vocab_size=10**5, a 10,000th of its probability to what it has seen. For a large vocabulary take far less,
-    1 / vocab_size say, or `sample` draws noise.
+    vocab_size=10**5, a 10,000th of its probability to what it has seen, and `sample` draws noise. To sample
+    from a large vocabulary take far less than 1 / vocab_size.
 
     Only n-grams that were seen are stored, so memory grows with the text and not with
     vocab_size ** (order + 1).
