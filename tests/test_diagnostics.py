@@ -358,6 +358,10 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = gradient_flow(layer, x)
         found[0].singular_values  # noqa: B018
+        inside = gradient_flow(fastrnn.LSTM(I, H, proj_size=2), x)
+        values = inside.singular_values
+    del inside.singular_values
+    assert torch.equal(inside.singular_values, values)  # their products are not autocast's
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a.norms, b.norms, rtol=0.1, atol=0.03)
         torch.testing.assert_close(a.singular_values, b.singular_values, rtol=0.1, atol=0.03)
@@ -370,6 +374,11 @@ def test_a_state_that_is_not_finite():
     values = found.singular_values
     assert bool(values[:, 0].isfinite().all())
     assert found.summary()
+    # c * f' is not finite, and neither is the Jacobian.
+    c = torch.zeros(1, B, H, dtype=F64)
+    c[0, 1] = math.inf
+    values = gradient_flow(build("lstm"), randn(T, B, I), (torch.zeros_like(c), c)).singular_values
+    assert values.isnan().all(-1).all(0).tolist() == [False, True, False]
 
 
 @each_cell

@@ -148,6 +148,7 @@ def test_a_padded_batch_has_its_members_rate(kind):
     both = build(kind, bidirectional=True)
     forward, reverse = gradient_flow(both, x, lengths=rows)
     assert (forward.verdict, reverse.verdict) == ("vanish", "start")
+    assert forward.origin == reverse.origin == (39, False)
     reverse = gradient_flow(both, x, lengths=rows, loss=lambda o: o[0, :, H:].sum())[1]
     assert reverse.origin == (0, True)
     want = gradient_flow(both, x[:40, :1], loss=lambda o: o[0, :, H:].sum())[1]
@@ -225,6 +226,10 @@ def test_summary_where_nothing_arrives():
     # The last output reads the layer below at all steps, in reverse too: less the farther it lies back.
     for n, one in enumerate(gradient_flow(build("GRU", num_layers=2, bidirectional=True), randn(40, B, I))):
         assert (one.origin, one.verdict) == ((39, False), "vanish" if n < 3 else "start")
+    # The reverse direction above goes on from step 0, and the layer below with it, forward too.
+    deep = build("GRU", num_layers=2, bidirectional=True)
+    below = gradient_flow(deep, randn(40, B, I), loss=lambda o: o[0, :, H:].sum())[0]
+    assert (below.origin, below.verdict) == ((0, True), "vanish")
     none = gradient_flow(layer, randn(T, B, I), loss=lambda o: (o * 0).sum())
     assert [one.verdict for one in none] == ["none", "none"]
     assert "no gradient" in none[0].summary()
