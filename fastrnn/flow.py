@@ -33,23 +33,36 @@ class Masks(NamedTuple):
     begins: Tensor  # ... and it begins from the first state
 
 
-class Origin(NamedTuple):
-    """Where the loss begins: lag n is n input steps before `step`, or after it where `later`."""
+class Reading(NamedTuple):
+    """Where the loss reads the output: in a sequence lag n is n input steps before its step `begin`."""
 
-    step: int
-    later: bool
+    begin: Tensor  # [B], LongTensor
+    later: bool  # lags go on to later steps instead
+    steps: int  # how many steps of one sequence are read
+    finite: bool  # the loss's own gradient by the output
 
 
 class Trend(NamedTuple):
-    """What the norms do, by lag."""
+    """What the norms of the whole state do, by lag."""
 
-    verdict: str  # vanish, explode, steady, none (no gradient arrives), start (only where the run begins)
-    rate: float  # factor a step, fitted
-    level: float  # logarithm of the norm at lag 0, fitted
-    start: int  # the first lag with a gradient
-    steps: int  # how many steps the fit spans
-    zero: int | None  # the first lag after those of the fit, where the gradient is 0 or as good as 0
-    overflow: int | None  # the first lag where it is not finite
+    verdict: str
+    rate: float  # factor a step, from the first to the last lag that has a gradient
+    start: int  # that first lag
+    steps: int  # from it to the last
+    zero: int | None = None  # the lag after that, where the gradient is 0 or as good as 0
+    overflow: int | None = None  # the first lag where it is not finite
+
+
+def norm(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Euclidean norm over dims in float64, of numbers whose squares leave its range too."""
+    values = values.double()
+    if values.numel():
+        largest = values.abs().amax(dims, keepdim=True)
+        scale = torch.where(largest.isfinite() & (largest > 0), largest, 1.0)
+        result: Tensor = torch.linalg.vector_norm(values / scale, dim=dims) * scale.amax(dims)
+    else:
+        result = torch.linalg.vector_norm(values, dim=dims)
+    return result
 
 
 class GradientFlow:
@@ -59,35 +72,48 @@ class GradientFlow:
     name             "LSTM", "GRU layer 1, reverse" ...
     norms            [T] ||dL/dh_k||, Frobenius over the batch, by all paths from h_k, of the layers above too
     norms_c          [T] ||dL/dc_k|| of the LSTM likewise, h_k = o * tanh(c_k) among the paths; else None
+    norms_state      [T] of the whole state, by which summary and verdict judge: the LSTM's
+                     sqrt(||dL/dh_k||^2 + ||dL/dc_k||^2), for other cells `norms`
     singular_values  [T-1, B, S], see there
     origin           (step, later): the lag 0 of summary and plot, from which lags go back to step 0, or on to
                      step T-1 where `later`. It is the last step, in the direction's own order, that the loss
                      reads of the output's half; where that is none or the very step with which the direction
-                     begins, as in reverse by the last step's output, it is the other direction's
-    rate             factor by which norms change a step back in time: exp of the slope of a line fitted to
-                     their logarithms over all steps that have a gradient (below the dtype's smallest normal
-                     number it counts as none); NaN where there are not two
+                     begins, as in reverse by the last step's output, it is the other direction's. With
+                     lengths each sequence's lags count from its own such step; this is the latest of them
+                     (the earliest where `later`), and a lag compares the sequences that reach so far
+    rate             factor by which the norm changes a step back in time, on average from the first to the
+                     last lag that has a gradient (below the dtype's smallest normal number it counts as
+                     none); NaN where there are not two
     verdict          "vanish", "explode", "steady" (less than 1 % a step and tenfold in all, or not twofold
                      in all), "none" where no gradient arrives, "start" where one does only at the step with
-                     which the direction begins, as in the reverse direction by the last step's output
+                     which the direction begins, as in the reverse direction by the last step's output;
+                     "mixed" where the loss reads several steps of a sequence: gradients begin at each of
+                     them, and their sum has no rate; "nan" where the forward pass or the loss's own gradient
+                     is not finite
     """
 
     def __init__(
         self,
         name: str,
-        norms: Tensor,
-        norms_c: Tensor | None,
+        h: Tensor,
+        c: Tensor | None,
         steps: Steps,
         masks: Masks,
-        origin: Origin,
+        reading: Reading,
+        broken: int | None,
         reverse: bool,
         batched: bool,
     ) -> None:
+        """h and c are the norms of each sequence, float64 [T, B]; broken is the first step, in the
+        direction's order, after which a state is not finite."""
         self.name = name
-        self.norms = norms
-        self.norms_c = norms_c
-        self.origin = origin
-        self._steps, self._masks = steps, masks
+        self._h, self._c = h, c
+        self._s = h if c is None else torch.hypot(h, c)
+        dtype = steps.R.dtype
+        self.norms = norm(h, (1,)).to(dtype)
+        self.norms_c = None if c is None else norm(c, (1,)).to(dtype)
+        self.norms_state = self.norms if c is None else norm(self._s, (1,)).to(dtype)
+        self._steps, self._masks, self._reading, self._broken = steps, masks, reading, broken
         self._reverse, self._batched = reverse, batched
 
     def __repr__(self) -> str:
@@ -142,37 +168,62 @@ class GradientFlow:
             values = self._decomposed(some + self._masks.linked.shape[1])
         return values[~values.isnan().any(-1)], rows.numel()
 
+    @property
+    def origin(self) -> tuple[int, bool]:
+        begin, later = self._reading.begin.tolist(), self._reading.later
+        return (min(begin, default=0) if later else max(begin, default=0)), later
+
+    @cached_property
+    def _lags(self) -> tuple[Tensor, Tensor]:
+        """Of lag n in sequence b: its step, and whether there is one, [T, B]."""
+        lags = torch.arange(self.norms.numel(), device=self.norms.device)[:, None]
+        step = self._reading.begin + (lags if self._reading.later else -lags)
+        return step.clamp(0, lags.numel() - 1), (step >= 0) & (step < self._masks.active.sum(0))
+
     def _by_lag(self, norms: Tensor) -> Tensor:
-        step, later = self.origin
-        return (norms[step:] if later else norms[: step + 1].flip(0)).double().cpu()
+        """[lags] over the batch, from norms [T, B]. A sequence that ends takes its share of the norm along,
+        which would look like a fall: what the others have at its last lag is scaled up to the whole."""
+        step, there = self._lags
+        values = torch.where(there, norms.gather(0, step), 0.0)
+        whole, staying = norm(values, (1,)), norm(torch.where(there[1:], values[:-1], 0.0), (1,))
+        share = whole[:-1] / staying
+        share = torch.where(share.isfinite() & (staying > 0), share, 1.0)
+        whole[1:] *= share.cumprod(0)
+        return whole[: int(there.any(1).sum())].cpu()
 
     @cached_property
     def _trend(self) -> Trend:
-        values = self._by_lag(self.norms)
+        values = self._by_lag(self._s)
         finite = values.isfinite()
         seen = finite & (values >= torch.finfo(self.norms.dtype).tiny)
         lags = seen.nonzero().squeeze(1)
         overflow = None if bool(finite.all()) else int((~finite).nonzero()[0])
+        if overflow is not None and (self._broken is not None or not self._reading.finite):
+            return Trend("nan", math.nan, 0, 0, overflow=overflow)
         if not lags.numel():
-            return Trend("none" if overflow is None else "explode", math.nan, math.nan, 0, 0, None, overflow)
+            return Trend("none" if overflow is None else "explode", math.nan, 0, 0, overflow=overflow)
         start, end, last = int(lags[0]), int(lags[-1]), values.numel() - 1
-        zero = end + 1 if end < last and overflow is None else None
         steps = end - start
-        if lags.numel() < 2:
-            own = self.origin.step + (start if self.origin.later else -start)
-            first = own == (self.norms.numel() - 1 if self._reverse else 0)
-            verdict = "explode" if overflow is not None else "start" if first else "vanish"
-            return Trend(verdict, math.nan, math.nan, start, 0, zero, overflow)
-        log, middle = values[lags].log(), float(lags.double().mean())
-        t = lags.double() - middle
-        slope = float((t * log).sum() / (t * t).sum())
+        if self._reading.steps > 1:
+            return Trend("mixed", math.nan, start, steps, overflow=overflow)
+        zero = end + 1 if end < last else None
+        if not steps:
+            verdict = "explode" if overflow is not None else "start" if self._only_begins(start) else "vanish"
+            return Trend(verdict, math.nan, start, 0, zero, overflow)
+        slope = math.log(float(values[end]) / float(values[start])) / steps
         change = abs(slope) * steps
         moves = change > math.log(2.0) and (abs(slope) > _RATE or change > _CHANGE)
         verdict = "steady" if not moves else "vanish" if slope < 0 else "explode"
         if overflow is not None:
             verdict = "explode"
-        level = float(log.mean()) - slope * middle
-        return Trend(verdict, math.exp(slope), level, start, steps, zero, overflow)
+        return Trend(verdict, math.exp(slope), start, steps, zero, overflow)
+
+    def _only_begins(self, lag: int) -> bool:
+        """Whether the gradients of this lag are by the states with which the direction begins."""
+        step, there = (t[lag] for t in self._lags)
+        begins = self._masks.active.sum(0) - 1 if self._reverse else 0
+        arrives = there & (self._s.gather(0, step[None])[0] > 0)
+        return bool(((step == begins) | ~arrives).all())
 
     @property
     def rate(self) -> float:
@@ -187,52 +238,65 @@ class GradientFlow:
         return f"{self.name}: {self._sentence()}."
 
     def _sentence(self) -> str:
-        verdict, rate, _, start, steps, zero, overflow = self._trend
+        verdict, rate, start, steps, zero, overflow = self._trend
         T = self.norms.numel()
+        if verdict == "nan":
+            if self._broken is None:
+                return "the loss's gradient by the layer's output is not finite, before any step back"
+            return (
+                f"the forward pass itself is not finite, from step {self._broken:,} on: look at the input, "
+                "the states and the weights, not at the gradients"
+            )
         if verdict == "none":
             return "no gradient of the loss arrives at any step"
+        if verdict == "mixed":
+            return (
+                f"the loss reads {self._reading.steps:,} steps; gradients begin at each of them and add up, "
+                "so that no rate can be told: let loss= read one step, the last say"
+            )
         if verdict == "start":
             if T == 1:
                 return "a single step, from which no gradient flows back"
             return "the loss reads this direction only at the step with which it begins, nothing flows back"
+        state = "||dL/dh||" if self._c is None else "||dL/d(h, c)||"
         if overflow is not None and not rate > 1:
-            return f"gradients explode: ||dL/dh|| is not finite from {_back(overflow)} on"
+            return f"gradients explode: {state} is not finite from {_back(overflow)} on"
         if math.isnan(rate):
-            return f"gradients vanish at once: ||dL/dh|| is 0 from {_back(start + 1)} on"
-        values = self._by_lag(self.norms)[start:]
-        ratio = float(values[steps] / values[0])
-        over = f"over {_count(steps, 'step')}"
+            return f"gradients vanish at once: {state} is 0 from {_back(start + 1)} on"
+        values = self._by_lag(self._s)
+        first, last = float(values[start]), float(values[start + steps])
+        over = f"a step on average over {_count(steps, 'step')}, to {last / first:.3g} times its size"
         if verdict == "steady":
-            change = f"{100 * (rate - 1):+.2g} % a step"
-            return f"gradients are steady: ||dL/dh|| changes by {change} {over}, to {_times(ratio)} its size"
+            return f"gradients are steady: {state} changes by {100 * (rate - 1):+.2g} % {over}"
         if verdict == "explode":
-            text = "gradients explode: ||dL/dh|| grows "
-            text += f"{rate:.3g}-fold" if rate >= 2 else f"by {100 * (rate - 1):.3g} %"
-            text += f" a step {over}, to {_times(ratio)} its size"
+            grows = f"{rate:.3g}-fold" if rate >= 2 else f"by {100 * (rate - 1):.3g} %"
+            text = f"gradients explode: {state} grows {grows} {over}"
             if rate < 5:
                 text += f" (tenfold every {_count(round(math.log(10) / math.log(rate)), 'step')})"
             return text if overflow is None else f"{text}, and is not finite from {_back(overflow)} on"
-        text = f"gradients vanish: ||dL/dh|| falls by {100 * (1 - rate):.3g} % a step {over}, to "
-        text += f"{self._falls_to(values, 0.1, 'a tenth')} and {self._falls_to(values, 1e-3, 'a thousandth')}"
+        text = f"gradients vanish: {state} falls by {100 * (1 - rate):.3g} % {over}"
+        text += f" (a tenth {self._falls_to(values, 0.1)}, a thousandth {self._falls_to(values, 1e-3)})"
         if zero is None:
             return text
-        gone = "0" if float(self._by_lag(self.norms)[zero]) == 0 else "below the smallest normal number"
+        dtype = self.norms.dtype
+        small = last * rate < 1e3 * torch.finfo(dtype).tiny
+        gone = f"too small for {str(dtype).removeprefix('torch.')}" if small else "0"
         return f"{text}, and is {gone} from {_back(zero)} on"
 
-    def _falls_to(self, values: Tensor, share: float, word: str) -> str:
-        """When the norms are at a share of what they start with; beyond what was seen, at the rate fitted."""
-        below = (values <= share * values[0]).nonzero()
+    def _falls_to(self, values: Tensor, share: float) -> str:
+        """When the norms are at a share of what they start with; beyond what was seen, at the mean rate."""
+        start, steps = self._trend.start, self._trend.steps
+        below = (values[start:] <= share * values[start]).nonzero()
         if below.numel():
-            return f"{word} after {int(below[0]):,}"
-        steps = self._trend.steps
-        more = math.log(float(values[steps]) / (share * float(values[0]))) / -math.log(self.rate)
-        return f"{word} after {steps + max(1, round(more)):,} at that rate"
+            return f"after {int(below[0]):,}"
+        more = math.log(float(values[start + steps]) / (share * float(values[start]))) / -math.log(self.rate)
+        return f"after {steps + max(1, round(more)):,} at that rate"
 
     def plot(self, path: str | Path) -> None:
-        """Draws the norms by lag, on a logarithmic scale with the fitted rate, beside the Jacobians'
+        """Draws the norms by lag, on a logarithmic scale with the mean rate, beside the Jacobians'
         spectrum: the median, the middle 80 % and the range of each singular value over steps and batch.
 
-        path  a file, whose suffix names the format (.png, .svg, .pdf; PNG without one)
+        path  a file, whose suffix names the format (.png, .svg, .pdf; PNG without one); its folder is made
 
         Of many Jacobians, or of large ones, only some are taken, evenly chosen, unless singular_values was
         read before; the picture says of how many. `diagnostics.plot` draws several flows.
@@ -247,10 +311,6 @@ def _count(n: int, noun: str) -> str:
 
 def _back(lag: int) -> str:
     return f"{_count(lag, 'step')} back"
-
-
-def _times(ratio: float) -> str:
-    return f"{ratio:.3g} times"
 
 
 def draw(flows: Sequence[GradientFlow], path: str | Path) -> None:
@@ -268,34 +328,42 @@ def draw(flows: Sequence[GradientFlow], path: str | Path) -> None:
         part.suptitle(textwrap.fill(flow.summary(), 140), fontsize=11, x=0.01, ha="left")
         _draw_norms(left, flow)
         _draw_spectrum(right, flow)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=120)
 
 
 def _draw_norms(axes: Any, flow: GradientFlow) -> None:
     trend = flow._trend
-    for norms, name, color in ((flow.norms, "h", "C0"), (flow.norms_c, "c", "C1")):
-        if norms is not None:
-            values = flow._by_lag(norms)
-            lags = (values.isfinite() & (values > 0)).nonzero().squeeze(1)
-            style = {"marker": "."} if lags.numel() < 30 else {}
-            axes.plot(
-                lags, values[lags], color=color, label=f"$\\|\\partial L/\\partial {name}_k\\|$", **style
-            )
+    axes.set(ylabel="norm of the gradient")
+    if trend.steps == 0:
+        told = "nothing flows back" if trend.verdict in ("none", "start") else "no two lags have a gradient"
+        axes.text(0.5, 0.5, told, transform=axes.transAxes, ha="center", color="0.35")
+        axes.set(xticks=[], yticks=[])
+        return
+    whole = flow._by_lag(flow._s)
+    curves = [("h", flow._h, "C0", 1.5)]
+    if flow._c is not None:  # the whole lies on the larger of the two: broad, below them
+        curves = [("(h, c)", flow._s, "0.8", 6.0), *curves, ("c", flow._c, "C1", 1.5)]
+    for name, norms, color, width in curves:
+        values = flow._by_lag(norms)
+        lags = (values.isfinite() & (values > 0)).nonzero().squeeze(1)
+        style = {"marker": "."} if lags.numel() < 30 else {}
+        label = f"$\\|\\partial L/\\partial {name}_k\\|$"
+        axes.plot(lags, values[lags], color=color, linewidth=width, label=label, **style)
     if not math.isnan(trend.rate):
-        ends = (trend.start, trend.start + trend.steps)
-        line = [math.exp(max(-690.0, min(690.0, trend.level + math.log(trend.rate) * lag))) for lag in ends]
-        label = f"fit: {trend.rate:.3g} a step"
-        axes.plot(ends, line, color="0.35", linestyle="--", linewidth=1, label=label)
+        ends = [trend.start, trend.start + trend.steps]
+        label = f"mean: {trend.rate:.3g} a step"
+        axes.plot(ends, whole[ends], color="0.35", linestyle="--", linewidth=1, label=label)
     axes.set_yscale("log")
     _decades(axes)
-    axes.set(
-        xlabel=f"lag: steps {'after' if flow.origin.later else 'before'} step {flow.origin.step:,}",
-        ylabel="norm of the gradient",
-    )
-    axes.set_xlim(0, max(1, flow._by_lag(flow.norms).numel() - 1))
+    step, later = flow.origin
+    there = flow._lags[1][0]
+    one = bool((flow._reading.begin[there] == step).all())
+    read = f"step {step:,}" if one else "the one the loss reads, each sequence's own"
+    axes.set(xlabel=f"lag: steps {'after' if later else 'before'} {read}")
+    axes.set_xlim(0, max(1, whole.numel() - 1))
     axes.grid(alpha=0.3)
-    if axes.lines:
-        axes.legend()
+    axes.legend()
 
 
 def _decades(axes: Any) -> None:

@@ -51,7 +51,8 @@ class Steps:
     carry: Tensor | None = None
 
     def __init__(self, gx: Tensor, old: States, new: States, p: DirectionParams) -> None:
-        self.R, self.w_hr = p.w_hh, p.w_hr
+        # Copies: the Jacobians are made later, and training goes on in place.
+        self.R, self.w_hr = p.w_hh.clone(), None if p.w_hr is None else p.w_hr.clone()
         self._derive(gx, old, new, p.b_hh)
 
     def _derive(self, gx: Tensor, old: States, new: States, b: Tensor | None) -> None:
@@ -190,7 +191,7 @@ class GRUResetBefore(_GRU):
         return R_n @ (torch.diag_embed(r) + _scaled(dr, R_r))
 
 
-# One entry a cell of `reference.CELLS`.
+# By the name in `reference.CELLS`.
 STEPS: dict[str, Callable[..., Any]] = {
     "lstm": LSTM,
     "gru": GRU,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+import fastrnn
 import fastrnn.lm.checkpoint as checkpoint
 from fastrnn import __main__ as cli
-from fastrnn.lm import report
+from fastrnn.lm import diagnose, report
+from fastrnn.lm.cli import add_parser
 
 SMALL = ("--hidden", "8", "--batch", "2", "--bptt", "5")
 
@@ -133,13 +138,37 @@ def test_diagnose(capsys, text, tmp_path, cell, implementation):
         assert plot.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_advice_can_be_followed(kind):
+    """Its functions take the layer, its options are lm train's, and the guide says the same."""
+    guide = (Path(__file__).parent.parent / "docs" / "guide" / "gradients.md").read_text(encoding="utf-8")
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    for text in (diagnose.VANISHING[kind], diagnose.EXPLODING):
+        functions, options = re.findall(r"fastrnn\.init\.(\w+)", text), re.findall(r"--\w+", text)
+        assert functions or options
+        for name in functions:
+            assert f"{name}(" in guide
+            for gated in ("LSTM", "GRU") if kind == "RNN" else (kind,):
+                getattr(fastrnn.init, name)(getattr(fastrnn, gated)(3, 4), 200)
+        for option in options:
+            value = {"--cell": "gru", "--clip": "0.1", "--lr": "1e-4"}[option]
+            assert parser.parse_args(["lm", "train", option, value])
+
+
 def test_diagnose_says_what_is_wrong(capsys, text, tmp_path, monkeypatch):
     path = str(tmp_path / "lm.pt")
     assert train(capsys, text, path, "--steps", "2")[0] == 0
     other = tmp_path / "other.txt"
     other.write_text("QUITE ANOTHER TEXT", encoding="utf-8")
     given = ("diagnose", path, "--data", text, "--steps", "9")
-    assert_one_line(call(capsys, "diagnose", path, "--data", str(other)), "does not occur")
+    _, _, err = foreign = call(capsys, "diagnose", path, "--data", str(other))
+    assert_one_line(foreign, "does not occur")
+    assert "--data" not in err
+    with monkeypatch.context() as m:
+        m.setattr(diagnose, "read_text", lambda path: "QUITE ANOTHER TEXT" if path is None else "")
+        without = call(capsys, "diagnose", path)
+    assert_one_line(without, "this text is the standard library's sources: name another with --data")
     assert_one_line(call(capsys, "diagnose", path, "--data", text, "--steps", "880"), "needs 881 characters")
     assert_one_line(call(capsys, *given, "--plot", str(tmp_path)), "directory")
     if report.available():

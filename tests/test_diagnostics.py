@@ -188,8 +188,9 @@ def test_singular_values_are_jacrevs(cell, layers, both, monkeypatch):
         assert bool((one.singular_values.diff(dim=-1) <= 0).all())
 
 
-def test_every_cell_has_its_jacobian():
-    assert set(jacobians.STEPS) == set(REGISTRY)
+def test_every_layers_cell_has_its_jacobian():
+    """A cell of one's own need not: docs/guide/adding_a_cell.md."""
+    assert {build(cell)._cell for cell in CELLS} == set(jacobians.STEPS) <= set(REGISTRY)
 
 
 @each_cell
@@ -256,6 +257,34 @@ def test_batch_first_and_unbatched(cell):
         torch.testing.assert_close(single[1][n].norms, want.norms, **CLOSE)
 
 
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_reset_lies_as_the_input_does(batch_first):
+    x, reset = randn(T, B, I), torch.rand(T, B) < 0.3
+    want = gradient_flow(build("gru"), x, reset=reset)
+    layer = build("gru", batch_first=batch_first)
+    across = (lambda t: t.transpose(0, 1)) if batch_first else lambda t: t
+    found = gradient_flow(layer, across(x), reset=across(reset))
+    torch.testing.assert_close(found.norms, want.norms, **CLOSE)
+    torch.testing.assert_close(found.singular_values, want.singular_values, **CLOSE)
+    single = gradient_flow(layer, x[:, 1], reset=reset[:, 1])
+    want = gradient_flow(build("gru"), x[:, 1:2], reset=reset[:, 1:2])
+    torch.testing.assert_close(single.norms, want.norms, **CLOSE)
+    torch.testing.assert_close(single.singular_values, want.singular_values[:, 0], **CLOSE)
+
+
+def test_sequences_of_one_step_are_read():
+    """The default loss has a share of each, and none of an empty one."""
+    found = gradient_flow(build("gru"), randn(T, 3, I), lengths=torch.tensor([1, 0, 1]))
+    assert found.norms.tolist() == pytest.approx([math.sqrt(2 * H)] + [0.0] * (T - 1))
+
+
+def test_a_layer_made_in_inference_mode():
+    with torch.inference_mode():
+        layer = build("lstm_proj")
+    x = randn(T, B, I)
+    assert torch.equal(gradient_flow(layer, x).norms, gradient_flow(build("lstm_proj"), x).norms)
+
+
 def tuple_map(hx):
     return hx.unsqueeze(1) if isinstance(hx, torch.Tensor) else tuple(h.unsqueeze(1) for h in hx)
 
@@ -267,6 +296,7 @@ def test_torchs_layers_and_parametrized_ones(kind):
     orthogonal(theirs, "weight_hh_l0")
     before = type(theirs)
     found = gradient_flow(theirs, x)
+    assert found.name == kind
     assert type(theirs) is before
     assert "passes" not in vars(theirs)
     plain = getattr(fastrnn, kind)(I, H, dtype=F64)
@@ -328,6 +358,10 @@ def test_autocast():
     with torch.autocast("cpu", torch.bfloat16):
         found = gradient_flow(layer, x)
         found[0].singular_values  # noqa: B018
+        inside = gradient_flow(fastrnn.LSTM(I, H, proj_size=2), x)
+        values = inside.singular_values
+    del inside.singular_values
+    assert torch.equal(inside.singular_values, values)  # their products are not autocast's
     for a, b in zip(found, want, strict=True):
         torch.testing.assert_close(a.norms, b.norms, rtol=0.1, atol=0.03)
         torch.testing.assert_close(a.singular_values, b.singular_values, rtol=0.1, atol=0.03)
@@ -340,6 +374,11 @@ def test_a_state_that_is_not_finite():
     values = found.singular_values
     assert bool(values[:, 0].isfinite().all())
     assert found.summary()
+    # c * f' is not finite, and neither is the Jacobian.
+    c = torch.zeros(1, B, H, dtype=F64)
+    c[0, 1] = math.inf
+    values = gradient_flow(build("lstm"), randn(T, B, I), (torch.zeros_like(c), c)).singular_values
+    assert values.isnan().all(-1).all(0).tolist() == [False, True, False]
 
 
 @each_cell
@@ -374,7 +413,13 @@ def test_on_the_gpu(cell):
         (lambda layer, x: gradient_flow(torch.nn.Linear(I, H), x), TypeError, "got Linear"),
         (lambda layer, x: gradient_flow(fastrnn.GRUCell(I, H), x), TypeError, "got GRUCell"),
         (lambda layer, x: gradient_flow(fastrnn.freeze(layer), x), TypeError, "frozen"),
-        (lambda layer, x: gradient_flow(torch.nn.Sequential(torch.nn.GRU(I, H)), x), TypeError, "Sequential"),
+        (
+            lambda layer, x: gradient_flow(torch.nn.Sequential(torch.nn.GRU(I, H)), x),
+            TypeError,
+            r"Sequential; give it a layer inside this, get_submodule\('0'\)",
+        ),
+        (lambda layer, x: gradient_flow(fastrnn.Bidirectional(layer), x), TypeError, "'forward_layer'"),
+        (lambda layer, x: gradient_flow(torch.compile(layer), x), TypeError, "'_orig_mod'"),
         (lambda layer, x: gradient_flow(layer, x[0, 0]), ValueError, "2D or 3D"),
         (lambda layer, x: gradient_flow(layer, "x"), TypeError, "input must be a Tensor"),
         (lambda layer, x: gradient_flow(layer, x[..., 1:]), RuntimeError, "input_size"),
@@ -387,6 +432,11 @@ def test_on_the_gpu(cell):
         (lambda layer, x: gradient_flow(layer, x, lengths=torch.tensor([T + 1] * B)), ValueError, "lengths"),
         (lambda layer, x: gradient_flow(layer, x, reset=torch.ones(2)), ValueError, "reset"),
         (lambda layer, x: gradient_flow(layer, x.cdouble()), ValueError, "real layers"),
+        (
+            lambda layer, x: gradient_flow(layer, pack_padded_sequence(x.cdouble(), [T] * B)),
+            ValueError,
+            "real layers",
+        ),
     ],
 )
 def test_errors(call, kind, part):

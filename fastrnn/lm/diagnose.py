@@ -15,12 +15,13 @@ from .corpus import Vocabulary, read_text
 from .errors import UserError, os_reason
 from .model import CharacterModel
 
+# As docs/guide/gradients.md has it; `lm train` itself begins with torch.nn's values.
 VANISHING = {
-    "LSTM": "fastrnn.init.chrono_ or orthogonal_ before training",
-    "GRU": "fastrnn.init.orthogonal_ before training, --cell lstm",
-    "RNN": "--cell lstm or gru, fastrnn.init.identity_ or orthogonal_ before training",
+    "LSTM": "in a program of your own, fastrnn.init.chrono_(layer, steps) before training",
+    "GRU": "in a program of your own, fastrnn.init.chrono_(layer, steps) before training",
+    "RNN": "lm train --cell lstm or gru; in a program of your own, fastrnn.init.chrono_ on such a layer",
 }
-EXPLODING = "lower --clip or --lr, fastrnn.init.orthogonal_ before training"
+EXPLODING = "lm train with a lower --clip or --lr"
 
 
 def stretches(vocabulary: Vocabulary, text: str, steps: int, batch: int, name: str) -> Tensor:
@@ -55,7 +56,12 @@ def diagnose(
     """Prints the summary of each layer of the checkpoint's model, and what helps; draws them to `plot`."""
     model, vocabulary = train.load_model(path, device)
     name = data or "the standard library"
-    tokens = stretches(vocabulary, read_text(data), steps, batch, name).to(device)
+    try:
+        tokens = stretches(vocabulary, read_text(data), steps, batch, name).to(device)
+    except UserError as error:
+        if data is None:
+            raise UserError(f"{error}; this text is {name}'s sources: name another with --data") from error
+        raise
     found, loss = flows(model, tokens)
     if not math.isfinite(loss):
         raise UserError(f"the model of {path} has diverged: its loss is {loss}")
