@@ -142,6 +142,7 @@ def _loss_of(
     return value.sum()
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled program calls it as it is
 def gradient_flow(
     layer: torch.nn.Module,
     input: Tensor | PackedSequence,

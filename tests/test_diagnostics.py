@@ -392,6 +392,16 @@ def test_one_step_and_no_sequence(cell):
             assert one.summary()
 
 
+def test_inside_a_compiled_function():
+    layer = fastrnn.GRU(I, H, dtype=F64)
+
+    def norms(x):
+        return gradient_flow(layer, 2 * x).norms + 1
+
+    x = randn(T, B, I)
+    torch.testing.assert_close(torch.compile(norms, backend="eager")(x), norms(x))
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 @each_cell
