@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-import fastrnn  # noqa: E402
+import fastrnn  # noqa: E402 (this checkout's, which the line above puts on the path)
 
 project = "fastrnn"
 version = release = fastrnn.__version__

@@ -142,7 +142,8 @@ def _loss_of(
     return value.sum()
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a compiled program calls it as it is
+# A compiled program calls it as it is. torch gives this decorator no types.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def gradient_flow(
     layer: torch.nn.Module,
     input: Tensor | PackedSequence,

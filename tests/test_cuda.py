@@ -115,16 +115,22 @@ def faults(engine, request):
     cuda._plan.cache_clear()
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
-def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults, monkeypatch):
-    modes = []
+@pytest.fixture
+def modes(monkeypatch):
+    """Of every pass that is started."""
+    found = []
     run = cuda.Library.run
 
     def noted(self, values, *rest):
-        modes.append(values["mode"])
+        found.append(values["mode"])
         return run(self, values, *rest)
 
     monkeypatch.setattr(cuda.Library, "run", noted)
+    return found
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults, modes, monkeypatch):
     faults(resident=1)
     check(cell, "grid", engine, H=18)
     assert set(modes) == {cuda.MODES["step"]}
@@ -152,15 +158,7 @@ def test_any_order_of_threads(engine, faults):
         check("lstm", "cluster", engine, T=6, H=33, P=20, D=2)
 
 
-def test_a_device_without_such_clusters_does_without(engine, faults, monkeypatch):
-    modes = []
-    run = cuda.Library.run
-
-    def noted(self, values, *rest):
-        modes.append(values["mode"])
-        return run(self, values, *rest)
-
-    monkeypatch.setattr(cuda.Library, "run", noted)
+def test_a_device_without_such_clusters_does_without(engine, faults, modes, monkeypatch):
     check("lstm", "cluster", engine, H=18)
     assert set(modes) == {cuda.MODES["cluster"]}
     faults(resident=1)

@@ -26,7 +26,7 @@ CELLS = {
     "rnn_relu": (fastrnn.RNN, {"nonlinearity": "relu"}),
 }
 each_cell = pytest.mark.parametrize("cell", CELLS)
-CLOSE = {"rtol": 1e-10, "atol": 1e-13}
+CLOSE = {"rtol": 1e-11, "atol": 1e-13}  # conftest's of float64 gradients, or closer
 
 
 def build(cell, *sizes, **options):
@@ -158,8 +158,8 @@ def expected_singular_values(layer, runs):
     for n, run in enumerate(runs):
         step, later = step_of(layer, f"l{n // D}" + "_reverse" * (n % D)), 0 if n % D else 1
 
-        def flat(s, x, step=step, widths=[v.shape[-1] for v in run[0][2]]):  # noqa: B006
-            return torch.cat(step(x, s.split(widths, -1)), -1)
+        def flat(s, x, step=step, widths=tuple(v.shape[-1] for v in run[0][2])):
+            return torch.cat(step(x, s.split(list(widths), -1)), -1)
 
         rows = []
         for j in range(len(run) - 1):
@@ -183,7 +183,7 @@ def test_singular_values_are_jacrevs(cell, layers, both, monkeypatch):
     for one, want in zip(
         as_list(gradient_flow(layer, x, hx)), expected_singular_values(layer, runs), strict=True
     ):
-        torch.testing.assert_close(one.singular_values, want, rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(one.singular_values, want, rtol=1e-11, atol=1e-12)
         assert one.singular_values.shape == (T - 1, B, sum(s.shape[-1] for s in runs[0][0][1]))
         assert bool((one.singular_values.diff(dim=-1) <= 0).all())
 
@@ -213,7 +213,7 @@ def test_lengths_and_reset(cell):
         values = one.singular_values
         assert bool(values[~within].isnan().all()), n
         assert bool((values[cut] == 0).all())
-        torch.testing.assert_close(values[within & ~cut], want[within & ~cut], rtol=1e-10, atol=1e-12)
+        torch.testing.assert_close(values[within & ~cut], want[within & ~cut], rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -357,14 +357,15 @@ def test_autocast():
     want = gradient_flow(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradient_flow(layer, x)
-        found[0].singular_values  # noqa: B018
+        _ = found[0].singular_values  # computed here
         inside = gradient_flow(fastrnn.LSTM(I, H, proj_size=2), x)
         values = inside.singular_values
     del inside.singular_values
     assert torch.equal(inside.singular_values, values)  # their products are not autocast's
+    close = dict.fromkeys(("rtol", "atol"), 2 * torch.finfo(torch.bfloat16).eps)  # 0.3 over 20 seeds
     for a, b in zip(found, want, strict=True):
-        torch.testing.assert_close(a.norms, b.norms, rtol=0.1, atol=0.03)
-        torch.testing.assert_close(a.singular_values, b.singular_values, rtol=0.1, atol=0.03)
+        torch.testing.assert_close(a.norms, b.norms, **close)
+        torch.testing.assert_close(a.singular_values, b.singular_values, **close)
 
 
 def test_a_state_that_is_not_finite():
@@ -411,8 +412,8 @@ def test_on_the_gpu(cell):
     with torch.backends.cudnn.flags(allow_tf32=False):
         found = gradient_flow(layer.float().cuda(), x.float().cuda(), loss=weighed)
     for a, b in zip(found, want, strict=True):
-        torch.testing.assert_close(a.norms.cpu().double(), b.norms, rtol=1e-3, atol=1e-5)
-        torch.testing.assert_close(a.singular_values.cpu().double(), b.singular_values, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(a.norms.cpu().double(), b.norms, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(a.singular_values.cpu().double(), b.singular_values, rtol=1e-4, atol=1e-5)
         assert a.norms.is_cuda
         assert a.verdict == b.verdict
 

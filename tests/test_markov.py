@@ -151,4 +151,4 @@ def test_before_fit():
     with pytest.raises(RuntimeError, match="fit"):
         MarkovModel(3).sample(1)
     with pytest.raises(RuntimeError, match="fit"):
-        MarkovModel(3).stored  # noqa: B018
+        _ = MarkovModel(3).stored
