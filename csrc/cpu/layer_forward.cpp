@@ -22,7 +22,7 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
 
 // packed: null where the weights are `a.params`.
 template <class E, class A = E>
-Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
+Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E, A>* packed, bool save,
                 bool return_states) {
   const RowTable table(a);
   const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
@@ -66,9 +66,7 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   for (int64_t d = 0; d < D; ++d) {
     Direction<E, A>& s = scan.dir[d];
     s.reverse = d == 1;
-    if constexpr (sizeof(A) == sizeof(E)) {
-      if (packed) packed->direction(d, s);
-    }
+    if (packed) packed->direction(d, s);
     for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed; gate0 += cell.stage_gates[stage++]) {
       const LayerArgs::Direction& p = a.params[d];
       const int64_t gates = cell.stage_gates[stage];
@@ -169,14 +167,16 @@ Outputs run_packed(const std::string& name, const Tensor& x, const TensorList& s
                    const Masks& masks, bool return_states) {
   check_dtype(x);
   STD_TORCH_CHECK(dtype_of(weights) == dtype_of(x), "the weights were packed for another dtype of input");
-  const auto run = [&]<class E>(E) {
-    const CellKernels<E>& kernels = cell_kernels<E>(name);
-    const PackedLayer<E> packed(kernels, weights);
+  const auto run = [&]<class E, class A>(E, A) {
+    const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
+    const PackedLayer<E, A> packed(kernels, weights);
     const LayerArgs a = check_input({kernels.gates, kernels.states, kernels.saved}, packed.sizes(), x, states,
                                     masks.lengths, masks.batch_sizes, masks.reset);
-    return forward<E>(kernels, a, &packed, false, return_states);
+    return forward<E, A>(kernels, a, &packed, false, return_states);
   };
-  return dtype_of(x) == ScalarType::Double ? run(double{}) : run(float{});
+  return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
+         : multiplies_bf16(x)              ? run(float{}, Bf16{})
+                                           : run(float{}, float{});
 }
 
 // The operators, as ops.cpp has them.

@@ -49,7 +49,8 @@ struct Border {
 template <class A>
 struct Weight {
   enum Layout {
-    kPacked,   // [units/W][K][G][W]; of bfloat16 [units/W][K/32][G][16][W][2], pairs along k
+    kPacked,   // [units/W][K][G][W]; of bfloat16 pairs along k, [units/W][K/2][G][W][2], or, as tiles,
+               // [units/W][K/32][G][16][W][2]
     kRows,     // [G][units][K], rows of ld: dot products along k
     kColumns,  // [K][units], rows of ld, G = 1, whole vectors of units
     kInt8      // see int8.h; A is float
@@ -191,10 +192,14 @@ struct CellKernels {
   void (*step_backward)(const Scan<E, A>&, const Share&, int64_t k) = nullptr;
 };
 
+// How a packed weight lies in memory: see Weight::kPacked.
+enum class Packing : uint8_t { kSingles, kPairs, kTiles };
+
 template <class E, class A = E>
 struct Kernels {
   int width;  // units in a vector
   int panel;  // columns in a panel
+  Packing packing;
   int count;
   const CellKernels<E, A>* cells;
   void (*pack)(const Pack&, A* dst, int64_t block0, int64_t block1);
