@@ -1,4 +1,5 @@
-"""bfloat16 on every instruction set, with those that multiply it: errors against float64, odd shapes, masks."""
+"""bfloat16 on every instruction set, with those that multiply it: errors against float64, odd shapes, masks,
+bits."""
 
 from __future__ import annotations
 

@@ -40,7 +40,8 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   if (save || return_states) {
     for (int j = 1; j < cell.states; ++j) out.seq.push_back(fresh(a.seq_shape(), kScalar<E>));
   }
-  if (save) {
+  const bool save_gates = save && cell.saved;
+  if (save_gates) {
     out.saved.push_back(empty({D, N, cell.saved * H}, kScalar<E>));
     if (projected) out.saved.push_back(empty({D, N, H}, kScalar<E>));
   }
@@ -83,15 +84,15 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
       s.bx = bx;
       s.bh = bh;
     }
-    s.save = save;
-    s.ld_gates = save ? cell.saved * H : ld_gx;
-    s.gates = save ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
-                   : arena.get<E>(most_rows * ld_gx);
+    s.save = save_gates;
+    s.ld_gates = save_gates ? cell.saved * H : ld_gx;
+    s.gates = save_gates ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
+                         : arena.get<E>(most_rows * ld_gx);
     for (int j = 1; j < cell.states; ++j) {
       s.seq[j - 1] =
           out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;
     }
-    s.raw = save && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
+    s.raw = save_gates && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
     s.y = {static_cast<char*>(out.y.mutable_data_ptr()) + d * P * out.y.element_size(), D * P, bf16};
     if (a.reset) {
       uint8_t* keep = arena.get<uint8_t>(N);

@@ -67,6 +67,8 @@ struct Direction {
   bool reverse;
   const uint8_t* keep;  // [N] 0 where a reset cuts the state that enters the step; null: no resets
 
+  Border<E> y;  // [rows][P], this direction's columns
+
   // Stage s of the cell, then the projection; backward, the transposed products.
   Weight<A> w[2], w_proj;  // w_proj null: no projection
 
@@ -81,16 +83,16 @@ struct Direction {
   bool save;               // all of kSaved is wanted
   E* seq[kMaxStates - 1];  // [N][H] sequences of the states after h; null: not wanted
   E* raw;                  // [N][H] h before the projection; null: not wanted
-  Border<E> y;             // [rows][P], this direction's columns
 
   // Backward.
-  const E* saved;  // [N][kSaved*H]
+  const E* saved;  // [N][kSaved*H]; null: y has what the cell saves
   // The chunk's rows in panels [columns/W][chunk rows][W], of bfloat16 in [columns/32][chunk rows][32].
   const A* h_prev;                // P columns: the h that entered the step
   A* dg;                          // of each of kGrads, H columns
   A* mid_out;                     // H columns: two-stage cells' mid, for the weight gradient
   A* dh_out;                      // P columns: dh of the projected state, for its weight gradient
   Border<E> dy;                   // null data: no gradient reached y
+  int64_t dy_first;               // the row of y that it begins with
   const E* dseq[kMaxStates - 1];  // [N][H]; null: none
   const E* s0[kMaxStates - 1];    // [B][ld_state] first states after h
 
@@ -179,7 +181,9 @@ struct Feed {
 template <class E, class A = E>
 struct CellKernels {
   const char* name;
-  int gates, states, saved, grads, stages;
+  int gates, states;
+  int saved;  // values of a unit and a step kept for the backward pass; 0: y has them
+  int grads, stages;
   const int* stage_gates;
   const int* hidden_grad;
   void (*forward)(const Scan<E, A>&, const Share&);
