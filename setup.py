@@ -242,7 +242,7 @@ class BuildExt(build_ext):
         source, command = unit
         digest.update("\0".join(command).encode())
         for file in included(source):
-            digest.update(str(file).encode() + file.read_bytes())
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
         return folder / f"{source.stem}-{digest.hexdigest()[:20]}.o"
 
     def compile(self, unit: tuple[Path, list[str]], target: Path) -> bool:
