@@ -169,6 +169,20 @@ def headers() -> list[Path]:
     return sorted(p for pattern in ("*.h", "*.cuh", "*.inc") for p in (ROOT / "csrc").rglob(pattern))
 
 
+def included(source: Path) -> list[Path]:
+    """The source, and all that it includes of ours."""
+    found, left = set(), [source]
+    while left:
+        file = left.pop()
+        if file in found:
+            continue
+        found.add(file)
+        for name in re.findall(r'^\s*#\s*include\s+"([^"]+)"', file.read_text(), re.MULTILINE):
+            folders = (file.parent, ROOT / "csrc", ROOT / "csrc" / "cuda", ROOT)  # those of build_flags.json
+            left += [(folder / name).resolve() for folder in folders if (folder / name).is_file()][:1]
+    return sorted(found)
+
+
 class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if not sys.platform.startswith("linux"):
@@ -226,11 +240,9 @@ class BuildExt(build_ext):
     @staticmethod
     def object_path(folder: Path, unit: tuple[Path, list[str]], digest: hashlib._Hash) -> Path:
         source, command = unit
-        theirs = ROOT / "csrc" / ("cpu" if source.suffix == ".cu" else "cuda")  # which it includes nothing of
-        for header in headers():
-            if theirs not in header.parents:
-                digest.update(str(header).encode() + header.read_bytes())
-        digest.update("\0".join([str(source), *command]).encode() + source.read_bytes())
+        digest.update("\0".join(command).encode())
+        for file in included(source):
+            digest.update(str(file.relative_to(ROOT)).encode() + file.read_bytes())
         return folder / f"{source.stem}-{digest.hexdigest()[:20]}.o"
 
     def compile(self, unit: tuple[Path, list[str]], target: Path) -> bool:

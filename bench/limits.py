@@ -22,7 +22,7 @@ SAVED = {"lstm": 5, "gru": 4, "rnn": 0}
 class Peaks:
     """Of `threads` cores together.
 
-    gflops  of multiply-adds in registers; bfloat16's where the processor has AMX
+    gflops  of multiply-adds in registers; bfloat16's where the processor multiplies it
     read    (bytes, GB/s), the fewest bytes first: each core sweeps so many of its own, up and down in turns
     """
 

@@ -9,8 +9,10 @@
 #include <cstdlib>
 #include <thread>
 #include <vector>
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AVX512BF16__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -94,6 +96,23 @@ auto reads(std::size_t bytes) {
   };
 }
 
+#if defined(__AVX512BF16__)
+auto pairs() {
+  return [] {
+    constexpr long reps = 500000;
+    __m512 a[N];
+    const auto x = (__m512bh)_mm512_set1_epi32(0x3f003f00);
+    for (int k = 0; k < N; ++k) a[k] = _mm512_set1_ps(float(k));
+    return rate(2.0 * 2 * W * N * reps, [&] {
+      for (long i = 0; i < reps; ++i)
+#pragma GCC unroll 12
+        for (int k = 0; k < N; ++k) a[k] = _mm512_dpbf16_ps(a[k], x, x);
+      for (int k = 0; k < N; ++k) use(a[k]);
+    });
+  };
+}
+#endif
+
 #if defined(__AMX_BF16__) && defined(__linux__)
 bool permitted() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
@@ -125,9 +144,14 @@ auto tiles() {
 int main(int, char** argv) {
   int threads = std::atoi(argv[1]);
   std::printf("{\"gflops\": {\"float32\": %.1f", together(threads, multiply_adds));
-#if defined(__AMX_BF16__) && defined(__linux__)
-  if (permitted()) std::printf(", \"bfloat16\": %.1f", together(threads, tiles));
+  double bfloat16 = 0;
+#if defined(__AVX512BF16__)
+  bfloat16 = together(threads, pairs);
 #endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+  if (permitted()) bfloat16 = together(threads, tiles);
+#endif
+  if (bfloat16 > 0) std::printf(", \"bfloat16\": %.1f", bfloat16);
   std::printf("}, \"read\": [");
   for (std::size_t bytes = 16 << 10; bytes <= 16 << 20; bytes *= 2)
     std::printf("%s[%zu, %.1f]", bytes > 16 << 10 ? ", " : "", bytes,

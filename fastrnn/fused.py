@@ -230,7 +230,8 @@ def _fake_decoder(cell: str, *args: Any) -> tuple[Tensor, list[Tensor], Tensor, 
     if save:
         for _ in range(len(params) // 4):
             saved += [x.new_empty(T * B, H) for _ in states]
-            saved.append(x.new_empty(T * B, CELLS[cell].saved * H))
+            if not CELLS[cell].saves_h:
+                saved.append(x.new_empty(T * B, CELLS[cell].saved * H))
         if w_q is not None:
             saved.append(x.new_empty(T * B, keys.shape[2]))
     last = [s.new_empty(s.shape) for s in states]

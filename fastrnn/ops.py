@@ -216,7 +216,7 @@ def _fake_layer(
     seq, saved = [], []
     if save or return_states:
         seq = [x.new_empty((D, *x.shape[:-1], H), dtype=dtype) for _ in states[1:]]
-    if save:
+    if save and not (backend == "cpu" and spec.saves_h):
         kept = dtype if backend == "cpu" else x.dtype
         saved = [x.new_empty((D, N, spec.saved * H), dtype=kept)]
         if len(params) // D in (3, 5):

@@ -74,6 +74,7 @@ class Cell:
     step: Callable[..., tuple[Tensor, ...]]
     saved: int  # values a unit and a step that the kernels keep for the backward pass
     projectable: bool = False
+    saves_h: bool = False  # it is the new h, which the CPU keeps once, as y
 
 
 # The one registry on the Python side; csrc/cells/registry.h is the one on the C++ side.
@@ -81,8 +82,8 @@ CELLS: dict[str, Cell] = {
     "lstm": Cell(4, 2, lstm_step, saved=4, projectable=True),
     "gru": Cell(3, 1, gru_step, saved=4),
     "gru_reset_before": Cell(3, 1, gru_reset_before_step, saved=3),
-    "rnn_tanh": Cell(1, 1, rnn_tanh_step, saved=1),
-    "rnn_relu": Cell(1, 1, rnn_relu_step, saved=1),
+    "rnn_tanh": Cell(1, 1, rnn_tanh_step, saved=1, saves_h=True),
+    "rnn_relu": Cell(1, 1, rnn_relu_step, saved=1, saves_h=True),
 }
 
 

@@ -74,6 +74,23 @@ def test_only_what_needs_a_gradient(cell):
     assert torch.equal(only, both)
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_what_is_kept_for_the_backward_pass(cell):
+    """Inputs aside: y, the sequences of the other states, and what the cell saves, unless that is y."""
+    T, B, H, spec = 3, 2, 3, CELLS[cell]
+    x, states, params = random_case(cell, T, B, 2, H)
+    inputs = {t.data_ptr() for t in (x, *states, *params)}
+    kept = []
+    x.requires_grad_()
+    with (
+        fastrnn.backend("cpu"),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        functional.layer(cell, x, states, params)
+    values = sum(t.numel() for t in kept if t.data_ptr() not in inputs)
+    assert values == T * B * H * (spec.states + (0 if spec.saves_h else spec.saved))
+
+
 def test_two_backwards_and_an_edit_in_place():
     x, states, params = random_case("gru", 3, 2, 2, 3)
     x.requires_grad_()

@@ -1,4 +1,5 @@
-"""bfloat16 on every instruction set, AMX among them: errors against float64, odd shapes, masks, bits."""
+"""bfloat16 on every instruction set, with those that multiply it: errors against float64, odd shapes, masks,
+bits."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from helpers import MASKS, random_case, random_masks
 
 import fastrnn
-from fastrnn import functional, kernels
+from fastrnn import functional, kernels, packed
 from fastrnn.reference import CELLS
 
 # T, B, I, H: single elements, rows and units beyond a tile, a K that ends within one; then few enough rows
@@ -76,6 +77,22 @@ def test_masks(cell, mask, isa, monkeypatch):
 def test_projection(P, isa, monkeypatch):
     monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
     assert_close("lstm", random_case("lstm", 6, 19, 3, 41, D=2, P=P, dtype=torch.bfloat16), {})
+
+
+@each_isa
+@pytest.mark.parametrize(("cell", "P"), [*((cell, 0) for cell in CELLS), ("lstm", 33)])
+def test_frozen(cell, P, isa, monkeypatch):
+    """The bits of the plain layer, whose weights are packed too where there are so many rows."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    x, states, params = random_case(cell, 5, 19, 35, 41, D=2, P=P, dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = functional.layer(cell, x, states, params)
+    weights = packed.pack(cell, params, [], 2)
+    frozen = packed.layer(
+        cell, x, states, weights, lengths=None, batch_sizes=None, reset=None, return_states=False
+    )
+    assert torch.equal(frozen[0], plain[0])
+    assert all(torch.equal(a, b) for a, b in zip(frozen[1], plain[1], strict=True))
 
 
 @pytest.mark.parametrize("shape", [(40, 7, 16, 64), (20, 40, 33, 96), (5, 1, 8, 300)], ids=str)

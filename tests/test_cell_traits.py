@@ -22,25 +22,26 @@ def traits(tmp_path_factory):
 
 
 def test_both_registries_agree(traits):
-    assert {name: cell[:3] for name, cell in traits.items()} == {
-        name: (cell.gates, cell.states, cell.saved) for name, cell in CELLS.items()
+    assert {name: cell[:4] for name, cell in traits.items()} == {
+        name: (cell.gates, cell.states, cell.saved, cell.saves_h) for name, cell in CELLS.items()
     }
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_step_equals_the_reference(traits, name):
     """One hidden unit: gx [G], states [S] and the recurrent weights R [G], so that gh = R h."""
-    gates, states, _, forward, _ = traits[name]
+    gates, states, _, saves_h, forward, _ = traits[name]
     for _ in range(20):
         gx, s, R = (torch.randn(n, dtype=torch.float64) for n in (gates, states, gates))
         theirs = CELLS[name].step(gx[None], s[:1][None], tuple(v.view(1, 1) for v in s), R[:, None], None)
-        ours = forward(gx.tolist(), s.tolist(), R.tolist())[0]
+        ours, saved = forward(gx.tolist(), s.tolist(), R.tolist())
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), torch.cat(theirs).flatten())
+        assert not saves_h or saved == ours
 
 
 @pytest.mark.parametrize("name", CELLS)
 def test_backward_equals_finite_differences(traits, name):
-    gates, states, _, forward, backward = traits[name]
+    gates, states, _, _, forward, backward = traits[name]
     weights, step = torch.randn(states, dtype=torch.float64), 1e-6
 
     def split(v):

@@ -185,6 +185,23 @@ def test_bits_do_not_depend_on_threads(cell, shape, mask, save):
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])
+def test_gradients_of_y_that_are_not_contiguous(cell, mask):
+    """Of a sum (expanded) or of a transposed y, over chunks of steps: the same bits as from dense ones."""
+    x, states, params = random_case(cell, 300, 9, 4, 17, D=2)
+    x, masks = random_masks(mask, x)
+    leaves = [t.requires_grad_() for t in (x, *states, *params)]
+    with fastrnn.backend("cpu"):
+        y = functional.layer(cell, x, states, params, **masks)[0]
+    strided = torch.randn(y.shape[::-1], dtype=y.dtype).permute(*reversed(range(y.dim())))
+    for dy in (torch.tensor(0.3, dtype=y.dtype).expand(y.shape), strided):
+        assert not dy.is_contiguous()
+        ours = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        dense = torch.autograd.grad(y, leaves, dy.contiguous(), retain_graph=True)
+        assert all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True))
+
+
 def poisoned():
     """Every cell and mask; called in a process whose fresh memory is poisoned."""
     torch.use_deterministic_algorithms(True)

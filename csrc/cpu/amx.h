@@ -3,15 +3,11 @@
 // any other instruction set.
 #pragma once
 
-#include <immintrin.h>
-
 #include <type_traits>
 
-#include "step.h"
+#include "bf16.h"
 
 namespace fastrnn::FASTRNN_ISA {
-
-using cpu::Bf16;
 
 inline constexpr int64_t kTileRows = 16, kTileElements = 512;  // of bfloat16: 1 KB
 
@@ -145,47 +141,6 @@ FASTRNN_HD const Bf16* walk(const InPanels<Bf16>& in, int64_t K, TileArgs& t) {
   return in.data;
 }
 
-template <>
-struct Terms<Bf16> {
-  static constexpr int N = 32;
-  __m512i v;
-  static FASTRNN_HD Terms load(const Bf16* p, int64_t n) {
-    const __mmask32 mask = n >= N ? ~0u : (1u << n) - 1;
-    return {_mm512_maskz_loadu_epi16(mask, p)};
-  }
-  FASTRNN_HD Simd<float> add_product(const Terms& w, const Simd<float>& sum) const {
-    return Simd<float>::Native(_mm512_dpbf16_ps(sum.v, (__m512bh)v, (__m512bh)w.v));
-  }
-};
-
-// From weights where torch keeps them, for few rows.
-template <int G, class Epilogue>
-FASTRNN_HD void dot_product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
-                            const InRows<Bf16>& in, const cpu::Weight<Bf16>& weight, int64_t K,
-                            const float* bias, int64_t ld_bias, bool backwards, Epilogue&& epilogue) {
-  using S = Simd<float>;
-  constexpr int W = S::W;
-  alignas(64) float out[4 * G * W];
-  for (int64_t j = 0; j < block1 - block0; ++j) {
-    const int64_t unit = (backwards ? block1 - 1 - j : block0 + j) * W;
-    const int lanes = static_cast<int>(at_most(units - unit, W));
-    for (int64_t r = row0; r < row1; r += 4) {
-      const int M = static_cast<int>(at_most(row1 - r, 4));
-      const auto run = M == 1   ? &dot_tile<float, G, 1, Bf16>
-                       : M == 2 ? &dot_tile<float, G, 2, Bf16>
-                       : M == 3 ? &dot_tile<float, G, 3, Bf16>
-                                : &dot_tile<float, G, 4, Bf16>;
-      run(in.data + r * in.ld, in.ld, weight.data + unit * weight.ld, units * weight.ld, weight.ld, K, lanes,
-          bias ? bias + unit : nullptr, ld_bias, out);
-      for (int m = 0; m < M; ++m) {
-        Vec<S, G> v;
-        for (int g = 0; g < G; ++g) v[g] = S::load(out + (m * G + g) * W);
-        epilogue(r + m, unit, lanes, v);
-      }
-    }
-  }
-}
-
 // As the product of product.h.
 template <int G, class In, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
@@ -256,47 +211,12 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   }
 }
 
-// Pairs of bfloat16, moved as if each were one float.
-FASTRNN_HD Simd<float> load_pairs(const Bf16* p, int64_t elements) {
-  return Simd<float>::Native(_mm512_castsi512_ps(Terms<Bf16>::load(p, elements).v));
-}
-
-// dst [blocks][K/32][gates][16][W][2], zeros where units or K end.
+// dst [blocks][K/32][gates][16][W][2].
 inline void pack(const cpu::Pack& p, Bf16* dst, int64_t block0, int64_t block1) {
-  using S = Simd<float>;
-  constexpr int W = S::W;
-  const Bf16* src = static_cast<const Bf16*>(p.src);
   const int64_t steps = (p.K + 31) / 32;
-  for (int64_t b = block0; b < block1; ++b) {
-    const int lanes = static_cast<int>(at_most(p.units - b * W, W));
-    for (int64_t step = 0; step < steps; ++step) {
-      for (int64_t g = 0; g < p.gates; ++g) {
-        const Bf16* from = src + g * p.gate_stride + b * W * p.unit_stride + step * 32 * p.k_stride;
-        float* to = reinterpret_cast<float*>(dst + ((b * steps + step) * p.gates + g) * kTileElements);
-        const int64_t left = at_most(p.K - step * 32, 32);
-        S v[W];
-        if (p.k_stride == 1) {
-          for (int lane = 0; lane < W; ++lane) {
-            v[lane] = lane < lanes ? load_pairs(from + lane * p.unit_stride, left) : S(0);
-          }
-          transpose(v);
-        } else {
-          // Rows along the units: each two of them are interleaved.
-          for (int k = 0; k < W; ++k) {
-            const auto row = [&](int64_t i) {
-              return i < left ? _mm256_maskz_loadu_epi16(first(lanes), from + i * p.k_stride)
-                              : _mm256_setzero_si256();
-            };
-            const __m512i low = _mm512_maskz_cvtepu16_epi32(0xffff, row(2 * k));
-            const __m512i high = _mm512_maskz_cvtepu16_epi32(0xffff, row(2 * k + 1));
-            const __m512i pairs = _mm512_or_si512(low, _mm512_maskz_slli_epi32(0xffff, high, 16));
-            v[k] = S::Native(_mm512_castsi512_ps(pairs));
-          }
-        }
-        for (int k = 0; k < W; ++k) v[k].store(to + k * W);
-      }
-    }
-  }
+  pack_pairs(p, block0, block1, [&](int64_t b, int64_t step, int64_t g, int64_t k) {
+    return dst + ((b * steps + step) * p.gates + g) * kTileElements + k * 32;
+  });
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -2,43 +2,9 @@
 #pragma once
 
 #include "amx.h"
+#include "gradients.h"
 
 namespace fastrnn::FASTRNN_ISA {
-
-inline constexpr int64_t kPanelColumns = kPanel<float, Bf16>;
-
-inline void to_panels(const Border<float>& from, int64_t columns, Bf16* to, int64_t panel) {
-  using S = Simd<float>;
-  for (int64_t c = 0; c < columns; c += kPanelColumns, to += panel) {
-    for (int64_t half = 0; half < kPanelColumns; half += S::W) {
-      const int lanes = static_cast<int>(at_most(columns - c - half, S::W));
-      store_row(from.data && lanes > 0 ? load(from, 0, c + half, lanes) : S(0), to + half, S::W);
-    }
-  }
-}
-
-// Pairs from two rows, a0 b0 a1 b1 ... of the columns 0 to 15, or of 16 to 31.
-FASTRNN_HD __m512i paired(const __m512i& a, const __m512i& b, bool high) {
-  const auto half = [&](const __m512i& row) {
-    __m256i halves[2];
-    std::memcpy(halves, &row, sizeof row);
-    return _mm512_maskz_cvtepu16_epi32(0xffff, halves[high]);
-  };
-  return _mm512_or_si512(half(a), _mm512_maskz_slli_epi32(0xffff, half(b), 16));
-}
-
-FASTRNN_HD __m512i panel_row(const Bf16* panel, int64_t row, int64_t rows) {
-  return row < rows ? _mm512_loadu_si512(panel + row * kPanelColumns) : _mm512_setzero_si512();
-}
-
-// In place, [rows][32] to [rows/2][2][16][2], and zeros up to whole tiles.
-inline void pair_rows(Bf16* panel, int64_t rows) {
-  for (int64_t r = 0; r < rows || r % 32 != 0; r += 2) {
-    const __m512i a = panel_row(panel, r, rows), b = panel_row(panel, r + 1, rows);
-    _mm512_storeu_si512(panel + r * kPanelColumns, paired(a, b, false));
-    _mm512_storeu_si512(panel + (r + 1) * kPanelColumns, paired(a, b, true));
-  }
-}
 
 // `steps` pairs of tiles [16 columns][32 rows] from a panel's rows.
 FASTRNN_HD void transposed_tiles(const Bf16* panel, int64_t rows, int64_t steps, Bf16* out) {
@@ -108,31 +74,11 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
   }
 }
 
-inline void add_rows(const Bf16* panel, int64_t rows, double* to) {
-  using S = Simd<float>;
-  constexpr int64_t kRows = 8;
-  for (int64_t half = 0; half < kPanelColumns; half += S::W) {
-    for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
-      S sum(0);
-      for (int64_t r = r0; r < r0 + kRows && r < rows; ++r)
-        sum = sum + load_row(panel + r * kPanelColumns + half);
-      alignas(64) float sums[S::W];
-      sum.store(sums);
-      for (int lane = 0; lane < S::W; ++lane) to[half + lane] += static_cast<double>(sums[lane]);
-    }
-  }
-}
-
 inline void input_gradient(const cpu::InputGradient<float, Bf16>& p, int64_t row0, int64_t row1) {
-  using S = Simd<float>;
   // Rows that stay in the second-level cache beside a block of weights while all blocks pass.
   constexpr int64_t kGroup = 128;
-  for (int64_t r = row0 + kGroup; r < row1; r += kGroup, row0 += kGroup) input_gradient(p, row0, r);
-  product<1>(row0, row1, 0, (p.columns + S::W - 1) / S::W, p.columns, InPanels<Bf16>{p.dg, p.panel, p.units},
-             p.w, p.gates * p.units, static_cast<const float*>(nullptr), 0, false, Reads<float>{},
-             [&](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
-               store(p.out, row, unit, lanes, p.add ? load(p.out, row, unit, lanes) + v[0] : v[0]);
-             });
+  for (int64_t r = row0; r < row1; r += kGroup)
+    input_gradient_from(InPanels<Bf16>{p.dg, p.panel, p.units}, p, r, at_most(r + kGroup, row1));
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -31,7 +31,7 @@ struct Backward {
   // dh before the cell (before the projection, where there is one): from step `next`, from y.
   FASTRNN_HD S arriving(int64_t i, int64_t unit, int lanes, const S& product_) const {
     S dh = if_kept(kept(next, i), product_ + S::load(d.state[0] + i * d.ld_state + unit));
-    if (d.dy.data) dh = dh + load(d.dy, p.rows.at(now.first + i), unit, lanes);
+    if (d.dy.data) dh = dh + load(d.dy, p.rows.at(now.first + i) - d.dy_first, unit, lanes);
     return dh;
   }
 
@@ -49,6 +49,10 @@ struct Backward {
   }
 
   FASTRNN_HD void load_saved(int64_t i, int64_t unit, int lanes, Vec<S, Cell::kSaved>& saved) const {
+    if constexpr (Cell::kSavesH) {
+      saved[0] = load(d.y, p.rows.at(now.first + i), unit, lanes);
+      return;
+    }
     const E* from = d.saved + (now.first + i) * Cell::kSaved * p.H + unit;
     for (int j = 0; j < Cell::kSaved; ++j) saved[j] = S::load(from + j * p.H, lanes);
   }
@@ -127,7 +131,8 @@ struct Backward {
   FASTRNN_HD void step(int64_t row1) const {
     // At the very first step nothing arrives from a later one.
     const int64_t K = k == 0 ? 0 : kRecurrent * p.H, ld_saved = Cell::kSaved * p.H;
-    const Reads<E> saved{d.saved + now.first * ld_saved, ld_saved, p.H, Cell::kSaved};
+    const Reads<E> saved =
+        Cell::kSavesH ? Reads<E>{} : Reads<E>{d.saved + now.first * ld_saved, ld_saved, p.H, Cell::kSaved};
     if (d.w_proj) {
       phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, {}, [&](int64_t i, int64_t unit, int lanes, const S& v) {
         const S dh = arriving(i, unit, lanes, v);

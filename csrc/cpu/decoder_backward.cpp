@@ -25,18 +25,18 @@ class DecoderBackward : DecoderCall<E> {
     const auto get = [&](const char* name, const Tensor& t, const Shape& shape) {
       return expect(name, t, shape, in.dtype, true);
     };
-    const size_t each = static_cast<size_t>(cell.states) + 1;
+    const size_t states = static_cast<size_t>(cell.states), each = this->each();
     STD_TORCH_CHECK(saved.size() == each * in.L + in.w_q.has_value(),
                     "decoder_backward needs what decoder saved: expected ", each * in.L + in.w_q.has_value(),
                     " tensors, got ", saved.size());
-    STD_TORCH_CHECK(dlast.empty() || dlast.size() == each - 1, "dlast must be empty or one for each state");
+    STD_TORCH_CHECK(dlast.empty() || dlast.size() == states, "dlast must be empty or one for each state");
     out_ = get("out", out, {T, B, H});
     w_ = get("weights", weights, {B, T, in.S});
     if (dout) dout_ = get("dout", *dout, {T, B, H});
     if (dweights) dweights_ = get("dweights", *dweights, {B, T, in.S});
     for (const Tensor& t : dlast) dlast_.push_back(get("dlast", t, {in.L, B, H}));
     for (size_t i = 0; i < saved.size(); ++i) {
-      const bool gates = i < each * in.L && i % each == each - 1;
+      const bool gates = i < each * in.L && i % each == states;
       saved_.push_back(get("saved", saved[i], {N, i == each * in.L ? in.K : gates ? cell.saved * H : H}));
     }
   }
@@ -68,8 +68,9 @@ class DecoderBackward : DecoderCall<E> {
   }
 
  private:
-  // saved's tensor j of layer k: h, the other states, the gates.
-  E* saved(int64_t k, int j) const { return data(saved_[k * (cell_.states + 1) + j]); }
+  // saved's tensors of a layer: h, the other states, what else the cell saves.
+  size_t each() const { return static_cast<size_t>(cell_.states) + (cell_.saved ? 1 : 0); }
+  E* saved(int64_t k, int j) const { return data(saved_[k * each() + j]); }
 
   E* panels(int64_t columns) { return arena_.template get<E>(rows_ * ceil_div(columns, W_) * W_); }
 
@@ -89,7 +90,8 @@ class DecoderBackward : DecoderCall<E> {
     s.ld_ring = padded<E>(G * H);
     s.dy = {arena_.template get<E>(N * s.ld_state), s.ld_state, false};
     for (int j = 1; j < cell_.states; ++j) s.seq[j - 1] = saved(k, j);
-    s.saved = saved(k, cell_.states);
+    s.y = {saved(k, 0), H, false};
+    s.saved = cell_.saved ? saved(k, cell_.states) : nullptr;
     s.h_prev = h_prev_.emplace_back(panels(H));
     s.dg = panels(cell_.grads * blocks_ * W_);
     if (cell_.stages == 2) s.mid_out = panels(H);

@@ -80,7 +80,8 @@ class DecoderForward : DecoderCall<E> {
     const int64_t T = in_.T, B = in_.B, N = in_.N, H = in_.H, L = in_.L, K = in_.K;
     out_.out = empty({T, B, H}, in_.dtype);
     out_.weights = empty({B, T, in_.S}, in_.dtype);
-    // saved: each layer's h, its other states, its gates; then the queries of the additive score.
+    // saved: each layer's h, its other states, what else its cell saves; then the queries of the additive
+    // score.
     for (int64_t k = 0; k < L; ++k) layer(k, save);
     p_.out = data(out_.out);
     p_.weights = data(out_.weights);
@@ -154,9 +155,9 @@ class DecoderForward : DecoderCall<E> {
     s.bh = bh;
     s.y = {kept(H), H, false};
     for (int j = 1; j < cell_.states; ++j) s.seq[j - 1] = save ? kept(H) : nullptr;
-    s.save = save;
-    s.ld_gates = save ? cell_.saved * H : padded<E>(G * H);
-    s.gates = save ? kept(s.ld_gates) : arena_.template get<E>(scan.steps * B * s.ld_gates);
+    s.save = save && cell_.saved;
+    s.ld_gates = s.save ? cell_.saved * H : padded<E>(G * H);
+    s.gates = s.save ? kept(s.ld_gates) : arena_.template get<E>(scan.steps * B * s.ld_gates);
     for (E*& ring : s.ring) ring = arena_.template zeros<E>(B * s.ld_ring);
     for (int j = 1; j < cell_.states; ++j) s.state[j] = arena_.template zeros<E>(B * s.ld_state);
     if (cell_.stages == 2) s.mid = arena_.template zeros<E>(B * s.ld_mid);

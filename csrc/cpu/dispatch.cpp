@@ -21,18 +21,29 @@ void attention_baseline(InstructionSet& set);
 void attention_avx2(InstructionSet& set);
 void attention_avx512(InstructionSet& set);
 Int8Kernels int8_avx512vnni();
+Kernels<float, Bf16> bf16_avx512();
 Kernels<float, Bf16> bf16_amx();
 
 #if defined(__x86_64__)
 namespace {
 
-// The processor has the tiles, their bfloat16 product and that of AVX-512; and the kernel lends this process
-// the tiles.
+bool has_avx512bf16() {
+  unsigned a, b, c, d;
+  constexpr unsigned kAvx512Bf16 = 1u << 5;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512Bf16);
+}
+
+// Intel's multiply pairs of bfloat16 at half the rate of single floats, AMD's at the same rate.
+bool pairs_are_fast() {
+  unsigned a, b, c, d;
+  return __get_cpuid(0, &a, &b, &c, &d) && b == signature_AMD_ebx;
+}
+
+// The processor has the tiles and their bfloat16 product; and the kernel lends this process the tiles.
 bool amx_lent() {
   unsigned a, b, c, d;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAvx512Bf16 = 1u << 5;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & kAmxBf16) || !(d & kAmxTile)) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || !(a & kAvx512Bf16)) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
@@ -60,10 +71,17 @@ const std::vector<InstructionSet>& instruction_sets() {
         s.back().name = "avx512vnni";
         s.back().int8 = int8_avx512vnni();
       }
-      if (amx_lent()) {
-        s.push_back(s.back());
-        s.back().name = "amx";
-        s.back().bf16 = bf16_amx();
+      if (has_avx512bf16()) {
+        InstructionSet pairs = s.back();
+        pairs.name = "avx512bf16";
+        pairs.bf16 = bf16_avx512();
+        // The last one is the default.
+        s.insert(pairs_are_fast() ? s.end() : s.end() - 1, pairs);
+        if (amx_lent()) {
+          pairs.name = "amx";
+          pairs.bf16 = bf16_amx();
+          s.push_back(pairs);
+        }
       }
     }
 #endif

@@ -17,14 +17,15 @@ void to_panels(const Border<E>& from, int64_t columns, E* to, int64_t panel) {
   }
 }
 
-// `lanes` rows of U blocks of out, of which the last has `left` columns.
-template <class E, int U>
-void outer_tile(const E* a, const E* b, int64_t b_panel, int64_t rows, int lanes, int left, E* out,
+// `lanes` rows of U blocks of out, of which the last has `left` columns. b's blocks are `b_block` apart.
+template <class F, int U, class E>
+void outer_tile(const F* a, const F* b, int64_t b_block, int64_t rows, int lanes, int left, E* out,
                 int64_t ld_out, bool add) {
   using S = Simd<E>;
-  constexpr int W = S::W, kLanes = OuterTile<E>::kLanes;
+  constexpr int W = S::W, kLanes = OuterTile<F>::kLanes;
   alignas(64) E sums[kLanes * U * W];
-  tile<E, 1, U, kLanes>(InLanes<E, U>{a, lanes, out, ld_out}, b, W, b_panel, rows, From<E>{}, a, sums);
+  tile<F, 1, U, kLanes>(InLanes<F, U>{a, lanes, out, ld_out}, b, kPanelRow<F>, b_block, rows, From<E>{}, a,
+                        sums);
   const auto sum = [&](int m, int u) { return S::load(sums + (m * U + u) * W); };
   if (add && lanes == kLanes && left == W) {
     for (int m = 0; m < kLanes; ++m) {
@@ -45,11 +46,11 @@ void outer_tile(const E* a, const E* b, int64_t b_panel, int64_t rows, int lanes
   }
 }
 
-template <class E, int U, class... Rest>
+template <class F, int U, class... Rest>
 FASTRNN_HD void outer_tile_of(int u, Rest... rest) {
   if constexpr (U > 0) {
-    if (u == U) return outer_tile<E, U>(rest...);
-    outer_tile_of<E, U - 1>(u, rest...);
+    if (u == U) return outer_tile<F, U>(rest...);
+    outer_tile_of<F, U - 1>(u, rest...);
   }
 }
 
@@ -91,14 +92,19 @@ void add_rows(const E* panel, int64_t rows, double* to) {
 }
 
 // Rows [row0, row1) of the input's gradient: dg W, or += it.
-template <class E>
-void input_gradient(const cpu::InputGradient<E>& p, int64_t row0, int64_t row1) {
+template <class E, class A>
+void input_gradient_from(const InPanels<A>& dg, const cpu::InputGradient<E, A>& p, int64_t row0,
+                         int64_t row1) {
   using S = Simd<E>;
-  product<1>(row0, row1, 0, (p.columns + S::W - 1) / S::W, p.columns, InPanels<E>{p.dg, p.panel, p.units},
-             p.w, p.gates * p.units, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
+  product<1>(row0, row1, 0, (p.columns + S::W - 1) / S::W, p.columns, dg, p.w, p.gates * p.units,
+             static_cast<const E*>(nullptr), 0, false, Reads<E>{},
              [&](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
                store(p.out, row, unit, lanes, p.add ? load(p.out, row, unit, lanes) + v[0] : v[0]);
              });
+}
+template <class E>
+void input_gradient(const cpu::InputGradient<E>& p, int64_t row0, int64_t row1) {
+  input_gradient_from(InPanels<E>{p.dg, p.panel, p.units}, p, row0, row1);
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

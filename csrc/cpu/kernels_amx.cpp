@@ -10,6 +10,7 @@ namespace fastrnn::cpu {
 
 Kernels<float, Bf16> bf16_amx() {
   Kernels<float, Bf16> k = isa_amx::kernels<float, Bf16>();
+  k.packing = Packing::kTiles;
   k.pair_rows = &isa_amx::pair_rows;
   return k;
 }

@@ -37,7 +37,8 @@ class BackwardPass {
         steps_(chunk_steps(a_, cell_.grads * a_.H * sizeof(A))) {
     const int64_t D = a_.D, N = a_.N;
     const size_t others = static_cast<size_t>(cell_.states - 1);
-    STD_TORCH_CHECK(seq.size() == others && saved.size() == (projected_ ? 2u : 1u),
+    const size_t kept = !cell_.saved ? 0 : projected_ ? 2 : 1;
+    STD_TORCH_CHECK(seq.size() == others && saved.size() == kept,
                     "layer_backward needs what layer saved: expected ", others, " sequences of states, got ",
                     seq.size());
     STD_TORCH_CHECK(dlast.empty() || dlast.size() == others + 1, "dlast must be empty or one for each state");
@@ -45,8 +46,8 @@ class BackwardPass {
                     "dseq must be empty or one for each state after h");
     const Shape y_shape = a_.row_shape(D * P_), seq_shape = a_.seq_shape();
     y_ = expect("y", y, y_shape, a_.dtype);
-    if (dy) dy_ = expect("dy", *dy, y_shape, a_.dtype);
-    saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>));
+    if (dy) dy_ = (steps_ < a_.T ? checked : expect)("dy", *dy, y_shape, a_.dtype);
+    if (cell_.saved) saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>));
     if (projected_) saved_.push_back(expect("saved", saved[1], {D, N, H_}, kScalar<E>));
     for (const Tensor& t : seq) seq_.push_back(expect("seq", t, seq_shape, kScalar<E>));
     for (size_t j = 0; j < dlast.size(); ++j)
@@ -62,6 +63,7 @@ class BackwardPass {
       scan_.k1 = std::min(scan_.k0 + steps_, a_.T);
       for (int64_t d = 0; d < a_.D; ++d) {
         chunk(d);
+        if (dy_.defined()) chunk_dy(d);
         gather_h_prev(d);
       }
       run_team(plan.threads(), [&](const Team& team) {
@@ -78,10 +80,13 @@ class BackwardPass {
   }
 
  private:
-  static Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+  static Tensor checked(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
     STD_TORCH_CHECK(has_shape(t, shape) && t.is_cpu() && dtype_of(t) == dtype, name,
                     " must be as the forward pass gave it, in shape, dtype and device");
-    return dense(t);
+    return t;
+  }
+  static Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
+    return dense(checked(name, t, shape, dtype));
   }
 
   void prepare() {
@@ -114,8 +119,6 @@ class BackwardPass {
       }
       weight_bytes_ = G * H_ * P_ * sizeof(A);
       if (projected_) s.w_proj = w_.get(*p.w_hr, 0, {nullptr, false, 1, 0, H_, 1, P_, H_});
-      if (dy_.defined())
-        s.dy = {static_cast<char*>(dy_.mutable_data_ptr()) + d * P_ * dy_.element_size(), D * P_, bf16};
       for (int j = 1; j < cell_.states; ++j) {
         s.seq[j - 1] = static_cast<E*>(seq_[j - 1].mutable_data_ptr()) + d * N * H_;
         s.dseq[j - 1] =
@@ -126,7 +129,8 @@ class BackwardPass {
         fill_keep(table_, a_, s.reverse, static_cast<const bool*>(a_.reset->const_data_ptr()), keep);
         s.keep = keep;
       }
-      s.saved = static_cast<const E*>(saved_[0].const_data_ptr()) + d * N * cell_.saved * H_;
+      s.y = {static_cast<char*>(y_.mutable_data_ptr()) + d * P_ * y_.element_size(), D * P_, bf16};
+      if (cell_.saved) s.saved = static_cast<const E*>(saved_[0].const_data_ptr()) + d * N * cell_.saved * H_;
       s.h_prev = h_prev_[d] = arena_.get<A>(most * wide_p);
       // What pads a gate's columns is multiplied by zeros.
       const bool padded_columns = kDepth<A> > 1 && wide != H_;
@@ -184,6 +188,19 @@ class BackwardPass {
     t1_[d] = t1;
     first_[d] = table_.offset[t0];
     rows_[d] = table_.offset[t1] - first_[d];
+  }
+
+  // A dy that is not contiguous, as an expanded or a transposed one, is made so a chunk at a time.
+  void chunk_dy(int64_t d) {
+    const bool whole = dy_.is_contiguous();
+    if (whole && scan_.k0 > 0) return;
+    const int64_t begin = a_.packed() ? first_[d] : t0_[d];
+    const int64_t count = a_.packed() ? rows_[d] : t1_[d] - t0_[d];
+    dy_chunk_[d] = whole ? dy_ : dense(torch::stable::narrow(dy_, 0, begin, count));
+    Direction<E, A>& s = scan_.dir[d];
+    s.dy = at(dy_chunk_[d], d * P_);
+    s.dy.ld = a_.D * P_;
+    s.dy_first = whole ? 0 : begin * (a_.packed() ? 1 : a_.B);
   }
 
   // The h that entered each step of the chunk: what left the step before, the first state, or 0 after a
@@ -362,7 +379,7 @@ class BackwardPass {
   Arena arena_;
   Weights<E, A> w_{arena_, a_};
   Scan<E, A> scan_{};
-  Tensor y_, dy_, dx_;
+  Tensor y_, dy_, dy_chunk_[2], dx_;
   TensorList dlast_, dseq_, seq_, saved_, dparams_[2];
   Weight<A> w_ih_[2];
   A *h_prev_[2], *mid_out_[2];

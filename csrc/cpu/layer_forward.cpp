@@ -22,7 +22,7 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
 
 // packed: null where the weights are `a.params`.
 template <class E, class A = E>
-Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E>* packed, bool save,
+Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedLayer<E, A>* packed, bool save,
                 bool return_states) {
   const RowTable table(a);
   const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
@@ -40,7 +40,8 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   if (save || return_states) {
     for (int j = 1; j < cell.states; ++j) out.seq.push_back(fresh(a.seq_shape(), kScalar<E>));
   }
-  if (save) {
+  const bool save_gates = save && cell.saved;
+  if (save_gates) {
     out.saved.push_back(empty({D, N, cell.saved * H}, kScalar<E>));
     if (projected) out.saved.push_back(empty({D, N, H}, kScalar<E>));
   }
@@ -66,9 +67,7 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
   for (int64_t d = 0; d < D; ++d) {
     Direction<E, A>& s = scan.dir[d];
     s.reverse = d == 1;
-    if constexpr (sizeof(A) == sizeof(E)) {
-      if (packed) packed->direction(d, s);
-    }
+    if (packed) packed->direction(d, s);
     for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed; gate0 += cell.stage_gates[stage++]) {
       const LayerArgs::Direction& p = a.params[d];
       const int64_t gates = cell.stage_gates[stage];
@@ -85,15 +84,15 @@ Outputs forward(const CellKernels<E, A>& cell, const LayerArgs& a, const PackedL
       s.bx = bx;
       s.bh = bh;
     }
-    s.save = save;
-    s.ld_gates = save ? cell.saved * H : ld_gx;
-    s.gates = save ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
-                   : arena.get<E>(most_rows * ld_gx);
+    s.save = save_gates;
+    s.ld_gates = save_gates ? cell.saved * H : ld_gx;
+    s.gates = save_gates ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
+                         : arena.get<E>(most_rows * ld_gx);
     for (int j = 1; j < cell.states; ++j) {
       s.seq[j - 1] =
           out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;
     }
-    s.raw = save && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
+    s.raw = save_gates && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
     s.y = {static_cast<char*>(out.y.mutable_data_ptr()) + d * P * out.y.element_size(), D * P, bf16};
     if (a.reset) {
       uint8_t* keep = arena.get<uint8_t>(N);
@@ -169,14 +168,16 @@ Outputs run_packed(const std::string& name, const Tensor& x, const TensorList& s
                    const Masks& masks, bool return_states) {
   check_dtype(x);
   STD_TORCH_CHECK(dtype_of(weights) == dtype_of(x), "the weights were packed for another dtype of input");
-  const auto run = [&]<class E>(E) {
-    const CellKernels<E>& kernels = cell_kernels<E>(name);
-    const PackedLayer<E> packed(kernels, weights);
+  const auto run = [&]<class E, class A>(E, A) {
+    const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
+    const PackedLayer<E, A> packed(kernels, weights);
     const LayerArgs a = check_input({kernels.gates, kernels.states, kernels.saved}, packed.sizes(), x, states,
                                     masks.lengths, masks.batch_sizes, masks.reset);
-    return forward<E>(kernels, a, &packed, false, return_states);
+    return forward<E, A>(kernels, a, &packed, false, return_states);
   };
-  return dtype_of(x) == ScalarType::Double ? run(double{}) : run(float{});
+  return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
+         : multiplies_bf16(x)              ? run(float{}, Bf16{})
+                                           : run(float{}, float{});
 }
 
 // The operators, as ops.cpp has them.

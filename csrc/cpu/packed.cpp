@@ -9,12 +9,12 @@ struct Part {
   int64_t gate0, gates, units, K;
 };
 
-template <class E>
-void pack_weight(const Tensor& w, const Part& p, Weight<E> to) {
+template <class E, class A>
+void pack_weight(const Tensor& w, const Part& p, Weight<A> to) {
   const char* src = static_cast<const char*>(w.const_data_ptr()) + p.gate0 * p.units * p.K * w.element_size();
-  const Kernels<E>& k = kernels<E>();
+  const Kernels<E, A>& k = kernels<E, A>();
   k.pack({src, dtype_of(w) == ScalarType::BFloat16, p.gates, p.units * p.K, p.units, p.K, p.K, 1},
-         const_cast<E*>(to.data), 0, ceil_div(p.units, k.width));
+         const_cast<A*>(to.data), 0, ceil_div(p.units, k.width));
 }
 
 // As int8.h lays it out. scale: of the weight's rows.
@@ -40,10 +40,10 @@ void pack_int8(const Tensor& w, const Tensor& scale, const Part& p, Weight<float
   }
 }
 
-template <class E>
+template <class E, class A = E>
 Tensor pack_layer(const std::string& name, const TensorList& params, const TensorList& scales,
                   int64_t directions, ScalarType dtype) {
-  const CellKernels<E>& cell = cell_kernels<E>(name);
+  const CellKernels<E, A>& cell = cell_kernels<E, A>(name);
   const CellShape shape{cell.gates, cell.states, cell.saved};
   const LayerSizes n = param_sizes(shape, params, directions);
   const bool int8 = !scales.empty();
@@ -53,13 +53,13 @@ Tensor pack_layer(const std::string& name, const TensorList& params, const Tenso
                   " scales, got ", scales.size());
   STD_TORCH_CHECK(!int8 || std::max({n.I, n.P, n.H}) <= kInt8MostK, "int8 weights take rows of at most ",
                   kInt8MostK);
-  PackedLayer<E> packed(cell, n, int8, dtype);
+  PackedLayer<E, A> packed(cell, n, int8, dtype);
   for (int64_t d = 0; d < n.D; ++d) {
     const LayerArgs::Direction& p = all[d];
-    Direction<E> s{};
+    Direction<E, A> s{};
     packed.direction(d, s);
-    const auto fill = [&](const Tensor& w, int which, const Part& part, const Weight<E>& to) {
-      if constexpr (sizeof(E) == sizeof(float)) {
+    const auto fill = [&](const Tensor& w, int which, const Part& part, const Weight<A>& to) {
+      if constexpr (sizeof(A) == sizeof(float)) {
         if (int8) {
           const Tensor& scale = scales[d * each + which];
           STD_TORCH_CHECK(scale.is_cpu() && scale.is_contiguous() && scale.numel() == w.size(0) &&
@@ -68,7 +68,7 @@ Tensor pack_layer(const std::string& name, const TensorList& params, const Tenso
           return pack_int8(w, scale, part, to);
         }
       }
-      pack_weight(w, part, to);
+      pack_weight<E>(w, part, to);
     };
     for (int64_t stage = 0, gate0 = 0; stage < cell.stages; gate0 += cell.stage_gates[stage++]) {
       const int64_t gates = cell.stage_gates[stage];
@@ -88,7 +88,9 @@ Tensor pack(StringHandle cell, TensorList params, TensorList scales, int64_t dir
   if (!scales.empty()) return pack_layer<float>(name, params, scales, directions, ScalarType::Float);
   check_dtype(params[0]);
   const ScalarType dtype = dtype_of(params[0]);
-  const auto run = dtype == ScalarType::Double ? &pack_layer<double> : &pack_layer<float>;
+  const auto run = dtype == ScalarType::Double  ? &pack_layer<double>
+                   : multiplies_bf16(params[0]) ? &pack_layer<float, Bf16>
+                                                : &pack_layer<float>;
   return run(name, params, scales, directions, dtype);
 }
 

@@ -13,25 +13,26 @@ struct PackedHead {
   uint64_t magic;
   int64_t bytes, vector_bytes;  // of all, head included; of the instruction set's registers
   LayerSizes sizes;
+  Packing packing;
   bool int8;
   char cell[32];
 };
 
-template <class E>
+template <class E, class A = E>
 class PackedLayer {
  public:
   // Room for a layer; `direction` then says where its weights are to be written.
-  PackedLayer(const CellKernels<E>& cell, const LayerSizes& sizes, bool int8, ScalarType dtype)
-      : cell_(cell), head_{PackedHead::kMagic, 0, vector_bytes(), sizes, int8, {}} {
+  PackedLayer(const CellKernels<E, A>& cell, const LayerSizes& sizes, bool int8, ScalarType dtype)
+      : cell_(cell), head_{PackedHead::kMagic, 0, vector_bytes(), sizes, packing(), int8, {}} {
     std::strncpy(head_.cell, cell.name, sizeof head_.cell - 1);
-    Direction<E> end{};
+    Direction<E, A> end{};
     head_.bytes = direction(sizes.D, end);
     data_ = empty({head_.bytes / (dtype == ScalarType::BFloat16 ? 2 : int64_t{sizeof(E)})}, dtype);
     std::memset(data_.mutable_data_ptr(), 0, head_.bytes);
     std::memcpy(data_.mutable_data_ptr(), &head_, sizeof head_);
   }
 
-  PackedLayer(const CellKernels<E>& cell, const Tensor& data) : cell_(cell), head_{}, data_(dense(data)) {
+  PackedLayer(const CellKernels<E, A>& cell, const Tensor& data) : cell_(cell), head_{}, data_(dense(data)) {
     const int64_t bytes = data_.numel() * data_.element_size();
     if (bytes >= int64_t{sizeof head_}) std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
     STD_TORCH_CHECK(data_.is_cpu() && head_.magic == PackedHead::kMagic && head_.bytes == bytes && whole(),
@@ -42,6 +43,8 @@ class PackedLayer {
     STD_TORCH_CHECK(head_.vector_bytes == vector_bytes(), "the weights were packed for vectors of ",
                     head_.vector_bytes, " bytes, this processor's kernels take those of ", vector_bytes(),
                     " (", instruction_set().name, "): freeze or quantize the layer here");
+    STD_TORCH_CHECK(head_.packing == packing(), "the weights were packed for another instruction set than ",
+                    instruction_set().name, ": freeze the layer here");
   }
 
   const LayerSizes& sizes() const { return head_.sizes; }
@@ -49,22 +52,23 @@ class PackedLayer {
   const Tensor& data() const { return data_; }
 
   // Fills in direction d's weights and biases; returns where they end.
-  int64_t direction(int64_t d, Direction<E>& s) const {
+  int64_t direction(int64_t d, Direction<E, A>& s) const {
     const LayerSizes& n = head_.sizes;
     const int64_t ld = padded<E>(n.H);
     int64_t at = ceil_div(sizeof head_, kAlign) * kAlign;
     char* base = data_.defined() ? static_cast<char*>(data_.mutable_data_ptr()) : nullptr;
-    const auto get = [&](int64_t count) {
-      E* p = reinterpret_cast<E*>(base + at);
-      at += ceil_div(count * sizeof(E), kAlign) * kAlign;
+    const auto get = [&]<class T>(T, int64_t count) {
+      T* p = reinterpret_cast<T*>(base + at);
+      at += ceil_div(count * sizeof(T), kAlign) * kAlign;
       return p;
     };
-    const auto weight = [&](int gates, int64_t units, int64_t K) -> Weight<E> {
-      const int width = kernels<E>().width;
-      const int64_t block = head_.int8 ? int8_block(K, gates, width) : K * gates * width;
-      const E* p = get(ceil_div(units, width) * block);
-      if (head_.int8) return {p, Weight<E>::kInt8, 0, &instruction_set().int8};
-      return {p, Weight<E>::kPacked};
+    const auto weight = [&](int gates, int64_t units, int64_t K) -> Weight<A> {
+      const int width = kernels<E, A>().width;
+      const int64_t depth = ceil_div(K, kDepth<A>) * kDepth<A>;
+      const int64_t block = head_.int8 ? int8_block(K, gates, width) : depth * gates * width;
+      const A* p = get(A{}, ceil_div(units, width) * block);
+      if (head_.int8) return {p, Weight<A>::kInt8, 0, &instruction_set().int8};
+      return {p, Weight<A>::kPacked};
     };
     for (int64_t i = 0; i <= d && i < n.D; ++i) {
       for (int stage = 0; stage < cell_.stages; ++stage) {
@@ -72,8 +76,8 @@ class PackedLayer {
         s.w[stage] = weight(cell_.stage_gates[stage], n.H, n.P);
       }
       if (n.projected) s.w_proj = weight(1, n.P, n.H);
-      s.bx = get(cell_.gates * ld);
-      s.bh = get(cell_.gates * ld);
+      s.bx = get(E{}, cell_.gates * ld);
+      s.bh = get(E{}, cell_.gates * ld);
     }
     return at;
   }
@@ -87,13 +91,15 @@ class PackedLayer {
     if (n.I < 0 || n.H < 1 || n.P < 1 || n.I > most || n.H > most || n.P > most || n.D < 1 || n.D > 2)
       return false;
     if (n.projected ? cell_.states != 2 : n.P != n.H) return false;
-    if (head_.int8 && sizeof(E) != sizeof(float)) return false;
-    Direction<E> s{};
-    return head_.vector_bytes != vector_bytes() || direction(n.D, s) == head_.bytes;
+    if (head_.int8 && sizeof(A) != sizeof(float)) return false;
+    Direction<E, A> s{};
+    const bool here = head_.vector_bytes == vector_bytes() && head_.packing == packing();
+    return !here || direction(n.D, s) == head_.bytes;
   }
-  static int64_t vector_bytes() { return kernels<E>().width * int64_t{sizeof(E)}; }
+  static int64_t vector_bytes() { return kernels<E, A>().width * int64_t{sizeof(E)}; }
+  static Packing packing() { return kernels<E, A>().packing; }
 
-  const CellKernels<E>& cell_;
+  const CellKernels<E, A>& cell_;
   PackedHead head_;
   Tensor data_;
 };

@@ -49,7 +49,8 @@ struct Border {
 template <class A>
 struct Weight {
   enum Layout {
-    kPacked,   // [units/W][K][G][W]; of bfloat16 [units/W][K/32][G][16][W][2], pairs along k
+    kPacked,   // [units/W][K][G][W]; of bfloat16 pairs along k, [units/W][K/2][G][W][2], or, as tiles,
+               // [units/W][K/32][G][16][W][2]
     kRows,     // [G][units][K], rows of ld: dot products along k
     kColumns,  // [K][units], rows of ld, G = 1, whole vectors of units
     kInt8      // see int8.h; A is float
@@ -66,6 +67,8 @@ struct Direction {
   bool reverse;
   const uint8_t* keep;  // [N] 0 where a reset cuts the state that enters the step; null: no resets
 
+  Border<E> y;  // [rows][P], this direction's columns
+
   // Stage s of the cell, then the projection; backward, the transposed products.
   Weight<A> w[2], w_proj;  // w_proj null: no projection
 
@@ -80,16 +83,16 @@ struct Direction {
   bool save;               // all of kSaved is wanted
   E* seq[kMaxStates - 1];  // [N][H] sequences of the states after h; null: not wanted
   E* raw;                  // [N][H] h before the projection; null: not wanted
-  Border<E> y;             // [rows][P], this direction's columns
 
   // Backward.
-  const E* saved;  // [N][kSaved*H]
+  const E* saved;  // [N][kSaved*H]; null: y has what the cell saves
   // The chunk's rows in panels [columns/W][chunk rows][W], of bfloat16 in [columns/32][chunk rows][32].
   const A* h_prev;                // P columns: the h that entered the step
   A* dg;                          // of each of kGrads, H columns
   A* mid_out;                     // H columns: two-stage cells' mid, for the weight gradient
   A* dh_out;                      // P columns: dh of the projected state, for its weight gradient
   Border<E> dy;                   // null data: no gradient reached y
+  int64_t dy_first;               // the row of y that it begins with
   const E* dseq[kMaxStates - 1];  // [N][H]; null: none
   const E* s0[kMaxStates - 1];    // [B][ld_state] first states after h
 
@@ -178,7 +181,9 @@ struct Feed {
 template <class E, class A = E>
 struct CellKernels {
   const char* name;
-  int gates, states, saved, grads, stages;
+  int gates, states;
+  int saved;  // values of a unit and a step kept for the backward pass; 0: y has them
+  int grads, stages;
   const int* stage_gates;
   const int* hidden_grad;
   void (*forward)(const Scan<E, A>&, const Share&);
@@ -191,10 +196,14 @@ struct CellKernels {
   void (*step_backward)(const Scan<E, A>&, const Share&, int64_t k) = nullptr;
 };
 
+// How a packed weight lies in memory: see Weight::kPacked.
+enum class Packing : uint8_t { kSingles, kPairs, kTiles };
+
 template <class E, class A = E>
 struct Kernels {
   int width;  // units in a vector
   int panel;  // columns in a panel
+  Packing packing;
   int count;
   const CellKernels<E, A>* cells;
   void (*pack)(const Pack&, A* dst, int64_t block0, int64_t block1);

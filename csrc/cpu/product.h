@@ -22,63 +22,84 @@ struct TileShape {
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
 
+// A register's worth of factors along k, of a dot product, or of one k in each lane, of a tile; sums are of
+// Sum.
+template <class A>
+struct Terms {
+  using Sum = A;
+  static constexpr int N = Simd<A>::W;
+  Simd<A> v;
+  static FASTRNN_HD Terms load(const A* p) { return {Simd<A>::load(p)}; }
+  static FASTRNN_HD Terms load(const A* p, int n) { return {Simd<A>::load(p, n)}; }
+  static FASTRNN_HD Terms all(const A* p) { return {Simd<A>(*p)}; }
+  FASTRNN_HD Simd<A> add_product(const Terms& w, const Simd<A>& sum) const { return sum + v * w.v; }
+};
+template <class F>
+using Sum = typename Terms<F>::Sum;
+
+template <class F>
+inline constexpr int kWidth = FASTRNN_VECTOR_BYTES / sizeof(F);
+// From one row of a panel of factors to the next.
+template <class F>
+inline constexpr int64_t kPanelRow = kWidth<F>;
+
 // Of a longer K a tile's weights and the next one's would not lie in the second-level cache together, nor its
 // rows in the first: it is walked in pieces, the sums waiting in memory.
-template <class E>
-inline constexpr int64_t kLongest = 4096 / sizeof(E);
+template <class F>
+inline constexpr int64_t kLongest = 4096 / sizeof(F);
 
 // The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
 // row lies), `row` is the way from there to the next row's, and `piece` how many k are walked at a time.
 
 // [rows][K], rows of ld. `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
-template <class E>
+template <class F>
 struct InRows {
-  const E* data;
+  const F* data;
   int64_t ld;
   FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld}; }
   FASTRNN_HD int64_t piece(int64_t K) const {
-    const int64_t pieces = (K + kLongest<E> - 1) / kLongest<E>;
+    const int64_t pieces = (K + kLongest<F> - 1) / kLongest<F>;
     return pieces > 1 ? (K + pieces - 1) / pieces : K;
   }
   FASTRNN_HD int64_t row() const { return ld; }
   template <class Add>
-  FASTRNN_HD void each(int64_t K, const E* ahead, Add&& add) const {
+  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < K; ++k) {
-      __builtin_prefetch(ahead + k * Simd<E>::W, 0, 2);
+      __builtin_prefetch(ahead + k * kWidth<F>, 0, 2);
       add(k, data + k);
     }
   }
 };
 
 // Panels [gates][units/W][...][W] of rows, `panel` apart: k counts a gate's units, then the gates.
-template <class E>
+template <class F>
 struct InPanels {
-  const E* data;
+  const F* data;
   int64_t panel, units;
   FASTRNN_HD InPanels from(int64_t row, int64_t k) const {
-    const int64_t panels = (units + Simd<E>::W - 1) / Simd<E>::W;
-    return {data + (k ? k / units * panels * panel : 0) + row * Simd<E>::W, panel, units};
+    const int64_t panels = (units + kWidth<F> - 1) / kWidth<F>;
+    return {data + (k ? k / units * panels * panel : 0) + row * kWidth<F>, panel, units};
   }
   FASTRNN_HD int64_t piece(int64_t K) const {  // whole gates
-    return K <= kLongest<E> ? K : units >= kLongest<E> ? units : kLongest<E> / units * units;
+    return K <= kLongest<F> ? K : units >= kLongest<F> ? units : kLongest<F> / units * units;
   }
-  FASTRNN_HD static constexpr int64_t row() { return Simd<E>::W; }
+  FASTRNN_HD static constexpr int64_t row() { return kWidth<F>; }
   template <class Add>
-  FASTRNN_HD void each(int64_t K, const E* ahead, Add&& add) const {
-    const E* at = data;
+  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+    const F* at = data;
     for (int64_t k = 0, unit = 0; k < K; at += panel) {
       const int64_t left = units - unit;
-      if (left > Simd<E>::W) {
+      if (left > kWidth<F>) {
 #pragma GCC unroll 2
-        for (int lane = 0; lane < Simd<E>::W; ++lane) {
+        for (int lane = 0; lane < kWidth<F>; ++lane) {
           // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
-          __builtin_prefetch(at + 2 * panel + lane * Simd<E>::W);
-          __builtin_prefetch(ahead + (k + lane) * Simd<E>::W, 0, 2);
+          __builtin_prefetch(at + 2 * panel + lane * kWidth<F>);
+          __builtin_prefetch(ahead + (k + lane) * kWidth<F>, 0, 2);
           add(k + lane, at + lane);
         }
-        k += Simd<E>::W;
-        unit += Simd<E>::W;
+        k += kWidth<F>;
+        unit += kWidth<F>;
       } else {
         for (int lane = 0; lane < left; ++lane) add(k + lane, at + lane);
         k += left;
@@ -89,9 +110,9 @@ struct InPanels {
 };
 
 // The tile of an outer product: it divides a panel, and its accumulators fill the register file.
-template <class E>
+template <class F>
 struct OuterTile {
-  static constexpr int W = Simd<E>::W;
+  static constexpr int W = kWidth<F>;
   static constexpr int kLanes = W >= 8 ? W / 2 : W;
   static constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int kBlocks = kAccumulators / kLanes < 6 ? kAccumulators / kLanes : 6;
@@ -99,21 +120,21 @@ struct OuterTile {
 
 // One panel [K][W], transposed: its lanes are the rows. Meanwhile the `lanes` rows of U vectors that will be
 // added to, `ld` apart, come nearer, a few at a time: all at once would keep the factors waiting.
-template <class E, int U>
+template <class F, int U>
 struct InLanes {
-  const E* data;
+  const F* data;
   int lanes;
-  const E* to;
+  const Sum<F>* to;
   int64_t ld;
   FASTRNN_HD static constexpr int64_t row() { return 1; }
   template <class Add>
-  FASTRNN_HD void each(int64_t K, const E*, Add&& add) const {
-    const int64_t few = K / OuterTile<E>::kLanes;
+  FASTRNN_HD void each(int64_t K, const F*, Add&& add) const {
+    const int64_t few = K / OuterTile<F>::kLanes;
     int64_t k = 0;
     for (int lane = 0; lane < lanes; ++lane) {
-      for (int u = 0; u < U; ++u) __builtin_prefetch(to + lane * ld + u * Simd<E>::W, 1);
+      for (int u = 0; u < U; ++u) __builtin_prefetch(to + lane * ld + u * kWidth<F>, 1);
 #pragma GCC unroll 2
-      for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k) add(k, data + k * Simd<E>::W);
+      for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k) add(k, data + k * kPanelRow<F>);
     }
   }
 };
@@ -128,10 +149,10 @@ struct From {
 // out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + from, the blocks `block` apart and the k `step`.
 // One sum adds up its K in order, so the bits do not depend on how rows and units were shared out. `ahead`: K
 // vectors of weights to bring into the second-level cache meanwhile.
-template <class E, int G, int U, int M, class A>
-__attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block, int64_t K,
-                                    const From<E>& from, const E* ahead, E* out) {
-  using S = Simd<E>;
+template <class F, int G, int U, int M, class A>
+__attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block, int64_t K,
+                                    const From<Sum<F>>& from, const F* ahead, Sum<F>* out) {
+  using S = Simd<Sum<F>>;
   S acc[M][U][G];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -142,19 +163,19 @@ __attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block
         acc[m][u][g] = from.data ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
       }
   const int64_t row = a.row();
-  a.each(K, ahead, [&](int64_t k, const E* a_k) __attribute__((always_inline)) {
-    S wk[U][G];
+  a.each(K, ahead, [&](int64_t k, const F* a_k) __attribute__((always_inline)) {
+    Terms<F> wk[U][G];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) wk[u][g] = S::load(w + u * block + k * step + g * S::W);
+      for (int g = 0; g < G; ++g) wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const S am(a_k[m * row]);
+      const auto am = Terms<F>::all(a_k + m * row);
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) acc[m][u][g] = acc[m][u][g] + am * wk[u][g];
+        for (int g = 0; g < G; ++g) acc[m][u][g] = am.add_product(wk[u][g], acc[m][u][g]);
     }
   });
 #pragma GCC unroll 8
@@ -166,22 +187,13 @@ __attribute__((noinline)) void tile(A a, const E* w, int64_t step, int64_t block
 }
 
 // By reference: a struct that is copied right after it was written waits for all stores before it.
-template <class E, int G, int U, int M, class... Rest>
+template <class F, int G, int U, int M, class... Rest>
 FASTRNN_HD void tile_of(int m, const Rest&... rest) {
   if constexpr (M > 0) {
-    if (m == M) return tile<E, G, U, M>(rest...);
-    tile_of<E, G, U, M - 1>(m, rest...);
+    if (m == M) return tile<F, G, U, M>(rest...);
+    tile_of<F, G, U, M - 1>(m, rest...);
   }
 }
-
-// A register's worth of a dot product's factors.
-template <class A>
-struct Terms {
-  static constexpr int N = Simd<A>::W;
-  Simd<A> v;
-  static FASTRNN_HD Terms load(const A* p, int n) { return {Simd<A>::load(p, n)}; }
-  FASTRNN_HD Simd<A> add_product(const Terms& w, const Simd<A>& sum) const { return sum + v * w.v; }
-};
 
 // The same tile from w [G][units][K] where torch keeps it, for one block of units: packing it would cost more
 // than the few rows gain. out [M][1][G][W].
@@ -254,10 +266,11 @@ struct Reads {
 // Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
 // the blocks from the last: where w outgrows the cache, the next step then begins with what this one left
 // there.
-template <int G, class A, class E, class Epilogue>
+template <int G, class A, class F, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const A& a,
-                        const cpu::Weight<E>& weight, int64_t K, const E* bias, int64_t ld_bias,
-                        bool backwards, const Reads<E>& reads, Epilogue&& epilogue) {
+                        const cpu::Weight<F>& weight, int64_t K, const Sum<F>* bias, int64_t ld_bias,
+                        bool backwards, const Reads<Sum<F>>& reads, Epilogue&& epilogue) {
+  using E = Sum<F>;
   using S = Simd<E>;
   using Tile = TileShape<G>;
   constexpr int kMostUnits = Tile::kUnitsOneRow > Tile::kUnits ? Tile::kUnitsOneRow : Tile::kUnits;
@@ -267,13 +280,13 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   alignas(64) E sums[kGroup * kMost * S::W];
   const int64_t rows = row1 - row0;
   if (rows <= 0) return;
-  const bool dots = weight.layout == cpu::Weight<E>::kRows;
-  const bool int8 = weight.layout == cpu::Weight<E>::kInt8;
+  const bool dots = weight.layout == cpu::Weight<F>::kRows;
+  const bool int8 = weight.layout == cpu::Weight<F>::kInt8;
   const int most = dots ? 4 : int8 ? Tile::kInt8Rows : Tile::kRows;
   const int64_t tiles = (rows + most - 1) / most;
   const int wide = dots ? 1 : rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
   const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
-  const bool packed = weight.layout == cpu::Weight<E>::kPacked;
+  const bool packed = weight.layout == cpu::Weight<F>::kPacked;
   const int64_t step = packed ? G * S::W : weight.ld;
   const int64_t block = packed ? (weight.ld ? weight.ld : K) * G * S::W
                         : int8 ? cpu::int8_block(K, G, S::W)
@@ -284,29 +297,29 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
     const int64_t at = backwards ? sweeps - 1 - j : j;
     const int U = at < wides ? wide : 1;
     const int64_t b = block0 + (at < wides ? at * wide : wides * wide + at - wides);
-    const E* w = weight.data + b * block;
+    const F* w = weight.data + b * block;
     const int64_t after = backwards ? b - wide : b + U;
-    const E* next = packed && after >= block0 && after < block1 ? weight.data + after * block : nullptr;
+    const F* next = packed && after >= block0 && after < block1 ? weight.data + after * block : nullptr;
     const E* bias_b = bias ? bias + b * S::W : nullptr;
     for (int64_t tile0 = 0; tile0 < tiles; tile0 += group) {
       const int64_t tile1 = tile0 + group < tiles ? tile0 + group : tiles;
       int64_t k = 0, k1;
       do {
         k1 = k + piece < K ? k + piece : K;
-        const E* w_k = w + k * step;
+        const F* w_k = w + k * step;
         // While these tiles are worked on, the weights that follow come nearer, a gate's piece a tile.
-        const E* follow = k1 < K ? w + k1 * step : next;
+        const F* follow = k1 < K ? w + k1 * step : next;
         for (int64_t i = tile0; i < tile1; ++i) {
           const int64_t r = row0 + rows * i / tiles;
           const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
-          const E* ahead = follow && i < U * G ? follow + i / G * block + i % G * (k1 - k) * S::W : w_k;
+          const F* ahead = follow && i < U * G ? follow + i / G * block + i % G * (k1 - k) * S::W : w_k;
           const A a_r = a.from(r, k);
           E* out = sums + (i - tile0) * kMost * S::W;
           const From<E> from =
               k ? From<E>{out, U * G * S::W, G * S::W, S::W} : From<E>{bias_b, 0, S::W, ld_bias};
           if (k1 == K) reads.fetch(r, M, b * S::W, U);
           if (dots) {
-            if constexpr (std::is_same_v<A, InRows<E>>) {
+            if constexpr (std::is_same_v<A, InRows<E>> && std::is_same_v<E, F>) {
               const int64_t left = units - b * S::W;
               const int lanes = static_cast<int>(left < S::W ? left : S::W);
               const auto run = M == 1   ? &dot_tile<E, G, 1, E>
@@ -316,15 +329,15 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
               run(a_r.data, a_r.ld, w, units * weight.ld, weight.ld, K, lanes, bias_b, ld_bias, out);
             }
           } else if (int8) {
-            if constexpr (std::is_same_v<A, InRows<float>>) {
+            if constexpr (std::is_same_v<A, InRows<float>> && std::is_same_v<E, F>) {
               weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
             }
           } else if (U == 1) {
-            tile_of<E, G, 1, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, 1, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
           } else if (rows == 1) {
-            tile<E, G, Tile::kUnitsOneRow, 1>(a_r, w_k, step, block, K, from, ahead, out);
+            tile<F, G, Tile::kUnitsOneRow, 1>(a_r, w_k, step, block, K, from, ahead, out);
           } else {
-            tile_of<E, G, Tile::kUnits, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, Tile::kUnits, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
           }
           if (k1 < K) continue;
 #pragma GCC unroll 1

@@ -117,9 +117,9 @@ template <class E, class A = E>
 class Weights {
  public:
   // Measured at H = 64 to 512, packing pays from 16 rows on; from 256 where each step has but up to four.
-  // A product by AMX gains from half of that, and as soon where steps are small.
-  static constexpr bool kTiles = sizeof(A) < sizeof(E);
-  static constexpr int64_t kFewRows = kTiles ? 8 : 16, kFewRowsOfFew = kTiles ? 16 : 256, kFewSequences = 4;
+  // Products of bfloat16 gain from half of that, and as soon where steps are small.
+  static constexpr bool kHalves = sizeof(A) < sizeof(E);
+  static constexpr int64_t kFewRows = kHalves ? 8 : 16, kFewRowsOfFew = kHalves ? 16 : 256, kFewSequences = 4;
 
   Weights(Arena& arena, const LayerArgs& a)
       : arena_(arena), kernels_(kernels<E, A>()), rows_(a.T * a.B), direct_(a.dtype == kScalar<A>) {}
