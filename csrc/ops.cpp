@@ -51,6 +51,11 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "stream(str cell, Tensor x, Tensor h, Tensor? c, Tensor p0, Tensor? p1=None, Tensor? p2=None, Tensor? "
       "p3=None, Tensor? p4=None) -> (Tensor y, Tensor h, Tensor? c)");
+  // All layers of one direction, states [L, B, .], params one layer's after another's: those of layer, or of
+  // layer_packed where each has one tensor. At once where the plan says so; no gradient, as of stream.
+  m.def(
+      "stack(str cell, Tensor x, Tensor[] states, Tensor[] params, Tensor? lengths, Tensor? batch_sizes, "
+      "Tensor? reset) -> (Tensor y, Tensor[] last)");
   // Recursive cells. The slots of a forest's nodes, given or by increasing number, and what is wrong with it
   // (kind, node, other); the schedule of one direction, see tree.h.
   m.def("tree_slots(Tensor parents, Tensor? slots) -> (Tensor slots, Tensor problem)");
@@ -66,8 +71,10 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor h, Tensor[] states, Tensor[] saved, bool need_x, bool need_params) -> (Tensor dx, Tensor[] "
       "dparams)");
   // What the forward pass of such a layer would do on the CPU: threads, the parts into which directions, rows
-  // and units fall, and the bytes of second-level cache that the choice rests on. x: its type and last size.
-  m.def("plan(str cell, Tensor x, int T, int B, int N, int H, int P, int D, bool int8) -> int[]");
+  // and units fall, and the bytes of second-level cache that the choice rests on; then, for a stack of such
+  // layers, in how many groups they run at once, the parts of their units, and how many steps apart. x: its
+  // type and last size.
+  m.def("plan(str cell, Tensor x, int T, int B, int N, int H, int P, int D, bool int8, int layers) -> int[]");
   // Attention after the products with weights; fastrnn.reference.attention has the arguments. weights has no
   // elements unless need_weights; lse [B, Tq], the logarithm of each softmax's sum, is for
   // attention_backward.

@@ -274,12 +274,18 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     T, B = _sizes(layer, input)
     rows = len(input.data) if isinstance(input, PackedSequence) else T * B
     P = getattr(layer, "proj_size", 0) or H
-    threads, *parts, cache = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8)
-    if threads == 1:
-        return "1 thread"
+    L = getattr(layer, "num_layers", 1)
+    found = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8, L)
+    threads, *parts, cache, groups, units, steps = found
+    each = f"; {cache >> 10} KB of second-level cache each)"
     names = ("directions", "rows of the batch", "units")
     shares = [f"{name} in {n} parts" for name, n in zip(names, parts, strict=True) if n > 1]
-    return f"{threads} threads ({', '.join(shares)}; {cache >> 10} KB of second-level cache each)"
+    split = "1 thread" if threads == 1 else f"{threads} threads ({', '.join(shares)}{each}"
+    if groups == 1:
+        return split
+    of_units = f", units in {units} parts" if units > 1 else ""
+    wave = f"{groups * units} threads (layers in {groups} groups, {steps} steps apart{of_units}{each}"
+    return f"in inference {wave}, else {split}"
 
 
 def explained(decision: Decision, x: Tensor, name: str, how: str) -> Explanation:

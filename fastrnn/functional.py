@@ -46,6 +46,42 @@ def plain(x: Tensor) -> bool:
     )
 
 
+def stack(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    *,
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """All layers of one direction as one operator, which runs them at once where that is faster; the bits are
+    those of one `layer` after another.
+
+    states   [L, B, .], as h_n of a module
+    params   those of each layer in one list, or the one packed tensor of each
+    others   as of `layer`
+    returns  (y, last states), or None where the call is anything but inference by the CPU's kernels, or an
+             error, for which `layer` has the words
+    """
+    args = (cell, x, list(states), list(params), lengths, batch_sizes, reset)
+    if torch.compiler.is_compiling():
+        known = not torch.is_grad_enabled() and x.is_cpu and x.dtype in KERNEL_DTYPES
+        other = RECORDER.take is not None or transforms.active() or torch._C._is_any_autocast_enabled()
+        if not known or other or choose(x) != "cpu":
+            return None
+        y, last = torch.ops.fastrnn.stack.default(*args)
+        return y, tuple(last)
+    if not plain(x):
+        return None
+    try:
+        y, last = kernels.stack(*args)
+    except (RuntimeError, IndexError):
+        return None
+    return y, tuple(last)
+
+
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As autocast does it: what it leaves alone is then refused, rather than rounded in silence."""
     return [t.to(dtype) if t.dtype in AUTOCAST_DTYPES else t for t in tensors]

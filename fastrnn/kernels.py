@@ -199,6 +199,13 @@ def call(inputs: Inputs, save: bool, return_states: bool, backend: str = "cpu") 
 stream: Any = torch.ops.fastrnn.stream.default._op if LOADED else None
 
 
+def stack(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """`torch.ops.fastrnn.stack`, past the search for an autograd rule."""
+    with torch._C._AutoDispatchBelowAutograd():
+        y, last = torch.ops.fastrnn.stack.default(*args)
+    return y, last
+
+
 def stream_weights(module: Any, names: Sequence[str], gates: int) -> list[Tensor]:
     """A module's parameters of these names, for `stream`, which refuses holes among them.
 

@@ -267,28 +267,31 @@ class _Layer(torch_rnn.RNNBase):
         if reset is not None:
             reset = _checks.reset_mask(reset, x.size(0), B, x.device, batched, self.batch_first)
 
-        starts = self._zero_states(x, B, D) if given is None else _by_layer(given, L, D)
+        masks = {"lengths": lengths, "batch_sizes": batch_sizes, "reset": reset}
+        whole, dropped = None, self.dropout > 0 and self.training
+        if L > 1 and D == 1 and not return_states and not dropped:
+            firsts = self._zero_states(x, B, L)[0] if given is None else given
+            whole = functional.stack(self._cell, x, firsts, [w for own in weights for w in own], **masks)
+        starts: list[tuple[Tensor, ...]] = []
+        if whole is None:
+            starts = self._zero_states(x, B, D) if given is None else _by_layer(given, L, D)
         lasts: list[tuple[Tensor, ...]] = []
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
-        for k in range(L):
-            y, last, seq = self._call_layer(
-                x,
-                starts[k],
-                weights[k],
-                lengths=lengths,
-                batch_sizes=batch_sizes,
-                reset=reset,
-                return_states=return_states,
-            )
+        for k, start in enumerate(starts):
+            options = {**masks, "return_states": return_states}
+            y, last, seq = self._call_layer(x, start, weights[k], **options)
             lasts.append(last)
             if return_states:
                 for column, steps in zip(columns, (_by_direction(y, D), *seq), strict=True):
                     column.append(steps)
             x = y
-            if self.dropout > 0 and self.training and k < L - 1:
+            if dropped and k < L - 1:
                 x = torch.dropout(y, self.dropout, True)
 
-        hidden = lasts[0] if L == 1 else tuple(torch.cat(column) for column in zip(*lasts, strict=True))
+        if whole is not None:
+            y, hidden = whole
+        else:
+            hidden = lasts[0] if L == 1 else tuple(torch.cat(column) for column in zip(*lasts, strict=True))
         if unsort is not None:
             hidden = tuple(h.index_select(1, unsort) for h in hidden)
         elif not batched:

@@ -224,6 +224,19 @@ def _fake_layer(
     return y, last, seq, saved
 
 
+def _fake_stack(
+    cell: str,
+    x: Tensor,
+    states: list[Tensor],
+    params: list[Tensor],
+    lengths: Tensor | None,
+    batch_sizes: Tensor | None,
+    reset: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    same_device(x, states, params, (lengths, reset))
+    return x.new_empty((*x.shape[:-1], states[0].shape[-1])), [s.new_empty(s.shape) for s in states]
+
+
 def _fake_backward(
     cell: str,
     dy: Tensor | None,
@@ -396,5 +409,8 @@ if LOADED:
         for _name, _run in (("layer", _gpu_layer), ("layer_backward", _gpu_backward)):
             name = PREFIXES[_backend] + _name
             _LIBRARY.impl(name, partial(_run, _backend), "CompositeExplicitAutograd")
+    torch.library.register_fake("fastrnn::stack", _fake_stack)
+    register_flops("stack", _layer_flops)
+    _LIBRARY.impl("stack", torch.library.fallthrough_kernel, "Autograd")
     # Torch's own fallback for operators without a rule takes time to find that there is no gradient.
     _LIBRARY.impl("stream", torch.library.fallthrough_kernel, "Autograd")

@@ -229,6 +229,29 @@ def test_explain_tells_the_split():
             said = fastrnn.explain(layer, torch.zeros(shape))
             assert said.split.startswith(expected), (layer, said)
             assert f", {said.split}: " in str(said)
+        # Layers side by side, in inference: not of two directions, of one step, larger than the cache, or of
+        # many rows.
+        for layer, shape, expected in (
+            (
+                fastrnn.GRU(64, 64, 2),
+                (100, 1, 64),
+                "in inference 2 threads (layers in 2 groups, 8 steps apart; ",
+            ),
+            (
+                fastrnn.LSTM(64, 112, 2),
+                (400, 64),
+                "in inference 4 threads (layers in 2 groups, 25 steps apart, units ",
+            ),
+            (
+                fastrnn.LSTM(64, 128, 2, bidirectional=True),
+                (100, 1, 64),
+                "4 threads (directions in 2 parts, units in 2 parts; ",
+            ),
+            (fastrnn.GRU(64, 64, 2), (1, 1, 64), "1 thread"),
+            (fastrnn.LSTM(64, 1024, 2), (100, 1, 64), "4 threads (units in 4 parts; "),
+            (fastrnn.LSTM(64, 128, 2), (100, 32, 64), "4 threads (rows of the batch in 4 parts; "),
+        ):
+            assert fastrnn.explain(layer, torch.zeros(shape)).split.startswith(expected), layer
         packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(100, 64)] * 32)
         assert "rows of the batch in 4" in fastrnn.explain(fastrnn.LSTM(64, 128), packed).split
         # A thread without a vector of units would only wait.

@@ -34,6 +34,7 @@ CASES = (
     ("RNN", (16, 64), {"bidirectional": True}, 20, 40),
     ("RNN", (1, 1), {"bidirectional": True}, 300, 7),
     ("GRU", (1, 300), {}, 100, 4),
+    ("LSTM", (16, 80), {"num_layers": 3}, 100, 2),  # in inference all at once
     ("LSTM", (1000, 33), {}, 7, 2),
     ("LSTM", (300, 300), {}, 1, 1),
 )
@@ -45,10 +46,12 @@ def make(kind, *sizes, **options):
 
 
 def train(layer, x):
-    """The output, and its gradients for the input and the parameters."""
-    x = x.detach().requires_grad_()
-    y = layer(x)[0]
-    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
+    """The output, in inference too, and its gradients for the input and the parameters."""
+    x = x.detach()
+    with torch.no_grad():
+        alone = layer(x)[0]
+    y = layer(x.requires_grad_())[0]
+    return [y.detach(), alone, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])]
 
 
 def cases():
@@ -74,7 +77,7 @@ def other_numbers_of_threads(path):
         for name, case, theirs in zip(CASES, cases(), expected, strict=True):
             for i, (a, b) in enumerate(zip(train(*case), theirs, strict=True)):
                 if not torch.equal(a, b):
-                    what = ("y", "dx")[i] if i < 2 else f"gradient of parameter {i - 2}"
+                    what = ("y", "y in inference", "dx")[i] if i < 3 else f"gradient of parameter {i - 3}"
                     print(f"{threads} threads, {name}: {what} by {(a - b).abs().max():.1g}")
 
 

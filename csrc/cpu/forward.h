@@ -239,8 +239,8 @@ struct Forward {
     for (int which = share.dir0; which < share.dir1; ++which) {
       const Direction<E, A>& d = p.dir[which];
       const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };
-      for (int64_t k0 = 0; k0 < T; k0 += p.steps) {
-        const int64_t k1 = at_most(k0 + p.steps, T);
+      for (int64_t k0 = p.k0; k0 < p.k1; k0 += p.steps) {
+        const int64_t k1 = at_most(k0 + p.steps, p.k1);
         const Chunk c{d.reverse ? T - k1 : k0, d.reverse ? T - k0 : k1};
         // Whoever is still at the chunk before reads neither its rows of x nor another member's gx.
         if (d.x_rows) gather_x(p, d, share, c);

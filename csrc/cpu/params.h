@@ -112,10 +112,10 @@ struct Scan {
   Rows rows;
   int directions;
   Direction<E, A> dir[2];
-  int64_t H, P;  // P: the width of h, = H without projection
+  int64_t H, P;    // P: the width of h, = H without projection
+  int64_t k0, k1;  // the steps to do, in the order of the scan; what scratch holds goes on from call to call
 
-  // Backward.
-  int64_t k0, k1;      // the steps of this chunk, in the order of the scan
+  // Backward, where they are one chunk.
   int64_t panel_rows;  // of a chunk, at most
 
   // Forward.

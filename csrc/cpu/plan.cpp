@@ -22,6 +22,8 @@ int64_t ask_system() {
   return kilobytes > 0 ? kilobytes << 10 : 1 << 20;
 }
 
+constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;  // multiplications, of a thread
+
 int64_t steps_of(const LayerArgs& a, int64_t rows) {
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
 }
@@ -44,9 +46,16 @@ int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
 }
 
 Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks)
-    : D_(a.D), T_(a.T), B_(a.B), weight_bytes_(weight_bytes), blocks_(blocks) {
+    : D_(a.D),
+      T_(a.T),
+      B_(a.B),
+      I_(a.I),
+      P_(a.P),
+      step_(step),
+      call_(call),
+      weight_bytes_(weight_bytes),
+      blocks_(blocks) {
   // A step shorter than its barrier, or a call shorter than waking a team, is better run alone.
-  constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;
   const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / kLeastCall));
   threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
   // More parts of the units than vectors of them would have nothing to do but meet.
@@ -68,6 +77,54 @@ Plan::Split Plan::split(int threads) const {
     }
   }
   return {directions, 1, each};
+}
+
+double Plan::step_time(int units, bool above) const {
+  constexpr double kNear = 150, kFar = 66, kMultiplied = 80;  // bytes and multiplications in a nanosecond
+  constexpr double kPhase = 900, kGates = 300;
+  const double bytes = static_cast<double>(weight_bytes_) / units;
+  const bool fits = weight_bytes_ / units <= second_level_cache() * 3 / 5;
+  const double recurrent = std::max(bytes / (fits ? kNear : kFar), step_ / kMultiplied / units);
+  const double input = step_ / kMultiplied / units * (above || P_ == 0 ? 1 : static_cast<double>(I_) / P_);
+  return recurrent + input + kGates / units + (units > 1 ? kPhase : 0);
+}
+
+Plan::Wave Plan::wave(int64_t layers) const {
+  constexpr int64_t kLeastSteps = 8, kChunks = 16;
+  constexpr double kMeeting = 900, kWaking = 4000;  // of all, in nanoseconds
+  constexpr double kWorthwhile = 1.1;               // else the model's errors decide
+  constexpr double kLeastSaved = 50000;
+  // Of a chunk: few meetings, a short way for the first steps through all layers, and gx in the cache.
+  const int64_t gx = std::max<int64_t>(B_ * weight_bytes_ / std::max<int64_t>(P_, 1), 1);
+  const int64_t cached = std::max(second_level_cache() / 8 * 3 / gx, kLeastSteps);
+  const int64_t steps = std::clamp(ceil_div(T_, kChunks), kLeastSteps, cached);
+  Wave best{1, 1, steps};
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), layers * call_ / kLeastCall);
+  // Parts of the rows need no barrier that a wave could save.
+  if (D_ > 1 || split(threads_).rows > 1) return best;
+  const double waking = kWaking / static_cast<double>(T_);
+  const double layer_by_layer = step_time(threads_, false) + (layers - 1) * step_time(threads_, true) +
+                                (threads_ > 1 ? layers * waking : 0);
+  double time = layer_by_layer / kWorthwhile;
+  // Another thread is not woken for little: on a busy machine it may come milliseconds late.
+  if (threads_ == 1) time = std::min(time, layer_by_layer - kLeastSaved / static_cast<double>(T_));
+  const double chunks = static_cast<double>(ceil_div(T_, steps));
+  for (int64_t groups = 2; groups <= std::min(layers, most); ++groups) {
+    const int64_t parts = std::min({most / groups, std::max<int64_t>(step_ / kLeastStep, 1), blocks_});
+    const int units = static_cast<int>(parts);
+    double slowest = 0;
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t begin = layers * group / groups, end = layers * (group + 1) / groups;
+      slowest = std::max(slowest, (begin == 0 ? step_time(units, false) : step_time(units, true)) +
+                                      (end - begin - 1) * step_time(units, true));
+    }
+    const double wave = (slowest + kMeeting / steps) * (chunks + groups - 1) / chunks + waking;
+    if (wave < time) {
+      time = wave;
+      best = {static_cast<int>(groups), units, steps};
+    }
+  }
+  return best;
 }
 
 Share Plan::share(const Team& team) const {

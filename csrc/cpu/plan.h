@@ -35,12 +35,25 @@ class Plan {
   // of one direction's recurrent weights; blocks, vectors of units.
   Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks);
 
+  // Layers of a stack side by side, each some steps behind the one below it: `groups` of neighbours, the
+  // units of whose layers fall into `units` parts. They meet once in `steps` steps, where the parts of one
+  // layer meet in each. groups is 1 where one layer after another is faster.
+  struct Wave {
+    int groups, units;
+    int64_t steps;
+  };
+
   int threads() const { return threads_; }
   Split split(int threads) const;
   Share share(const Team& team) const;
+  // Of a stack of `layers`, whose first is this one.
+  Wave wave(int64_t layers) const;
 
  private:
-  int64_t D_, T_, B_, weight_bytes_, blocks_;
+  // The nanoseconds of a step of this layer, or of one above it, whose units fall into so many parts.
+  double step_time(int units, bool above) const;
+
+  int64_t D_, T_, B_, I_, P_, step_, call_, weight_bytes_, blocks_;
   int threads_;
 };
 

@@ -1,0 +1,190 @@
+// The forward pass of one layer on the CPU, for those who have a team run its scan.
+#pragma once
+
+#include <atomic>
+
+#include "packed.h"
+
+namespace fastrnn::cpu {
+
+struct Outputs {
+  Tensor y;
+  TensorList last, seq, saved;
+};
+
+template <class E, class A>
+Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
+  // A product of int8 weights takes a quarter of the time.
+  const int64_t row_work = G * a.H / (int8 ? 4 : 1);
+  const int64_t weight_bytes = (G + a.projected) * a.H * a.P * (int8 ? 1 : sizeof(A));
+  return Plan(a, a.B * row_work * a.P, a.D * a.N * row_work * (a.I + a.P), weight_bytes,
+              ceil_div(a.H, kernels<E, A>().width));
+}
+
+// One layer's forward pass: all is ready but the scan, which the caller has a team run.
+template <class E, class A = E>
+class ForwardPass {
+ public:
+  // packed: null where the weights are `args.params`. steps: of a chunk; 0: as many as stay in the cache.
+  ForwardPass(Arena& arena, const CellKernels<E, A>& cell, LayerArgs args, const PackedLayer<E, A>* packed,
+              bool save, bool return_states, int64_t steps = 0)
+      : cell_(cell), a_(std::move(args)), table_(a_), int8_(packed && packed->int8()), weights_(arena, a_) {
+    const LayerArgs& a = a_;
+    const RowTable& table = table_;
+    Scan<E, A>& scan = scan_;
+    const int64_t H = a.H, P = a.P, D = a.D, N = a.N, G = cell.gates;
+    const bool projected = a.projected, bf16 = a.dtype == ScalarType::BFloat16;
+    Outputs& out = out_;
+    const auto fresh = [&](const Shape& shape, ScalarType dtype) {
+      return a.lengths ? zeros(a.x, shape, dtype) : empty(shape, dtype);
+    };
+    out.y = fresh(a.row_shape(D * P), a.dtype);
+    out.last.reserve(cell.states);
+    for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
+    if (save || return_states) {
+      for (int j = 1; j < cell.states; ++j) out.seq.push_back(fresh(a.seq_shape(), kScalar<E>));
+    }
+    const bool save_gates = save && cell.saved;
+    if (save_gates) {
+      out.saved.push_back(empty({D, N, cell.saved * H}, kScalar<E>));
+      if (projected) out.saved.push_back(empty({D, N, H}, kScalar<E>));
+    }
+
+    scan.rows = {a.T, a.B, table.active, table.offset,
+                 table.outside.empty() ? nullptr : table.outside.data()};
+    scan.directions = static_cast<int>(D);
+    scan.H = H;
+    scan.P = P;
+    const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
+    const int64_t ld_gx = padded<E>(columns);
+    using Packing = Weights<E, A>;
+    const int64_t few = a.B <= Packing::kFewSequences ? Packing::kFewRowsOfFew : Packing::kFewRows;
+    const bool direct = bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty();
+    // The cache may still hold where the call before left off.
+    static std::atomic<unsigned> sweeps{0};
+    scan.sweeps = sweeps.fetch_add(static_cast<unsigned>(a.T), std::memory_order_relaxed);
+    scan.I = a.I;
+    scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
+    scan.steps = steps ? steps : input_steps(a, columns, sizeof(E));
+    scan.k1 = a.T;
+    const int64_t most_rows = scan.steps * a.B;
+    for (int64_t d = 0; d < D; ++d) {
+      Direction<E, A>& s = scan.dir[d];
+      s.reverse = d == 1;
+      if (packed) packed->direction(d, s);
+      for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed; gate0 += cell.stage_gates[stage++]) {
+        const LayerArgs::Direction& p = a.params[d];
+        const int64_t gates = cell.stage_gates[stage];
+        s.w_x[stage] =
+            weights_.get(p.w_ih, gate0 * H * a.I, {nullptr, false, gates, H * a.I, H, a.I, a.I, 1});
+        s.w[stage] = weights_.get(p.w_hh, gate0 * H * P, {nullptr, false, gates, H * P, H, P, P, 1}, few);
+      }
+      s.ld_x = padded<A>(a.I);
+      s.x_rows = direct ? nullptr : arena.get<A>(most_rows * s.ld_x);
+      if (!packed) {
+        if (projected) s.w_proj = weights_.get(*a.params[d].w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
+        E* bx = arena.zeros<E>(G * ld);
+        E* bh = arena.zeros<E>(G * ld);
+        read_biases(a.params[d], G, H, bx, bh);
+        s.bx = bx;
+        s.bh = bh;
+      }
+      s.save = save_gates;
+      s.ld_gates = save_gates ? cell.saved * H : ld_gx;
+      s.gates = save_gates ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
+                           : arena.get<E>(most_rows * ld_gx);
+      for (int j = 1; j < cell.states; ++j) {
+        s.seq[j - 1] =
+            out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;
+      }
+      s.raw =
+          save_gates && projected ? static_cast<E*>(out.saved[1].mutable_data_ptr()) + d * N * H : nullptr;
+      s.y = {static_cast<char*>(out.y.mutable_data_ptr()) + d * P * out.y.element_size(), D * P, bf16};
+      if (a.reset) {
+        uint8_t* keep = arena.get<uint8_t>(N);
+        const bool* cut = static_cast<const bool*>(a.reset->const_data_ptr());
+        fill_keep(table, a, s.reverse, cut, keep);
+        s.keep = keep;
+      }
+      s.ld_state = ld;
+      s.ld_ring = ld_h;
+      for (int j = 0; j < 2; ++j) s.ring[j] = arena.zeros<A>(a.B * ld_h);
+      for (int j = 1; j < cell.states; ++j) s.state[j] = arena.zeros<E>(a.B * ld);
+      if (projected || cell.stages == 2) s.mid = arena.zeros<A>(a.B * ld_mid);
+      s.ld_mid = ld_mid;
+      for (int64_t i = 0; i < a.B; ++i) {
+        // In reverse no reset cuts a first state: the boundary lies past the sequence's end.
+        if (!s.reverse && s.keep && i < table.active[0] && !s.keep[i]) continue;
+        read(a.states[0], (d * a.B + table.caller(i)) * P, P, s.ring[0] + i * ld_h);
+        std::memcpy(s.ring[1] + i * ld_h, s.ring[0] + i * ld_h, P * sizeof(A));
+        for (int j = 1; j < cell.states; ++j) {
+          read(a.states[j], (d * a.B + table.caller(i)) * H, H, s.state[j] + i * ld);
+        }
+      }
+    }
+  }
+
+  const LayerArgs& args() const { return a_; }
+  const Scan<E, A>& scan() const { return scan_; }
+  const Tensor& y() const { return out_.y; }
+  bool int8() const { return int8_; }
+  // Floats that a member needs for the rows that its int8 weights meet.
+  int64_t quantized() const {
+    return int8_ ? scan_.steps * a_.B * int8_row(std::max({a_.I, a_.P, a_.H})) : 0;
+  }
+  void pack(const Team& team) { weights_.pack(team); }
+
+  Outputs results() {
+    const int64_t P = a_.P, H = a_.H, ld = padded<E>(H);
+    // h_n is y at each sequence's own end; the other states are where the scan left them.
+    const size_t element = out_.y.element_size();
+    for (int64_t d = 0; d < a_.D; ++d) {
+      const Direction<E, A>& s = scan_.dir[d];
+      for (int64_t i = 0; i < a_.B; ++i) {
+        const int64_t to = d * a_.B + table_.caller(i), length = table_.length(i);
+        char* h = static_cast<char*>(out_.last[0].mutable_data_ptr()) + to * P * element;
+        const int64_t end = length == 0 ? 0 : table_.offset[s.reverse ? 0 : length - 1] + i;
+        const char* from = length == 0
+                               ? static_cast<const char*>(a_.states[0].const_data_ptr()) + to * P * element
+                               : static_cast<const char*>(s.y.data) + scan_.rows.at(end) * s.y.ld * element;
+        if (P > 0) std::memcpy(h, from, P * element);
+        for (int j = 1; j < cell_.states; ++j) write(s.state[j] + i * ld, H, out_.last[j], to * H);
+      }
+    }
+    return std::move(out_);
+  }
+
+ private:
+  const CellKernels<E, A>& cell_;
+  const LayerArgs a_;
+  const RowTable table_;
+  const bool int8_;
+  Weights<E, A> weights_;
+  Scan<E, A> scan_{};
+  Outputs out_;
+};
+
+// A layer alone.
+template <class E, class A = E>
+Outputs forward(const CellKernels<E, A>& cell, LayerArgs args, const PackedLayer<E, A>* packed, bool save,
+                bool return_states) {
+  Arena arena;
+  ForwardPass<E, A> pass(arena, cell, std::move(args), packed, save, return_states);
+  const Plan plan = forward_plan<E, A>(pass.args(), cell.gates, pass.int8());
+  const int64_t quantized = pass.quantized();
+  float* scratch = arena.get<float>(plan.threads() * quantized);
+  run_team(plan.threads(), [&](const Team& team) {
+    pass.pack(team);
+    Share share = plan.share(team);
+    share.quantized = scratch + team.member * quantized;
+    cell.forward(pass.scan(), share);
+  });
+  return pass.results();
+}
+
+// The masks of a call; none: all absent.
+struct Masks {
+  OptionalTensor lengths, batch_sizes, reset;
+};
+
+}  // namespace fastrnn::cpu

@@ -1,0 +1,221 @@
+"""Layers of a stack at once, in inference (docs/cpu.md): the bits are those of one layer after another."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import random_masks
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+import fastrnn
+from fastrnn import functional, kernels
+
+LAYERS = {
+    "lstm": (fastrnn.LSTM, {}),
+    "lstm_proj": (fastrnn.LSTM, {"proj_size": 24}),
+    "lstm_no_bias": (fastrnn.LSTM, {"bias": False}),
+    "gru": (fastrnn.GRU, {}),
+    "gru_reset_before": (fastrnn.GRU, {"reset_after": False}),
+    "rnn_tanh": (fastrnn.RNN, {}),
+    "rnn_relu": (fastrnn.RNN, {"nonlinearity": "relu"}),
+}
+T, B, I, H = 130, 3, 40, 80
+each_layer = pytest.mark.parametrize("name", LAYERS)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def stacked(monkeypatch):
+    """The results of functional.stack, call after call: None where it left the call to the layers."""
+    results, stack = [], functional.stack
+
+    def noted(*args, **options):
+        results.append(stack(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(functional, "stack", noted)
+    return results
+
+
+def stack(name, layers=3, dtype=torch.float32):
+    kind, own = LAYERS[name]
+    torch.manual_seed(3)
+    return kind(I, H, layers, **own).to(dtype).eval()
+
+
+def first_states(module, dtype=torch.float32):
+    widths = [module.proj_size or H, H][: 2 if module.mode == "LSTM" else 1]
+    states = tuple(torch.randn(module.num_layers, B, width).to(dtype) for width in widths)
+    return states if len(states) == 2 else states[0]
+
+
+def flat(output, hidden):
+    hidden = hidden if isinstance(hidden, tuple) else (hidden,)
+    return [output.data if isinstance(output, PackedSequence) else output, *hidden]
+
+
+def one_by_one(module, *args, **options):
+    """Where every step's states are wanted, the layers run one after another."""
+    return flat(*module(*args, **options, return_states=True)[:2])
+
+
+def assert_same_bits(ours, theirs):
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: m, fastrnn.freeze, fastrnn.quantize], ids=["", "freeze", "quantize"]
+)
+@pytest.mark.parametrize("layers", [2, 3, 5])
+@each_layer
+@torch.no_grad()
+def test_any_number_of_threads(name, layers, make, threads, stacked):
+    """Threads that divide into groups of layers and that do not, groups of several layers and of parts."""
+    module = make(stack(name, layers))
+    x, states = torch.randn(T, B, I), first_states(module)
+    expected = one_by_one(module, x, states)
+    for n in (1, 2, 3, 4, 7):
+        threads(n)
+        if n > 1 and make is not fastrnn.quantize:
+            assert "layers in" in fastrnn.explain(module, x).split
+        assert_same_bits(flat(*module(x, states)), expected)
+    assert len(stacked) == 5
+    assert all(result is not None for result in stacked)
+
+
+@pytest.mark.parametrize("mask", ["lengths", "reset", "lengths+reset", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@each_layer
+@torch.no_grad()
+def test_masks_and_dtypes(name, dtype, mask, threads, stacked):
+    threads(2)
+    module, x = stack(name, dtype=dtype), torch.randn(T, B, I).to(dtype)
+    states, masks = first_states(module, dtype), {}
+    if mask == "packed":
+        x = pack_padded_sequence(x, torch.tensor([T, 77, 9]))
+    else:
+        x, masks = random_masks(mask, x)
+    assert "layers in 2 groups" in fastrnn.explain(module, x).split
+    for made in (module, fastrnn.freeze(module)):
+        assert_same_bits(flat(*made(x, states, **masks)), one_by_one(made, x, states, **masks))
+        assert stacked[-1] is not None
+
+
+@torch.no_grad()
+def test_the_other_ways_to_call(threads, stacked):
+    threads(2)
+    module, x = stack("lstm"), torch.randn(T, B, I)
+    expected = one_by_one(module, x)
+    assert_same_bits(flat(*module(x)), expected)
+    y, h, c = flat(*module(x[:, 1]))
+    assert_same_bits([y, h, c], one_by_one(module, x[:, 1]))
+    assert y.shape == (T, H)
+    module.batch_first = True
+    assert_same_bits(flat(*module(x.transpose(0, 1))), [expected[0].transpose(0, 1), *expected[1:]])
+    assert len(stacked) == 3
+    assert all(result is not None for result in stacked)
+
+
+@torch.no_grad()
+def test_short_and_wide(threads, stacked):
+    """Where one layer after another is faster the same operator runs them so."""
+    threads(2)
+    for shape in ((1, 1, I), (5, 3, I), (40, 40, I), (1, 40, I), (7, 0, I)):
+        module, x = stack("gru"), torch.randn(shape)
+        assert "layers" not in fastrnn.explain(module, x).split
+        assert_same_bits(flat(*module(x)), one_by_one(module, x))
+        assert stacked[-1] is not None
+
+
+def test_who_takes_the_layers_one_by_one(threads, stacked):
+    threads(2)
+    x = torch.randn(T, B, I)
+    module = stack("lstm").requires_grad_(False)
+    x.requires_grad_()
+    (gradient,) = torch.autograd.grad(module(x)[0].sum(), x)
+    assert gradient.abs().sum() > 0
+    with torch.no_grad():
+        expected = module(x)[0]
+        assert stacked[-1] is not None
+        with torch.autocast("cpu"):
+            assert module(x)[0].dtype == torch.bfloat16
+        with fastrnn.backend("reference"):
+            torch.testing.assert_close(module(x)[0], expected)
+        torch.testing.assert_close(torch.func.vmap(lambda x: module(x)[0])(x[None])[0], expected)
+        module.half()
+        assert module(x.half())[0].dtype == torch.float16
+        assert [result is None for result in stacked] == [True, False, True, True, True, True]
+        module.float().train().dropout = 0.5
+        assert not torch.allclose(module(x)[0], expected)
+        count = len(stacked)
+        fastrnn.LSTM(I, H, 2, bidirectional=True)(x)
+        assert len(stacked) == count == 6
+
+
+@torch.no_grad()
+def test_errors_are_the_layers(stacked):
+    module, x = stack("gru"), torch.randn(T, B, I)
+    module.weight_hh_l1.data = module.weight_hh_l1.data.double()
+    with pytest.raises(RuntimeError, match=r"w_hh must be torch\.float32 like the input, got torch\.float64"):
+        module(x)
+    assert stacked == [None]
+
+
+def operator_arguments(layers=2):
+    module = fastrnn.GRU(3, 4, layers)
+    params = [p for group in module.all_weights for p in group]
+    return module, ["gru", torch.randn(5, 2, 3), [torch.randn(layers, 2, 4)], params, None, None, None]
+
+
+@torch.no_grad()
+def test_the_operator():
+    module, args = operator_arguments()
+    torch.library.opcheck(torch.ops.fastrnn.stack.default, tuple(args))
+    y, last = torch.ops.fastrnn.stack(*args)
+    assert_same_bits([y, *last], one_by_one(module, args[1], args[2][0]))
+    for position, spoiled, words in (
+        (2, [], "needs states"),
+        (2, [args[2][0][0]], r"must have 3 dimensions \[L, B, P\]"),
+        (2, [args[2][0][:0]], "params must be a multiple of 0 layers"),
+        (2, [args[2][0], args[2][0][:1]], "must be of 2 layers, got 1"),
+        (3, args[3][:-1], "params must be a multiple of 2 layers, got 7"),
+        (3, [args[3][0]] * 2, "must be what fastrnn::pack gave"),
+        (1, args[1].half(), "takes float32, float64 and bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fastrnn.stack(*args[:position], spoiled, *args[position + 1 :])
+    packed = [getattr(fastrnn.freeze(module.double()), f"packed_l{k}") for k in range(2)]
+    with pytest.raises(RuntimeError, match="packed for another dtype"):
+        torch.ops.fastrnn.stack(*args[:3], packed, *args[4:])
+
+
+@torch.no_grad()
+def test_compiled(threads):
+    """One operator in the graph; with gradients wanted, the layers'."""
+    threads(2)
+    names = []
+
+    def backend(graph, example_inputs):
+        names[:] = [str(node.target) for node in graph.graph.nodes if "fastrnn" in str(node.target)]
+        return graph
+
+    module, x = stack("lstm"), torch.randn(T, B, I)
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    assert_same_bits(flat(*compiled(x)), flat(*module(x)))
+    assert names == ["fastrnn.stack.default"]
+    with torch.enable_grad():
+        assert_same_bits(flat(*compiled(x)), flat(*module(x)))
+    assert names == ["fastrnn.layer.default"] * 3
+
+
+def test_flops():
+    _, args = operator_arguments()
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
+        kernels.stack(*args)
+    assert counter.get_total_flops() == 2 * 5 * 2 * 3 * 4 * (3 + 4 + 4 + 4)
