@@ -24,7 +24,7 @@ COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 PYTHON = [QEMU, "-cpu", "neoverse-n1", "-L", str(SYSROOT), str(SYSROOT / "usr/bin/python3")]
 # Of two processes side by side. Left out: long calls, and what starts an interpreter or a compiler.
 SELECTIONS = [
-    ["tests/test_kernels.py", "-k", "not 300 and not every_element"],
+    ["tests/test_kernels.py", "-k", "not 300 and not every_element and not 48 and not 20"],
     [
         *(f"tests/test_{name}.py" for name in ("bfloat16", "streaming", "inference", "attention")),
         *(f"tests/test_{name}.py::test_each_instruction_set" for name in ("decoder", "trees")),
@@ -97,7 +97,7 @@ def fetch_packages(torch: str) -> None:
     python, _, glibc = run(*PYTHON, "-c", asked).split()
     minors = range(int(glibc.split(".")[1]), 16, -1)
     platforms = [*(f"manylinux_2_{minor}_aarch64" for minor in minors), "manylinux2014_aarch64"]
-    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-compile", "--upgrade", "--target", str(SITE)]
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--upgrade", "--target", str(SITE)]
     pip += [*(f"--platform={p}" for p in platforms), f"--python-version={python}", "--only-binary=:all:"]
     run(*pip, "--no-deps", torch)
     run(*pip, *NEEDED)
