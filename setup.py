@@ -2,7 +2,8 @@
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. The CUDA sources take part where torch is a CUDA build and nvcc
 is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names
-the GPU architectures.
+the GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for
+another processor (CXX=aarch64-linux-gnu-g++).
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ def output(*command: str) -> str:
 def find_torch() -> Path:
     """torch's folder, without importing it. -I: pip's isolated build hides the environment's packages by
     PYTHONPATH, which -I ignores; without -I second, for a torch in the user's site or on PYTHONPATH."""
+    if os.environ.get("FASTRNN_TORCH_DIR"):
+        return Path(os.environ["FASTRNN_TORCH_DIR"])
     code = "import importlib.util as u; s = u.find_spec('torch'); print(s.origin if s and s.origin else '')"
     for options in (["-I"], []):
         found = output(sys.executable, *options, "-c", code).strip()
@@ -186,9 +189,7 @@ def included(source: Path) -> list[Path]:
 class BuildExt(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if not sys.platform.startswith("linux"):
-            raise fail(
-                f"{sys.platform} is not supported: fastrnn builds on Linux (x86-64 tested, aarch64 portable)"
-            )
+            raise fail(f"{sys.platform} is not supported: fastrnn builds on Linux (x86-64, aarch64)")
         import fcntl  # here: other platforms have none, and get the message above
 
         torch = find_torch()

@@ -5,6 +5,8 @@
 
 #if defined(__SSE2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastrnn::FASTRNN_ISA {
@@ -68,7 +70,14 @@ FASTRNN_HD Words pair_products(const Halves& a, const Words& b) {
 }
 FASTRNN_HD void add_products(Sums& sums, const Words& w, const Words& a0, const Words& a1) {
   const Halves bytes = Halves(w), even = Halves(bytes << 8) >> 8, odd = bytes >> 8;
+#if FASTRNN_VECTOR_BYTES == 16 && defined(__aarch64__)
+  const int16x8_t x0 = int16x8_t(even), x1 = int16x8_t(odd), y0 = int16x8_t(a0), y1 = int16x8_t(a1);
+  const int32x4_t low = vmull_s16(vget_low_s16(x0), vget_low_s16(y0)), high = vmull_high_s16(x0, y0);
+  sums[0] = sums[0] + Words(vpaddq_s32(vmlal_s16(low, vget_low_s16(x1), vget_low_s16(y1)),
+                                       vmlal_high_s16(high, x1, y1)));
+#else
   sums[0] = sums[0] + pair_products(even, a0) + pair_products(odd, a1);
+#endif
 }
 FASTRNN_HD Words total(const Sums& sums, const Words&) { return sums[0]; }
 

@@ -10,10 +10,17 @@
 
 namespace fastrnn::FASTRNN_ISA {
 
-// The tile for G gates: kUnits blocks of W units, up to kRows rows; accumulators fill the register file.
+// The sums that a tile holds in registers, beside its weights. AVX-512 multiplies by an element in memory;
+// aarch64 has 32 registers too, but the compiler first fetches an element of each row, and 24 sums spill.
+#if defined(__aarch64__)
+inline constexpr int kAccumulators = 21;
+#else
+inline constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
+#endif
+
+// The tile for G gates: kUnits blocks of W units, up to kRows rows.
 template <int G>
 struct TileShape {
-  static constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int kUnits = G >= 3 ? 1 : G == 2 ? 2 : 4;
   static constexpr int kRows = kAccumulators / (G * kUnits);
   // Of int8 weights, whose sums take two registers each where the instruction set wants it so.
@@ -114,7 +121,6 @@ template <class F>
 struct OuterTile {
   static constexpr int W = kWidth<F>;
   static constexpr int kLanes = W >= 8 ? W / 2 : W;
-  static constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
   static constexpr int kBlocks = kAccumulators / kLanes < 6 ? kAccumulators / kLanes : 6;
 };
 
