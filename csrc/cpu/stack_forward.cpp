@@ -45,9 +45,10 @@ class Stack {
     TensorList own;
     for (Tensor& s : states_) own.push_back(torch::stable::narrow(s, 0, layer, 1));
     if (each == 1) {
-      STD_TORCH_CHECK(dtype_of(params_[layer]) == dtype_of(x),
-                      "the weights were packed for another dtype of input");
-      packed_.emplace(cell_, params_[layer]);
+      Tensor& weights = params_[layer];
+      STD_TORCH_CHECK(dtype_of(weights) == dtype_of(x), "the weights were packed for another dtype of input");
+      weights = dense(weights);  // a copy, if it is one, lives as long as the scans that read it
+      packed_.emplace(cell_, weights);
       return check_input(shape, packed_->sizes(), x, own, masks_.lengths, masks_.batch_sizes, masks_.reset);
     }
     const auto begin = params_.begin() + layer * each;
