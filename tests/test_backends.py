@@ -293,3 +293,14 @@ def test_functional_says_what_is_wrong():
                 functional.layer("lstm", x, states, [params[0], params[1].float(), *params[2:]])
     with pytest.raises(ValueError, match="cell must be one of lstm, gru"):
         functional.layer("lstn", x, states, params)
+
+
+@pytest.mark.parametrize(
+    "bad", [{"H": -5}, {"T": -1}, {"D": 0}, {"layers": 0}, {"x": torch.zeros(())}], ids=str
+)
+def test_a_plan_of_nonsense(bad):
+    sizes = {"T": 100, "B": 1, "N": 100, "H": 0, "P": 0, "D": 1, "layers": 4}
+    asked = {"cell": "lstm", "x": torch.zeros(1, 1, 1), "int8": False, **sizes}
+    assert torch.ops.fastrnn.plan(**asked)[0] == 1
+    with pytest.raises(RuntimeError, match="plan takes sizes that are not negative"):
+        torch.ops.fastrnn.plan(**{**asked, **bad})

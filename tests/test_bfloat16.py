@@ -80,6 +80,17 @@ def test_projection(P, isa, monkeypatch):
 
 
 @each_isa
+@each_cell
+def test_no_units(cell, isa, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    x = torch.randn(3, 2, 5, dtype=torch.bfloat16, requires_grad=True)
+    states = [x.new_empty(1, 2, 0) for _ in range(CELLS[cell].states)]
+    y, _, _ = functional.layer(cell, x, states, [x.new_empty(0, 5), x.new_empty(0, 0)])
+    assert y.shape == (3, 2, 0)
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
+
+
+@each_isa
 @pytest.mark.parametrize(("cell", "P"), [*((cell, 0) for cell in CELLS), ("lstm", 33)])
 def test_frozen(cell, P, isa, monkeypatch):
     """The bits of the plain layer, whose weights are packed too where there are so many rows."""

@@ -10,6 +10,7 @@ namespace fastrnn::FASTRNN_ISA {
 
 using cpu::Bf16;
 
+// Without a Sum, so that the product of product.h is none for weights of bfloat16.
 template <>
 struct Terms<Bf16> {
   static constexpr int N = 32;

@@ -39,8 +39,8 @@ class BackwardPass {
     const size_t others = static_cast<size_t>(cell_.states - 1);
     const size_t kept = !cell_.saved ? 0 : projected_ ? 2 : 1;
     STD_TORCH_CHECK(seq.size() == others && saved.size() == kept,
-                    "layer_backward needs what layer saved: expected ", others, " sequences of states, got ",
-                    seq.size());
+                    "layer_backward needs what layer saved: expected ", others, " sequences of states and ",
+                    kept, " saved tensors, got ", seq.size(), " and ", saved.size());
     STD_TORCH_CHECK(dlast.empty() || dlast.size() == others + 1, "dlast must be empty or one for each state");
     STD_TORCH_CHECK(dseq.empty() || dseq.size() == others,
                     "dseq must be empty or one for each state after h");

@@ -81,6 +81,8 @@ std::tuple<Tensor, Tensor, OptionalTensor> stream(StringHandle cell, Tensor x, T
 std::vector<int64_t> plan(StringHandle cell, Tensor x, int64_t T, int64_t B, int64_t N, int64_t H, int64_t P,
                           int64_t D, bool int8, int64_t layers) {
   const std::string name = take_string(cell);
+  STD_TORCH_CHECK(x.dim() > 0 && std::min({T, B, N, H, P}) >= 0 && D > 0 && layers > 0,
+                  "plan takes sizes that are not negative, and a direction and a layer or more");
   LayerArgs a{};
   a.T = T;
   a.B = B;
@@ -91,13 +93,14 @@ std::vector<int64_t> plan(StringHandle cell, Tensor x, int64_t T, int64_t B, int
   a.D = D;
   a.projected = P != H;
   const auto of = [&]<class E, class A>(E, A) {
-    return forward_plan<E, A>(a, cell_kernels<E, A>(name).gates, int8);
+    const int gates = cell_kernels<E, A>(name).gates;
+    return std::pair(forward_plan<E, A>(a, gates, int8), input_steps(a, gates * H, sizeof(E)));
   };
-  const Plan plan = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
-                    : multiplies_bf16(x)              ? of(float{}, Bf16{})
-                                                      : of(float{}, float{});
+  const auto [plan, cached] = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
+                              : multiplies_bf16(x)              ? of(float{}, Bf16{})
+                                                                : of(float{}, float{});
   const Plan::Split split = plan.split(plan.threads());
-  const Plan::Wave wave = plan.wave(layers);
+  const Plan::Wave wave = plan.wave(layers, cached);
   return {plan.threads(),       split.directions, split.rows, split.units,
           second_level_cache(), wave.groups,      wave.units, wave.steps};
 }

@@ -13,11 +13,11 @@ struct Outer {
 
   int64_t panel() const { return panel_rows * kernels.panel; }
 
-  // So many columns as stay in the second-level cache while the panels of the first factor pass. By AMX all
-  // at once: a panel is transposed for each sweep.
+  // So many columns as stay in the second-level cache while the panels of the first factor pass. Of bfloat16
+  // all at once: a panel is transposed, or paired, for each sweep.
   int64_t columns_at_once(int64_t columns) const {
     if (kDepth<A> > 1) return columns;
-    const int64_t tiles = 6 * kernels.panel;  // whole ones, of any instruction set
+    const int64_t tiles = 6 * kernels.panel;  // whole ones of the outer product, on x86-64
     const int64_t bytes = std::max<int64_t>(columns * rows, 1) * sizeof(A);
     const int64_t sweeps = ceil_div(bytes, second_level_cache() / 8 * 3);
     return ceil_div(ceil_div(columns, sweeps), tiles) * tiles;

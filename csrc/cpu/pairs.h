@@ -31,7 +31,7 @@ struct Terms<Pair> {
 template <>
 inline constexpr int64_t kPanelRow<Pair> = 2 * kWidth<Pair>;
 
-FASTRNN_HD const Pair* pairs(const Bf16* p) { return reinterpret_cast<const Pair*>(p); }
+FASTRNN_HD const Pair* as_pairs(const Bf16* p) { return reinterpret_cast<const Pair*>(p); }
 FASTRNN_HD constexpr int64_t pairs(int64_t elements) { return (elements + 1) / 2; }
 
 // Panels [gates][units/W][...][W] of rows: k goes through the gates, then the units.
@@ -41,7 +41,7 @@ struct InPanels<Pair> {
   const Pair* data;
   int64_t panel, gate, gates;  // panel, gate: from one to the next
   InPanels from(int64_t row, int64_t k) const {
-    return {data + k / (gates * W) * panel + row * W, panel, gate, gates};
+    return {data + (k ? k / (gates * W) * panel : 0) + row * W, panel, gate, gates};
   }
   int64_t piece(int64_t K) const {  // whole panels
     const int64_t all = gates * W;
@@ -64,10 +64,10 @@ struct InPanels<Pair> {
   }
 };
 
-FASTRNN_HD InRows<Pair> in_pairs(const InRows<Bf16>& in, int64_t) { return {pairs(in.data), in.ld / 2}; }
+FASTRNN_HD InRows<Pair> in_pairs(const InRows<Bf16>& in, int64_t) { return {as_pairs(in.data), in.ld / 2}; }
 FASTRNN_HD InPanels<Pair> in_pairs(const InPanels<Bf16>& in, int64_t K) {
   const int64_t panels = (in.units + kPanelColumns - 1) / kPanelColumns;
-  return {pairs(in.data), in.panel / 2, panels * in.panel / 2, in.units > 0 ? K / in.units : 0};
+  return {as_pairs(in.data), in.panel / 2, panels * in.panel / 2, in.units > 0 ? K / in.units : 0};
 }
 
 // As the product of product.h.
@@ -84,8 +84,8 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   } else if (in.units > 0) {
     count = K / in.units * pairs(in.units);  // each gate begins a panel
   }
-  product<G>(row0, row1, block0, block1, units, in_pairs(in, K), cpu::Weight<Pair>{pairs(weight.data)}, count,
-             bias, ld_bias, backwards, reads, epilogue);
+  product<G>(row0, row1, block0, block1, units, in_pairs(in, K), cpu::Weight<Pair>{as_pairs(weight.data)},
+             count, bias, ld_bias, backwards, reads, epilogue);
 }
 
 // dst [blocks][K/2][gates][W][2].
@@ -111,8 +111,9 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
       const int left = static_cast<int>(columns - (blocks - 1) * kWidth<float>);
       for (int lane = 0; lane < p.lanes; lane += OuterTile<Pair>::kLanes) {
         const int lanes = static_cast<int>(at_most(p.lanes - lane, OuterTile<Pair>::kLanes));
-        outer_tile_of<Pair, kBlocks>(blocks, pairs(a) + lane, pairs(b), int64_t{kWidth<Pair>}, pairs(rows),
-                                     lanes, left, p.out + lane * p.ld_out + c, p.ld_out, p.add || row0 > 0);
+        outer_tile_of<Pair, kBlocks>(blocks, as_pairs(a) + lane, as_pairs(b), int64_t{kWidth<Pair>},
+                                     pairs(rows), lanes, left, p.out + lane * p.ld_out + c, p.ld_out,
+                                     p.add || row0 > 0);
       }
     }
   }

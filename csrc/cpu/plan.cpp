@@ -64,7 +64,7 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
 
 Plan::Split Plan::split(int threads) const {
   constexpr int64_t kShort = 8;     // steps
-  constexpr int64_t kRowsEach = 6;  // those of a register tile
+  constexpr int64_t kRowsEach = 6;  // those of a register tile on x86-64
   const int directions = D_ > 1 && threads % D_ == 0 ? static_cast<int>(D_) : 1, each = threads / directions;
   if (T_ > kShort) {
     // As few parts of the units, and barriers, as leave R in the cache, beside what the steps read and write.
@@ -89,15 +89,13 @@ double Plan::step_time(int units, bool above) const {
   return recurrent + input + kGates / units + (units > 1 ? kPhase : 0);
 }
 
-Plan::Wave Plan::wave(int64_t layers) const {
+Plan::Wave Plan::wave(int64_t layers, int64_t cached) const {
   constexpr int64_t kLeastSteps = 8, kChunks = 16;
   constexpr double kMeeting = 900, kWaking = 4000;  // of all, in nanoseconds
   constexpr double kWorthwhile = 1.1;               // else the model's errors decide
   constexpr double kLeastSaved = 50000;
   // Of a chunk: few meetings, a short way for the first steps through all layers, and gx in the cache.
-  const int64_t gx = std::max<int64_t>(B_ * weight_bytes_ / std::max<int64_t>(P_, 1), 1);
-  const int64_t cached = std::max(second_level_cache() / 8 * 3 / gx, kLeastSteps);
-  const int64_t steps = std::clamp(ceil_div(T_, kChunks), kLeastSteps, cached);
+  const int64_t steps = std::clamp(ceil_div(T_, kChunks), kLeastSteps, std::max(cached, kLeastSteps));
   Wave best{1, 1, steps};
   const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), layers * call_ / kLeastCall);
   // Parts of the rows need no barrier that a wave could save.
@@ -110,7 +108,8 @@ Plan::Wave Plan::wave(int64_t layers) const {
   if (threads_ == 1) time = std::min(time, layer_by_layer - kLeastSaved / static_cast<double>(T_));
   const double chunks = static_cast<double>(ceil_div(T_, steps));
   for (int64_t groups = 2; groups <= std::min(layers, most); ++groups) {
-    const int64_t parts = std::min({most / groups, std::max<int64_t>(step_ / kLeastStep, 1), blocks_});
+    const int64_t parts =
+        std::max<int64_t>(std::min({most / groups, std::max<int64_t>(step_ / kLeastStep, 1), blocks_}), 1);
     const int units = static_cast<int>(parts);
     double slowest = 0;
     for (int64_t group = 0; group < groups; ++group) {

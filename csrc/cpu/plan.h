@@ -46,8 +46,8 @@ class Plan {
   int threads() const { return threads_; }
   Split split(int threads) const;
   Share share(const Team& team) const;
-  // Of a stack of `layers`, whose first is this one.
-  Wave wave(int64_t layers) const;
+  // Of a stack of `layers`, whose first is this one; cached: its input_steps.
+  Wave wave(int64_t layers, int64_t cached) const;
 
  private:
   // The nanoseconds of a step of this layer, or of one above it, whose units fall into so many parts.

@@ -32,7 +32,7 @@ class Stack {
     LayerArgs first = args(0, x);
     const bool int8 = packed_ && packed_->int8();
     const Plan plan = forward_plan<E, A>(first, cell_.gates, int8);
-    const Plan::Wave wave = plan.wave(layers_);
+    const Plan::Wave wave = plan.wave(layers_, input_steps(first, cell_.gates * first.H, sizeof(E)));
     Tensor y = wave.groups > 1 ? side_by_side(std::move(first), wave) : one_by_one(std::move(first));
     return {std::move(y), std::move(last_)};
   }
@@ -61,7 +61,8 @@ class Stack {
     Outputs out = forward<E, A>(cell_, std::move(first), packed(), false, false);
     keep(0, out);
     for (int64_t layer = 1; layer < layers_; ++layer) {
-      out = forward<E, A>(cell_, args(layer, out.y), packed(), false, false);
+      LayerArgs a = args(layer, out.y);  // before packed(), which is then this layer's
+      out = forward<E, A>(cell_, std::move(a), packed(), false, false);
       keep(layer, out);
     }
     return out.y;
