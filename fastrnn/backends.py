@@ -274,7 +274,8 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     T, B = _sizes(layer, input)
     rows = len(input.data) if isinstance(input, PackedSequence) else T * B
     P = getattr(layer, "proj_size", 0) or H
-    L = getattr(layer, "num_layers", 1)
+    stacks = x.dtype in kernels.KERNEL_DTYPES and not torch._C._is_any_autocast_enabled()
+    L = getattr(layer, "num_layers", 1) if stacks else 1  # as functional.stack has it
     found = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8, L)
     threads, *parts, cache, groups, units, steps = found
     each = f"; {cache >> 10} KB of second-level cache each)"
