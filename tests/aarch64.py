@@ -25,14 +25,17 @@ PYTHON = [QEMU, "-cpu", "neoverse-n1", "-L", str(SYSROOT), str(SYSROOT / "usr/bi
 STACKS = ("any_number_of_threads", "masks_and_dtypes", "short_and_wide", "packed_weights_with_strides")
 # Of two processes side by side. Left out: long calls, and what starts an interpreter or a compiler.
 SELECTIONS = [
-    ["tests/test_kernels.py", "-k", "not 300 and not every_element and not 48 and not 20"],
+    [
+        "tests/test_kernels.py",
+        *(f"tests/test_stacks.py::test_{name}" for name in STACKS),
+        "-k",
+        "not 300 and not every_element and not 48 and not 20"
+        " and not (any_number and (-2- or -5-)) and not (masks_and_dtypes and not packed)",
+    ],
     [
         *(f"tests/test_{name}.py" for name in ("bfloat16", "streaming", "inference", "attention")),
         *(f"tests/test_{name}.py::test_each_instruction_set" for name in ("decoder", "trees")),
-        *(f"tests/test_stacks.py::test_{name}" for name in STACKS),
-        "-k",
-        "not every_element and not graphs and not opcheck and not compiles"
-        " and not (any_number and (-2- or -5-)) and not (masks_and and not packed)",
+        *("-k", "not every_element and not graphs and not opcheck and not compiles"),
     ],
 ]
 # What torch and the tests import. Torch itself may ask for gigabytes of CUDA libraries.
