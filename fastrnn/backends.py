@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -274,7 +275,8 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     T, B = _sizes(layer, input)
     rows = len(input.data) if isinstance(input, PackedSequence) else T * B
     P = getattr(layer, "proj_size", 0) or H
-    L = getattr(layer, "num_layers", 1)
+    stacks = x.dtype in kernels.KERNEL_DTYPES and not torch._C._is_any_autocast_enabled()
+    L = getattr(layer, "num_layers", 1) if stacks else 1  # as functional.stack has it
     found = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8, L)
     threads, *parts, cache, groups, units, steps = found
     each = f"; {cache >> 10} KB of second-level cache each)"
@@ -288,8 +290,14 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     return f"in inference {wave}, else {split}"
 
 
-def explained(decision: Decision, x: Tensor, name: str, how: str) -> Explanation:
-    """Of what plain torch, or a kernel that runs it in this way, computes for x."""
+def explained(
+    decision: Decision, x: Tensor, name: str, how: str, multiplies_bf16: bool = False
+) -> Explanation:
+    """Of what plain torch, or a kernel that runs it in this way, computes for x.
+
+    multiplies_bf16: whether the CPU's kernel takes bfloat16 to the instructions that multiply it, where the
+    processor has them.
+    """
     if decision.backend is None:
         return Explanation(None, None, decision.reason)
     if decision.backend == "reference":
@@ -297,8 +305,11 @@ def explained(decision: Decision, x: Tensor, name: str, how: str) -> Explanation
     if decision.backend == "triton":
         kernel = f"{name} {how} in Triton, {str(x.dtype).removeprefix('torch.')} products"
         return Explanation("triton", kernel, decision.reason)
-    arithmetic = "float64" if x.dtype == torch.float64 else "float32"
-    kernel = f"{name} {how} in C++, {kernels.instruction_set()}, {arithmetic} arithmetic"
+    instructions = kernels.instruction_set()
+    arithmetic = "float64 arithmetic" if x.dtype == torch.float64 else "float32 arithmetic"
+    if multiplies_bf16 and x.dtype == torch.bfloat16 and instructions in kernels.BFLOAT16_SETS:
+        arithmetic = "products of bfloat16, float32 sums"
+    kernel = f"{name} {how} in C++, {instructions}, {arithmetic}"
     return Explanation("cpu", kernel, decision.reason)
 
 
@@ -324,9 +335,12 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         return found
     assert input is not None
     assert cell is not None
-    x = in_autocast(input.data if isinstance(input, PackedSequence) else input)
+    given = input.data if isinstance(input, PackedSequence) else input
+    x, packed = in_autocast(given), getattr(layer, "kernel_note", "")
+    if packed and x is not given:  # packed weights keep their type under autocast
+        weights: Any = layer.packed_l0
+        x = given.new_empty(0, dtype=weights.dtype)
     decision = decide(x)
-    packed = getattr(layer, "kernel_note", "")
     if decision.backend is not None and packed and decision.backend != "cpu":
         return Explanation(
             None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"
@@ -340,7 +354,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         D = 2 if getattr(layer, "bidirectional", False) else 1
         kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
         return Explanation(decision.backend, kernel, decision.reason, split)
-    said = explained(decision, x, cell, "scan")
+    said = explained(decision, x, cell, "scan", multiplies_bf16=True)
     if said.backend != "cpu":
         return said
     split = _split(layer, input, x, "int8" in packed)

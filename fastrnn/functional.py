@@ -69,7 +69,8 @@ def stack(
     if torch.compiler.is_compiling():
         known = not torch.is_grad_enabled() and x.is_cpu and x.dtype in KERNEL_DTYPES
         other = RECORDER.take is not None or transforms.active() or torch._C._is_any_autocast_enabled()
-        if not known or other or choose(x) != "cpu":
+        differ = any(t.dtype != x.dtype for t in (*states, *params))
+        if not known or other or differ or choose(x) != "cpu":
             return None
         y, last = torch.ops.fastrnn.stack.default(*args)
         return y, tuple(last)

@@ -63,6 +63,8 @@ _OPERATORS: dict[tuple[str, str], Any] = (
 
 # float16 is widened first.
 KERNEL_DTYPES = frozenset((torch.float32, torch.float64, torch.bfloat16))
+# The instruction sets whose scans multiply bfloat16 as it is; on others it is widened to float32.
+BFLOAT16_SETS = frozenset(("amx", "avx512bf16"))
 
 
 def instruction_sets() -> list[str]:

@@ -237,6 +237,22 @@ def _fake_stack(
     return x.new_empty((*x.shape[:-1], states[0].shape[-1])), [s.new_empty(s.shape) for s in states]
 
 
+def _autograd_stack(
+    keyset: Any, cell: str, x: Tensor, states: list[Tensor], params: list[Tensor], *masks: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """For graphs and direct calls: `kernels.stack` goes past it."""
+    no_transforms()
+    if wants_grad(x, *states, *params):
+        raise RuntimeError(
+            "torch.ops.fastrnn.stack is for inference and has no derivatives: call it under torch.no_grad(). "
+            "Where gradients are wanted, a fastrnn module runs its layers one by one"
+        )
+    result: tuple[Tensor, list[Tensor]] = below_autograd(
+        keyset, torch.ops.fastrnn.stack.default, cell, x, states, params, *masks
+    )
+    return result
+
+
 def _fake_backward(
     cell: str,
     dy: Tensor | None,
@@ -353,7 +369,7 @@ def _autograd_backward(
     return x.new_empty(0) if dx is None else dx, others[:S], others[S:] if need_params else []
 
 
-def _layer_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any) -> int:
+def layer_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any) -> int:
     """Of the matrix products, for torch.utils.flop_counter; masks count as if every step ran."""
     return sum(2 * math.prod(x[:-1]) * math.prod(shape) for shape in params if len(shape) == 2)
 
@@ -362,7 +378,7 @@ def _backward_flops(
     cell: Any, dy: Any, dlast: Any, dseq: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any
 ) -> int:
     """Each weight's product once for its own gradient and once for what it was multiplied with."""
-    return 2 * _layer_flops(cell, x, states, params)
+    return 2 * layer_flops(cell, x, states, params)
 
 
 def register_flops(name: str, formula: Any) -> None:
@@ -399,7 +415,7 @@ if LOADED:
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
     for _backend, _prefix in PREFIXES.items():
         for _name, _fake, _rule, _flops in (
-            ("layer", partial(_fake_layer, _backend), partial(_autograd_layer, _backend), _layer_flops),
+            ("layer", partial(_fake_layer, _backend), partial(_autograd_layer, _backend), layer_flops),
             ("layer_backward", _fake_backward, partial(_autograd_backward, _backend), _backward_flops),
         ):
             torch.library.register_fake(f"fastrnn::{_prefix}{_name}", _fake)
@@ -410,7 +426,6 @@ if LOADED:
             name = PREFIXES[_backend] + _name
             _LIBRARY.impl(name, partial(_run, _backend), "CompositeExplicitAutograd")
     torch.library.register_fake("fastrnn::stack", _fake_stack)
-    register_flops("stack", _layer_flops)
-    _LIBRARY.impl("stack", torch.library.fallthrough_kernel, "Autograd")
+    _LIBRARY.impl("stack", _autograd_stack, "Autograd", with_keyset=True)
     # Torch's own fallback for operators without a rule takes time to find that there is no gradient.
     _LIBRARY.impl("stream", torch.library.fallthrough_kernel, "Autograd")

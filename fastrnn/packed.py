@@ -18,7 +18,7 @@ from ._checks import same_device
 from .backends import BackendError, autocast_dtype, choose
 from .functional import RECORDER
 from .kernels import LOADED, compute_dtype
-from .ops import below_autograd, wants_grad
+from .ops import below_autograd, layer_flops, register_flops, wants_grad
 from .reference import CELLS, rounded
 
 _LAYER: Any = torch.ops.fastrnn.layer_packed.default if LOADED else None
@@ -122,10 +122,18 @@ def _flops(cell: Any, x: Any, states: Any, weights: Any, *rest: Any, **options: 
     return int(2 * torch.Size(rows).numel() * D * products)
 
 
-if LOADED:
-    from torch.utils.flop_counter import register_flop_formula
+def _stack_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any) -> int:
+    """Of `fastrnn::stack`, whose layers have their params, or one packed tensor each."""
+    if len(params) != states[0][0]:
+        return layer_flops(cell, x, states, params)
+    one = [(1, *s[1:]) for s in states]
+    inputs = [x, *[(*x[:-1], states[0][-1])] * (len(params) - 1)]
+    return sum(_flops(cell, x, one, weights) for x, weights in zip(inputs, params, strict=True))
 
-    register_flop_formula(torch.ops.fastrnn.layer_packed)(_flops)
+
+if LOADED:
+    register_flops("layer_packed", _flops)
+    register_flops("stack", _stack_flops)
     torch.library.register_fake("fastrnn::layer_packed", _fake)
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
     _LIBRARY.impl("layer_packed", _autograd, "Autograd", with_keyset=True)

@@ -22,9 +22,16 @@ LIBRARIES = SYSROOT / "usr/lib/aarch64-linux-gnu"
 COMPILER, QEMU = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
 # A processor without SVE: no kernel of ours uses it, and torch's are no concern here.
 PYTHON = [QEMU, "-cpu", "neoverse-n1", "-L", str(SYSROOT), str(SYSROOT / "usr/bin/python3")]
+STACKS = ("any_number_of_threads", "masks_and_dtypes", "short_and_wide", "packed_weights_with_strides")
 # Of two processes side by side. Left out: long calls, and what starts an interpreter or a compiler.
 SELECTIONS = [
-    ["tests/test_kernels.py", "-k", "not 300 and not every_element and not 48 and not 20"],
+    [
+        "tests/test_kernels.py",
+        *(f"tests/test_stacks.py::test_{name}" for name in STACKS),
+        "-k",
+        "not 300 and not every_element and not 48 and not 20"
+        " and not (any_number and (-2- or -5-)) and not (masks_and_dtypes and not packed)",
+    ],
     [
         *(f"tests/test_{name}.py" for name in ("bfloat16", "streaming", "inference", "attention")),
         *(f"tests/test_{name}.py::test_each_instruction_set" for name in ("decoder", "trees")),

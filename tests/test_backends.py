@@ -11,7 +11,7 @@ from helpers import random_case
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastrnn
-from fastrnn import backends, cuda, functional, gpu
+from fastrnn import backends, cuda, functional, gpu, kernels
 from fastrnn.backends import current_backend
 
 
@@ -115,13 +115,38 @@ def test_explain():
     assert str(said).startswith("backend cpu, kernel gru_reset_before scan in C++")
     packed = torch.nn.utils.rnn.pack_sequence([x[:, 0]])
     assert fastrnn.explain(fastrnn.LSTM(2, 3), packed.to(torch.complex64)).backend == "reference"
-    with torch.autocast("cpu", torch.bfloat16):
-        assert "float32 arithmetic" in str(fastrnn.explain(fastrnn.LSTMCell(2, 3), x))
     with fastrnn.backend("triton"):
         assert str(fastrnn.explain(fastrnn.RNN(2, 3), x)).startswith("cannot run: ")
     for stranger in (torch.nn.LSTM(2, 3), torch.nn.Linear(2, 3)):
         with pytest.raises(TypeError, match="explain takes a fastrnn layer or cell"):
             fastrnn.explain(stranger, x)
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_explain_arithmetic(isa, monkeypatch):
+    """Of bfloat16, in autocast too, it is what the instruction set multiplies; the scans' alone."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    multiplied = f"{isa}, products of bfloat16, float32 sums"
+    plain = f"{isa}, float32 arithmetic"
+    of_bfloat16 = multiplied if isa in ("amx", "avx512bf16") else plain
+    x, lstm = torch.randn(4, 1, 2), fastrnn.LSTM(2, 3)
+    half = fastrnn.LSTM(2, 3, dtype=torch.bfloat16)
+    frozen, small = fastrnn.freeze(half), fastrnn.quantize(lstm)
+
+    def said(layer, dtype=torch.float32):
+        return fastrnn.explain(layer, x.to(dtype)).kernel
+
+    assert plain in said(lstm)
+    assert plain in said(lstm.half(), torch.float16)
+    assert f"{isa}, float64 arithmetic" in said(lstm.double(), torch.float64)
+    for layer in (half, frozen):
+        assert of_bfloat16 in said(layer, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        for layer in (lstm.float(), fastrnn.LSTMCell(2, 3), frozen):
+            assert of_bfloat16 in said(layer)
+        assert f"{plain}, int8 weights" in said(small)
+        assert f"{plain}, frozen" in said(fastrnn.freeze(lstm))
+        assert plain in said(fastrnn.Attention(2, 5, score="general"))
 
 
 def test_explain_attention():

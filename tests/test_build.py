@@ -150,22 +150,60 @@ def test_build_says_what_is_missing(checkout: Path, environment: dict[str, str],
     assert "Traceback" not in run.stderr
 
 
+def write_sources(folder: Path, **files: str) -> None:
+    """Files under csrc/, a / in their names for __ and a . for the last _."""
+    for name, text in files.items():
+        path = folder / "csrc" / ".".join(name.replace("__", "/").rsplit("_", 1))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def test_what_a_source_includes(checkout: Path, tmp_path: Path) -> None:
+    for name in ("setup.py", "build_flags.json"):
+        shutil.copy(checkout / name, tmp_path)
+    write_sources(
+        tmp_path,
+        cpu__a_cpp='#include <vector>\n#include "near.h"\n  #  include "torch/far.h"\n// #include "said.h"\n',
+        cpu__near_h='#pragma once\n#include "../up.h"\n',
+        up_h='#include "cpu/round.h"\n',  # by csrc, which is among the folders searched
+        cpu__round_h='#include "near.h"\n',
+        cpu__said_h="",
+        near_h="",  # the one beside a.cpp comes first
+        b_cpp="",
+    )
+    code = """
+import sys, setuptools
+setuptools.setup = lambda **options: None
+import setup
+for name in sys.argv[1:]:
+    print(*(p.relative_to(setup.ROOT / "csrc") for p in setup.included(setup.ROOT / "csrc" / name)))
+"""
+    run = python("-c", code, "cpu/a.cpp", "b.cpp", cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == ["cpu/a.cpp cpu/near.h cpu/round.h up.h", "b.cpp"]
+
+
 def test_edited_header_is_compiled_again(checkout: Path, tmp_path: Path) -> None:
-    """Objects are named by what went into them: the old one must not be found again."""
-    (tmp_path / "csrc").mkdir()
+    """Objects are named by what went into them: the old one must not be found again, and no other is made."""
     for name in ("setup.py", "pyproject.toml", "build_flags.json", "README.md", "LICENSE"):
         shutil.copy(checkout / name, tmp_path)
     (tmp_path / "fastrnn").mkdir()
     for name in ("__init__.py", "_version.py"):
         shutil.copy(checkout / "fastrnn" / name, tmp_path / "fastrnn")
-    (tmp_path / "csrc/value.h").write_text("#define VALUE 20\n")
-    (tmp_path / "csrc/ops.cpp").write_text(
-        '#include "value.h"\n#define API __attribute__((visibility("default")))\n'
-        'extern "C" API int value() { return VALUE; }\n'
+    write_sources(
+        tmp_path,
+        cpu__value_h="",
+        step_h='#include "cpu/value.h"\n',
+        cpu__ops_cpp='#include "../step.h"\n#define API __attribute__((visibility("default")))\n'
+        'extern "C" API int value() { return VALUE; }\n',
+        other_cpp="int other() { return 0; }\n",
     )
+    compiled: list[list[str]] = []
     load = "import ctypes, torch; print(ctypes.CDLL('fastrnn/_C.abi3.so').value())"
     for expected in ("20", "21", "20"):
-        (tmp_path / "csrc/value.h").write_text(f"#define VALUE {expected}\n")
+        write_sources(tmp_path, cpu__value_h=f"#define VALUE {expected}\n")
         built = python("setup.py", "-q", "build_ext", "--inplace", cwd=tmp_path)
         assert built.returncode == 0, built.stderr
         assert python("-c", load, cwd=tmp_path).stdout.strip() == expected
+        compiled.append(sorted(re.findall(r"^compiling csrc/(.*)$", built.stdout, re.MULTILINE)))
+    assert compiled == [["cpu/ops.cpp", "other.cpp"], ["cpu/ops.cpp"], ["cpu/ops.cpp"]]

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from helpers import random_masks
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
@@ -82,7 +87,8 @@ def test_any_number_of_threads(name, layers, make, threads, stacked):
     expected = one_by_one(module, x, states)
     for n in (1, 2, 3, 4, 7):
         threads(n)
-        if n > 1 and make is not fastrnn.quantize:
+        # Steps of int8 are short: of the other cells' some stacks are faster layer by layer.
+        if n > 1 and (make is not fastrnn.quantize or name in ("lstm", "lstm_no_bias")):
             assert "layers in" in fastrnn.explain(module, x).split
         assert_same_bits(flat(*module(x, states)), expected)
     assert len(stacked) == 5
@@ -122,6 +128,45 @@ def test_the_other_ways_to_call(threads, stacked):
     assert all(result is not None for result in stacked)
 
 
+@pytest.mark.parametrize("make", [fastrnn.freeze, fastrnn.quantize])
+@torch.no_grad()
+def test_packed_weights_with_strides(make, threads):
+    """The operator's dense copies of them live as long as what reads them."""
+    threads(2)
+    module, x = make(stack("lstm")), torch.randn(T, B, I)
+    assert "layers in 2 groups" in fastrnn.explain(module, x).split
+    dense = [getattr(module, f"packed_l{k}") for k in range(3)]
+    strided = [torch.stack([w, w], 1)[:, 0] for w in dense]
+    assert not any(w.is_contiguous() for w in strided)
+    given = ["lstm", x, list(first_states(module))]
+    (y, last), (other, others) = (
+        torch.ops.fastrnn.stack(*given, w, None, None, None) for w in (dense, strided)
+    )
+    assert_same_bits([y, *last], [other, *others])
+    assert_same_bits([y, *last], one_by_one(module, x, tuple(given[2])))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs OpenMP's limit of threads")
+def test_fewer_threads_than_asked_for():
+    """Two of three: the team's groups are fewer than the plan's."""
+    code = """
+import torch, fastrnn
+torch.set_num_threads(3)
+module, x = fastrnn.LSTM(40, 80, 3), torch.randn(130, 3, 40)
+with torch.no_grad():
+    print(fastrnn.explain(module, x).split)
+    y, (h, c) = module(x)
+    expected, (h_n, c_n), _ = module(x, return_states=True)
+print(all(torch.equal(a, b) for a, b in ((y, expected), (h, h_n), (c, c_n))))
+"""
+    limited = {**os.environ, "OMP_THREAD_LIMIT": "2", "OMP_DYNAMIC": "false"}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=limited)
+    assert run.returncode == 0, run.stderr
+    split, same = run.stdout.splitlines()
+    assert "layers in 3 groups" in split
+    assert same == "True"
+
+
 @torch.no_grad()
 def test_short_and_wide(threads, stacked):
     """Where one layer after another is faster the same operator runs them so."""
@@ -131,6 +176,17 @@ def test_short_and_wide(threads, stacked):
         assert "layers" not in fastrnn.explain(module, x).split
         assert_same_bits(flat(*module(x)), one_by_one(module, x))
         assert stacked[-1] is not None
+
+
+@torch.no_grad()
+def test_explain_where_the_layers_are_taken_one_by_one(threads):
+    """No wave is promised where `functional.stack` declines."""
+    threads(2)
+    module, x = stack("lstm"), torch.randn(T, B, I)
+    assert "layers in" in fastrnn.explain(module, x).split
+    with torch.autocast("cpu"):
+        assert "layers in" not in fastrnn.explain(module, x).split
+    assert "layers in" not in fastrnn.explain(module.half(), x.half()).split
 
 
 def test_who_takes_the_layers_one_by_one(threads, stacked):
@@ -214,8 +270,54 @@ def test_compiled(threads):
     assert names == ["fastrnn.layer.default"] * 3
 
 
-def test_flops():
-    _, args = operator_arguments()
+def test_compiled_errors_are_the_layers():
+    module, x = stack("gru"), torch.randn(T, B, I)
+    module.weight_hh_l1.data = module.weight_hh_l1.data.double()
+    compiled = torch.compile(module, backend="eager")
+    for grad in (False, True):
+        with (
+            torch.set_grad_enabled(grad),
+            pytest.raises(
+                RuntimeError, match=r"w_hh must be torch\.float32 like the input, got torch\.float64"
+            ),
+        ):
+            compiled(x)
+
+
+def test_no_derivative_is_dropped():
+    """Neither a gradient nor a tangent: eager modules run layer by layer, the operator refuses."""
+    module, args = operator_arguments()
+    with pytest.raises(RuntimeError, match="stack is for inference and has no derivatives"):
+        torch.ops.fastrnn.stack(*args)
+    compiled, x = torch.compile(module, backend="eager"), args[1]
+    with torch.no_grad():
+        assert_same_bits(flat(*compiled(x)), flat(*module(x)))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            assert forward_ad.unpack_dual(module(dual)[0]).tangent.abs().sum() > 0
+            for call in (lambda: compiled(dual), lambda: torch.ops.fastrnn.stack(args[0], dual, *args[2:])):
+                with pytest.raises(RuntimeError, match="no forward-mode AD"):
+                    call()
+
+
+def flops(args):
     with torch.utils.flop_counter.FlopCounterMode(display=False) as counter, torch.no_grad():
         kernels.stack(*args)
-    assert counter.get_total_flops() == 2 * 5 * 2 * 3 * 4 * (3 + 4 + 4 + 4)
+    return counter.get_total_flops()
+
+
+def test_flops():
+    _, args = operator_arguments()
+    assert flops(args) == 2 * 5 * 2 * 3 * 4 * (3 + 4 + 4 + 4)
+
+
+@each_layer
+def test_flops_of_packed_weights(name):
+    module, x = stack(name), torch.randn(4, B, I)
+    given = first_states(module)
+    states = list(given) if isinstance(given, tuple) else [given]
+    plain = [p for group in module.all_weights for p in group]
+    expected = flops([module._cell, x, states, plain, None, None, None])
+    for make in (fastrnn.freeze, fastrnn.quantize):
+        packed = [getattr(make(module), f"packed_l{k}") for k in range(3)]
+        assert flops([module._cell, x, states, packed, None, None, None]) == expected > 0
