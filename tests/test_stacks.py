@@ -321,3 +321,14 @@ def test_flops_of_packed_weights(name):
     for make in (fastrnn.freeze, fastrnn.quantize):
         packed = [getattr(make(module), f"packed_l{k}") for k in range(3)]
         assert flops([module._cell, x, states, packed, None, None, None]) == expected > 0
+
+
+def test_an_exported_program_still_has_gradients():
+    """Exported where none are wanted, called where they are."""
+    model, x = fastrnn.LSTM(4, 8, 2), torch.randn(5, 2, 4)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).module()
+    y = program(x)[0]
+    assert torch.equal(y, model(x)[0])
+    y.sum().backward()
+    assert all(p.grad is not None for p in program.parameters())
