@@ -244,6 +244,7 @@ class LayerBackward(torch.autograd.Function):
         return _vmap(apply, plan, info.batch_size, in_dims[3:], flat, not need_params)
 
 
+# torch gives this decorator no types.
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def forward(plan: Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
     """The layer under any transforms: (y, *last, *seq) of masks, x, states and params."""

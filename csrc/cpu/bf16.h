@@ -151,3 +151,14 @@ inline void add_rows(const Bf16* panel, int64_t rows, double* to) {
 }
 
 }  // namespace fastrnn::FASTRNN_ISA
+
+// The table of such a set; for its translation unit, which includes kernels.h too.
+#define FASTRNN_BF16_KERNELS(NAME, PACKING)                       \
+  namespace fastrnn::cpu {                                        \
+  Kernels<float, Bf16> bf16_##NAME() {                            \
+    Kernels<float, Bf16> k = FASTRNN_ISA::kernels<float, Bf16>(); \
+    k.packing = Packing::PACKING;                                 \
+    k.pair_rows = &FASTRNN_ISA::pair_rows;                        \
+    return k;                                                     \
+  }                                                               \
+  }

@@ -6,13 +6,4 @@
 // After the product that its scans are to find.
 #include "kernels.h"
 
-namespace fastrnn::cpu {
-
-Kernels<float, Bf16> bf16_amx() {
-  Kernels<float, Bf16> k = isa_amx::kernels<float, Bf16>();
-  k.packing = Packing::kTiles;
-  k.pair_rows = &isa_amx::pair_rows;
-  return k;
-}
-
-}  // namespace fastrnn::cpu
+FASTRNN_BF16_KERNELS(amx, kTiles)

@@ -6,13 +6,4 @@
 // After the product that its scans are to find.
 #include "kernels.h"
 
-namespace fastrnn::cpu {
-
-Kernels<float, Bf16> bf16_avx512() {
-  Kernels<float, Bf16> k = isa_avx512bf16::kernels<float, Bf16>();
-  k.packing = Packing::kPairs;
-  k.pair_rows = &isa_avx512bf16::pair_rows;
-  return k;
-}
-
-}  // namespace fastrnn::cpu
+FASTRNN_BF16_KERNELS(avx512, kPairs)
