@@ -11,6 +11,9 @@ namespace fastrnn::FASTRNN_ISA {
 
 inline constexpr int64_t kTileRows = 16, kTileElements = 512;  // of bfloat16: 1 KB
 
+template <>
+inline constexpr bool kTakesBoth<Bf16> = false;
+
 // Sets this thread's tiles for up to 16 rows while it lives. The intrinsics tell the compiler nothing of the
 // memory they read, hence the barriers.
 class Tiles {

@@ -25,6 +25,7 @@ struct Forward {
   using S = Simd<E>;
   static constexpr int kLast = last_stage_gates<Cell>();
   static constexpr int kFirst = Cell::kGates - kLast;  // gates of the stage before, if there is one
+  static constexpr bool kTwo = Cell::kStages == 2, kJoins = Cell::kSums && kTakesBoth<A>;
 
   const Scan<E, A>& p;
   const Direction<E, A>& d;
@@ -33,6 +34,7 @@ struct Forward {
   const A* h_in;
   A* h_out;
   E* gates;        // of the step's first row
+  const A* x_in;   // the step's rows of x, where the scan is joint
   bool backwards;  // which way this step sweeps the weights
 
   template <int N>
@@ -76,16 +78,32 @@ struct Forward {
   }
 
   FASTRNN_HD void last_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
-    constexpr bool kTwo = Cell::kStages == 2;
     const int64_t K = kTwo ? p.H : p.P;
     const cpu::Weight<A>& w = d.w[Cell::kStages - 1];
     const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K);
-    product<kLast>(row0, row1, block0, block1, p.H, source, w, K, d.bh + kFirst * d.ld_state, d.ld_state,
-                   backwards, gx_of(kFirst, kLast),
+    new_states<false>(row0, row1, block0, block1, source, w, K, d.bh + kFirst * d.ld_state,
+                      gx_of(kFirst, kLast));
+  }
+
+  FASTRNN_HD void joint_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
+    const int64_t I = round_up(p.I, cpu::kDepth<A>);
+    const InBoth<A> source{{x_in, d.x_rows ? d.ld_x : p.I}, {h_in, d.ld_ring}, I};
+    new_states<true>(row0, row1, block0, block1, source, d.w_x[0], I + p.P, d.b, Reads<E>{});
+  }
+
+  // The last product of a step, or where kJoint its only one, and the cell.
+  template <bool kJoint, class Source>
+  FASTRNN_HD void new_states(int64_t row0, int64_t row1, int64_t block0, int64_t block1, const Source& source,
+                             const cpu::Weight<A>& w, int64_t K, const E* bias, const Reads<E>& reads) const {
+    product<kLast>(row0, row1, block0, block1, p.H, source, w, K, bias, d.ld_state, backwards, reads,
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
                      Vec<S, Cell::kStates> s, s_new;
-                     load_gx(i, unit, lanes, kFirst, gx);
+                     if constexpr (kJoint) {
+                       for (int g = 0; g < kLast; ++g) gx[g] = S(0);
+                     } else {
+                       load_gx(i, unit, lanes, kFirst, gx);
+                     }
                      // Under a projection h has another width; such cells do not read it elementwise.
                      s[0] = d.w_proj ? S(0) : load_row(h_in + i * d.ld_ring + unit);
                      for (int j = 1; j < Cell::kStates; ++j)
@@ -159,15 +177,23 @@ struct Forward {
     end_phase(share);
   }
 
+  // The rows of x of step t, from the step's first on.
+  static const A* x_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
+                       int64_t t) {
+    return d.x_rows ? d.x_rows + slot(p, share, c, t) * d.ld_x
+                    : static_cast<const A*>(p.x.data) + p.rows.offset[t] * p.I;
+  }
+
   // gx of `count` rows from step t's row0 on and some blocks of units, for one stage's gates.
   template <int N>
   static void input_product(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
                             int stage, int gate0, int64_t t, int64_t row0, int64_t count, int64_t block0,
                             int64_t block1) {
     const int64_t first = p.rows.offset[t] + row0, place = slot(p, share, c, t) + row0;
-    const A* x = d.x_rows ? d.x_rows + place * d.ld_x : static_cast<const A*>(p.x.data) + first * p.I;
+    const int64_t ld_x = d.x_rows ? d.ld_x : p.I;
+    const A* x = x_of(p, d, share, c, t) + row0 * ld_x;
     E* to = d.gates + (d.save ? first : place) * d.ld_gates + gate0 * p.H;
-    const auto rows = operand(share, d.w_x[stage], 0, count, x, d.x_rows ? d.ld_x : p.I, p.I);
+    const auto rows = operand(share, d.w_x[stage], 0, count, x, ld_x, p.I);
     product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_state, d.ld_state,
                false, Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
                  for (int g = 0; g < N; ++g) gx[g].store(to + i * d.ld_gates + g * p.H + unit, lanes);
@@ -220,6 +246,7 @@ struct Forward {
                     d.ring[t & 1],
                     d.ring[(t + 1) & 1],
                     d.gates + (d.save ? now.first : slot(p, share, c, t)) * d.ld_gates,
+                    nullptr,
                     (t & 1) != 0};
     if (feed) {
       if constexpr (kFirst > 0) f.template add_feed<kFirst>(*feed, 0, 0, block0, block1);
@@ -235,7 +262,7 @@ struct Forward {
     my_blocks<E>(share, p.H, block0, block1);
     // A step alone, of few sequences, does nothing but read the weights. It takes both products of some units
     // at a time: one sweep over all weights, which the next call begins where this one ends.
-    const bool alone = T == 1 && p.rows.B <= 4 && Cell::kStages == 1;
+    const bool alone = T == 1 && p.rows.B <= 4 && Cell::kStages == 1 && !p.joint;
     for (int which = share.dir0; which < share.dir1; ++which) {
       const Direction<E, A>& d = p.dir[which];
       const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };
@@ -244,7 +271,7 @@ struct Forward {
         const Chunk c{d.reverse ? T - k1 : k0, d.reverse ? T - k0 : k1};
         // Whoever is still at the chunk before reads neither its rows of x nor another member's gx.
         if (d.x_rows) gather_x(p, d, share, c);
-        if (!alone) input_products(p, d, share, c, block0, block1);
+        if (!alone && !p.joint) input_products(p, d, share, c, block0, block1);
         for (int64_t k = k0; k < k1; ++k) {
           const Step now = step_at(p, d, time(k)), next = step_at(p, d, time(k + 1));
           const Forward f{p,
@@ -255,6 +282,7 @@ struct Forward {
                           d.ring[k & 1],
                           d.ring[(k + 1) & 1],
                           d.gates + (d.save ? now.first : slot(p, share, c, now.t)) * d.ld_gates,
+                          x_of(p, d, share, c, now.t),
                           ((p.sweeps + k) & 1) != 0};
           const int64_t row1 = at_most(share.row1, now.active);
           if constexpr (Cell::kStages == 2) f.first_stage(share.row0, row1);
@@ -267,6 +295,8 @@ struct Forward {
               input_products(p, d, share, c, b0, b1);
               f.last_stage(share.row0, row1, b0, b1);
             }
+          } else if (kJoins && p.joint) {
+            if constexpr (kJoins) f.joint_stage(share.row0, row1, block0, block1);
           } else {
             f.last_stage(share.row0, row1, block0, block1);
           }

@@ -21,6 +21,12 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
               ceil_div(a.H, kernels<E, A>().width));
 }
 
+// Whether this layer's product is joint where its weights are packed.
+template <class E, class A>
+bool joint_of(const LayerArgs& a, const CellKernels<E, A>& cell, bool int8) {
+  return cell.joins && !int8 && joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)});
+}
+
 // One layer's forward pass: all is ready but the scan, which the caller has a team run.
 template <class E, class A = E>
 class ForwardPass {
@@ -67,12 +73,17 @@ class ForwardPass {
     scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
     scan.steps = steps ? steps : input_steps(a, columns, sizeof(E));
     scan.k1 = a.T;
+    scan.joint = cell.joins && !int8_ && a.T * a.B > few && joint_of(a, cell, int8_);
     const int64_t most_rows = scan.steps * a.B;
     for (int64_t d = 0; d < D; ++d) {
       Direction<E, A>& s = scan.dir[d];
       s.reverse = d == 1;
       if (packed) packed->direction(d, s);
-      for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed; gate0 += cell.stage_gates[stage++]) {
+      if (scan.joint && !packed) {
+        std::tie(s.w_x[0], s.w[0]) = weights_.both(a.params[d].w_ih, a.params[d].w_hh, G, H);
+      }
+      for (int64_t stage = 0, gate0 = 0; stage < cell.stages && !packed && !scan.joint;
+           gate0 += cell.stage_gates[stage++]) {
         const LayerArgs::Direction& p = a.params[d];
         const int64_t gates = cell.stage_gates[stage];
         s.w_x[stage] =
@@ -88,6 +99,11 @@ class ForwardPass {
         read_biases(a.params[d], G, H, bx, bh);
         s.bx = bx;
         s.bh = bh;
+      }
+      if (scan.joint) {
+        E* b = arena.get<E>(G * ld);
+        for (int64_t i = 0; i < G * ld; ++i) b[i] = s.bx[i] + s.bh[i];
+        s.b = b;
       }
       s.save = save_gates;
       s.ld_gates = save_gates ? cell.saved * H : ld_gx;

@@ -18,6 +18,7 @@ constexpr cpu::CellKernels<E, A> cell_kernels() {
   static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
   static_assert(!Cell::kSavesH || (Cell::kSaved == 1 && Cell::kStates == 1), "h is all that it saves");
   static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");
+  static_assert(!Cell::kSums || Cell::kStages == 1, "a second stage's gates are no sum of x's and h's parts");
   cpu::CellKernels<E, A> k{Cell::kName,
                            Cell::kGates,
                            Cell::kStates,
@@ -28,7 +29,8 @@ constexpr cpu::CellKernels<E, A> cell_kernels() {
                            Cell::kHiddenGrad,
                            &Forward<Cell, E, A>::run,
                            &Backward<Cell, E, A>::run,
-                           &Backward<Cell, E, A>::finish};
+                           &Backward<Cell, E, A>::finish,
+                           Forward<Cell, E, A>::kJoins};
   if constexpr (sizeof(A) == sizeof(E)) {
     k.step = &Forward<Cell, E, A>::step_alone;
     k.step_backward = &Backward<Cell, E, A>::step_alone;

@@ -11,10 +11,9 @@ struct Part {
 
 template <class E, class A>
 void pack_weight(const Tensor& w, const Part& p, Weight<A> to) {
-  const char* src = static_cast<const char*>(w.const_data_ptr()) + p.gate0 * p.units * p.K * w.element_size();
   const Kernels<E, A>& k = kernels<E, A>();
-  k.pack({src, dtype_of(w) == ScalarType::BFloat16, p.gates, p.units * p.K, p.units, p.K, p.K, 1},
-         const_cast<A*>(to.data), 0, ceil_div(p.units, k.width));
+  k.pack(pack_of(w, p.gate0 * p.units, p.gates, p.units, to.ld), const_cast<A*>(to.data), 0,
+         ceil_div(p.units, k.width));
 }
 
 // As int8.h lays it out. scale: of the weight's rows.

@@ -47,7 +47,6 @@ struct InPanels<Pair> {
     const int64_t all = gates * W;
     return K <= kLongest<Pair> || kLongest<Pair> < all ? K : kLongest<Pair> / all * all;
   }
-  static constexpr int64_t row() { return W; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const Pair* ahead, Add&& add) const {
     const Pair* at = data;
@@ -57,7 +56,7 @@ struct InPanels<Pair> {
           const Pair* a = at + g * gate + lane;
           __builtin_prefetch(a + panel + lane * (W - 1));  // this tile's rows in the next panel
           __builtin_prefetch(ahead + k * W, 0, 2);
-          add(k, a);
+          add(k, a, W);
         }
       }
     }
@@ -68,6 +67,10 @@ FASTRNN_HD InRows<Pair> in_pairs(const InRows<Bf16>& in, int64_t) { return {as_p
 FASTRNN_HD InPanels<Pair> in_pairs(const InPanels<Bf16>& in, int64_t K) {
   const int64_t panels = (in.units + kPanelColumns - 1) / kPanelColumns;
   return {as_pairs(in.data), in.panel / 2, panels * in.panel / 2, in.units > 0 ? K / in.units : 0};
+}
+
+FASTRNN_HD InBoth<Pair> in_pairs(const InBoth<Bf16>& in, int64_t K) {
+  return {in_pairs(in.x, K), in_pairs(in.h, K), in.I / 2};
 }
 
 // As the product of product.h.
@@ -81,16 +84,17 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
       dot_product<G>(row0, row1, block0, block1, units, in, weight, K, bias, ld_bias, backwards, epilogue);
       return;
     }
-  } else if (in.units > 0) {
-    count = K / in.units * pairs(in.units);  // each gate begins a panel
+  } else if constexpr (std::is_same_v<In, InPanels<Bf16>>) {
+    if (in.units > 0) count = K / in.units * pairs(in.units);  // each gate begins a panel
   }
-  product<G>(row0, row1, block0, block1, units, in_pairs(in, K), cpu::Weight<Pair>{as_pairs(weight.data)},
-             count, bias, ld_bias, backwards, reads, epilogue);
+  const cpu::Weight<Pair> of_pairs{as_pairs(weight.data), cpu::Weight<Pair>::kPacked, weight.ld / 2};
+  product<G>(row0, row1, block0, block1, units, in_pairs(in, K), of_pairs, count, bias, ld_bias, backwards,
+             reads, epilogue);
 }
 
 // dst [blocks][K/2][gates][W][2].
 inline void pack(const cpu::Pack& p, Bf16* dst, int64_t block0, int64_t block1) {
-  const int64_t all = pairs(p.K);
+  const int64_t all = pairs(p.to_K ? p.to_K : p.K);
   pack_pairs(p, block0, block1, [&](int64_t b, int64_t step, int64_t g, int64_t k) {
     const int64_t pair = step * 16 + k;
     return pair < all ? dst + ((b * all + pair) * p.gates + g) * 2 * kWidth<Pair> : nullptr;

@@ -78,6 +78,7 @@ struct Direction {
   int64_t ld_x;
   const E* bx;  // [G][padded H] input bias, zeros where there is none
   const E* bh;  // [G][padded H] recurrent bias
+  const E* b;   // their sum, where the scan is joint
   E* gates;     // gx first, the cell's saved values after: [N][ld_gates] where save, else [chunk rows]
   int64_t ld_gates;
   bool save;               // all of kSaved is wanted
@@ -122,6 +123,7 @@ struct Scan {
   Border<E> x;
   int64_t I;
   int64_t steps;    // of a chunk
+  bool joint;       // one product of x and h, by weights that lie in one: there is no gx
   unsigned sweeps;  // over the weights, before this call: every other one is backwards
 };
 
@@ -190,6 +192,7 @@ struct CellKernels {
   void (*backward)(const Scan<E, A>&, const Share&);
   void (*finish)(const Scan<E, A>&,
                  const Share&);  // the product that ends the backward scan: ds of the first state
+  bool joins;                    // forward takes a joint scan
   // A decoder's, of one direction: step t, with the input's part of the gates of steps [t0, t1) where it is
   // the first of them; backward, step k from the last. Null where A is not E.
   void (*step)(const Scan<E, A>&, const Share&, int64_t t, int64_t t0, int64_t t1, const Feed<E>*) = nullptr;

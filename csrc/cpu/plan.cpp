@@ -9,17 +9,21 @@
 namespace fastrnn::cpu {
 namespace {
 
-// Linux writes it there for every processor; the C library knows x86 alone.
-int64_t ask_system() {
+// The bytes of a level's cache, 0 where there is none or none is known. Linux writes it there for every
+// processor; the C library knows x86 alone.
+int64_t ask_system(int level) {
 #if defined(_SC_LEVEL2_CACHE_SIZE)
-  if (const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE); bytes > 0) return bytes;
+  const long known = sysconf(level == 2 ? _SC_LEVEL2_CACHE_SIZE : _SC_LEVEL3_CACHE_SIZE);
+  if (known > 0) return known;
 #endif
+  char path[64];
+  std::snprintf(path, sizeof path, "/sys/devices/system/cpu/cpu0/cache/index%d/size", level);
   long long kilobytes = 0;
-  if (FILE* file = std::fopen("/sys/devices/system/cpu/cpu0/cache/index2/size", "r")) {
+  if (FILE* file = std::fopen(path, "r")) {
     if (std::fscanf(file, "%lldK", &kilobytes) != 1) kilobytes = 0;
     std::fclose(file);
   }
-  return kilobytes > 0 ? kilobytes << 10 : 1 << 20;
+  return std::max<int64_t>(kilobytes << 10, 0);
 }
 
 constexpr int64_t kLeastStep = 16384, kLeastCall = 100000;  // multiplications, of a thread
@@ -31,13 +35,23 @@ int64_t steps_of(const LayerArgs& a, int64_t rows) {
 }  // namespace
 
 int64_t second_level_cache() {
-  static const int64_t bytes = std::clamp<int64_t>(ask_system(), 256 << 10, 4 << 20);
+  static const int64_t known = ask_system(2);
+  static const int64_t bytes = std::clamp<int64_t>(known > 0 ? known : 1 << 20, 256 << 10, 4 << 20);
+  return bytes;
+}
+
+int64_t third_level_cache() {
+  static const int64_t bytes = ask_system(3);
   return bytes;
 }
 
 int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes) {
   const int64_t rows = second_level_cache() / std::max<int64_t>(row_bytes, 1);
   return steps_of(a, std::clamp<int64_t>(rows, 128, 512));
+}
+
+bool joint_product(const LayerArgs& a, int64_t weight_bytes) {
+  return a.B > 2 || (a.B == 2 && weight_bytes <= second_level_cache());
 }
 
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
@@ -63,15 +77,18 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
 }
 
 Plan::Split Plan::split(int threads) const {
-  constexpr int64_t kShort = 8;     // steps
-  constexpr int64_t kRowsEach = 6;  // those of a register tile on x86-64
+  constexpr int64_t kShort = 8;       // steps
+  constexpr int64_t kRowsEach = 6;    // those of a register tile on x86-64
+  constexpr int64_t kRowsOfFar = 16;  // enough multiplications for the weights to come from further away
   const int directions = D_ > 1 && threads % D_ == 0 ? static_cast<int>(D_) : 1, each = threads / directions;
+  const bool far = weight_bytes_ <= third_level_cache() / 4;
   if (T_ > kShort) {
     // As few parts of the units, and barriers, as leave R in the cache, beside what the steps read and write.
     for (int units = 1; units < each; ++units) {
       const int rows = each / units;
-      if (each % units == 0 && B_ >= kRowsEach * rows &&
-          weight_bytes_ / units <= second_level_cache() * 3 / 5 && blocks_ >= units) {
+      const bool near = weight_bytes_ / units <= second_level_cache() * 3 / 5;
+      if (each % units == 0 && blocks_ >= units &&
+          ((near && B_ >= kRowsEach * rows) || (far && B_ >= kRowsOfFar * rows))) {
         return {directions, rows, units};
       }
     }

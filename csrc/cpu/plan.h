@@ -13,18 +13,25 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Bytes of a core's second-level cache, as the system says when first asked; 1 MB where it does not.
 int64_t second_level_cache();
+// Of the third level, which cores share; 0 where there is none.
+int64_t third_level_cache();
 
 // The backward scan's chunk: its gradients of the gates stay in cache for the products after it, and these
 // are still large.
 int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes);
+
+// Whether x and h of a step enter one product, weight_bytes together, rather than x of many steps one before
+// them all: that spares writing and reading gx, but W is read in each step. By sizes alone, whatever the
+// threads, since the sums are added up in another order.
+bool joint_product(const LayerArgs& a, int64_t weight_bytes);
 
 // The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element);
 
 // How many threads, and how they share out (directions, rows, units). Directions need nothing of each other;
 // rows no barrier, but each thread streams the whole of R, which should then fit in its own second-level
-// cache, and in a short call is half of the time in that of the thread that packed it. Units need a barrier
-// for every phase of a step.
+// cache, or be met by many rows, and in a short call is half of the time in that of the thread that packed
+// it. Units need a barrier for every phase of a step.
 class Plan {
  public:
   struct Split {

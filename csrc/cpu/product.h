@@ -29,6 +29,10 @@ struct TileShape {
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
 };
 
+// Whether the product takes rows of two places, InBoth.
+template <class F>
+inline constexpr bool kTakesBoth = true;
+
 // A register's worth of factors along k, of a dot product, or of one k in each lane, of a tile; sums are of
 // Sum.
 template <class A>
@@ -56,7 +60,7 @@ template <class F>
 inline constexpr int64_t kLongest = 4096 / sizeof(F);
 
 // The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
-// row lies), `row` is the way from there to the next row's, and `piece` how many k are walked at a time.
+// row lies, the way from there to the next row's), and `piece` is how many k are walked at a time.
 
 // [rows][K], rows of ld. `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
 template <class F>
@@ -68,14 +72,33 @@ struct InRows {
     const int64_t pieces = (K + kLongest<F> - 1) / kLongest<F>;
     return pieces > 1 ? (K + pieces - 1) / pieces : K;
   }
-  FASTRNN_HD int64_t row() const { return ld; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < K; ++k) {
       __builtin_prefetch(ahead + k * kWidth<F>, 0, 2);
-      add(k, data + k);
+      add(k, data + k, ld);
     }
+  }
+};
+
+// Rows of x [rows][I] and then of h, as if they stood in one row.
+template <class F>
+struct InBoth {
+  InRows<F> x, h;
+  int64_t I;
+  FASTRNN_HD InBoth from(int64_t row, int64_t k) const {
+    const int64_t of_x = k < I ? k : I;
+    return {x.from(row, of_x), h.from(row, k - of_x), I - of_x};
+  }
+  FASTRNN_HD int64_t piece(int64_t K) const { return h.piece(K); }
+  template <class Add>
+  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+    const int64_t of_x = I < K ? I : K;
+    x.each(of_x, ahead, add);
+    h.each(K - of_x, ahead + of_x * kWidth<F>,
+           [&](int64_t k, const F* at, int64_t row)
+               __attribute__((always_inline)) { add(of_x + k, at, row); });
   }
 };
 
@@ -91,7 +114,6 @@ struct InPanels {
   FASTRNN_HD int64_t piece(int64_t K) const {  // whole gates
     return K <= kLongest<F> ? K : units >= kLongest<F> ? units : kLongest<F> / units * units;
   }
-  FASTRNN_HD static constexpr int64_t row() { return kWidth<F>; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
     const F* at = data;
@@ -103,12 +125,12 @@ struct InPanels {
           // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
           __builtin_prefetch(at + 2 * panel + lane * kWidth<F>);
           __builtin_prefetch(ahead + (k + lane) * kWidth<F>, 0, 2);
-          add(k + lane, at + lane);
+          add(k + lane, at + lane, int64_t{kWidth<F>});
         }
         k += kWidth<F>;
         unit += kWidth<F>;
       } else {
-        for (int lane = 0; lane < left; ++lane) add(k + lane, at + lane);
+        for (int lane = 0; lane < left; ++lane) add(k + lane, at + lane, int64_t{kWidth<F>});
         k += left;
         unit = 0;
       }
@@ -132,7 +154,6 @@ struct InLanes {
   int lanes;
   const Sum<F>* to;
   int64_t ld;
-  FASTRNN_HD static constexpr int64_t row() { return 1; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F*, Add&& add) const {
     const int64_t few = K / OuterTile<F>::kLanes;
@@ -140,7 +161,8 @@ struct InLanes {
     for (int lane = 0; lane < lanes; ++lane) {
       for (int u = 0; u < U; ++u) __builtin_prefetch(to + lane * ld + u * kWidth<F>, 1);
 #pragma GCC unroll 2
-      for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k) add(k, data + k * kPanelRow<F>);
+      for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k)
+        add(k, data + k * kPanelRow<F>, int64_t{1});
     }
   }
 };
@@ -168,8 +190,7 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
       for (int g = 0; g < G; ++g) {
         acc[m][u][g] = from.data ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
       }
-  const int64_t row = a.row();
-  a.each(K, ahead, [&](int64_t k, const F* a_k) __attribute__((always_inline)) {
+  a.each(K, ahead, [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
     Terms<F> wk[U][G];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)

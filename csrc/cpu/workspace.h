@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <tuple>
+#include <utility>
 
 #include "dispatch.h"
 #include "plan.h"
@@ -111,6 +113,26 @@ inline void fill_keep(const RowTable& table, const LayerArgs& a, bool reverse, c
   }
 }
 
+// K padded as what is multiplied is.
+template <class A>
+constexpr int64_t deep(int64_t K) {
+  return ceil_div(K, kDepth<A>) * kDepth<A>;
+}
+
+// Rows [offset, offset + gates * units) of w, to be packed among `all` columns; 0: by themselves.
+inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t units, int64_t all) {
+  const int64_t K = w.size(1);
+  const char* src = static_cast<const char*>(w.const_data_ptr()) + offset * K * w.element_size();
+  return {src, dtype_of(w) == ScalarType::BFloat16, gates, units * K, units, K, K, 1, 0, all};
+}
+
+// The parts of a weight [units/W][I + P][gates][W] that x [I] and h [P] meet.
+template <class A>
+std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width) {
+  const int64_t all = deep<A>(I) + deep<A>(P);
+  return {{w, Weight<A>::kPacked, all}, {w + deep<A>(I) * gates * width, Weight<A>::kPacked, all}};
+}
+
 // The weights of a call as its products want them: where they lie when few rows use them, else packed, by the
 // team that will use them.
 template <class E, class A = E>
@@ -135,10 +157,20 @@ class Weights {
         return {src, Weight<A>::kColumns, p.k_stride};
     }
     const int64_t blocks = ceil_div(p.units, kernels_.width);
-    const int64_t K = ceil_div(p.K, kDepth<A>) * kDepth<A>;
-    A* dst = arena_.get<A>(blocks * K * p.gates * kernels_.width);
+    A* dst = arena_.get<A>(blocks * deep<A>(p.K) * p.gates * kernels_.width);
     jobs_.push_back({p, dst, blocks});
     return {dst, Weight<A>::kPacked};
+  }
+
+  // The weights of x and of h, [gates * units][I] and [gates * units][P], packed as one of K = I + P.
+  std::pair<Weight<A>, Weight<A>> both(const Tensor& w_x, const Tensor& w_h, int64_t gates, int64_t units) {
+    const int64_t I = w_x.size(1), P = w_h.size(1), blocks = ceil_div(units, kernels_.width);
+    A* dst = arena_.get<A>(blocks * (deep<A>(I) + deep<A>(P)) * gates * kernels_.width);
+    const auto [x, h] = two_of(dst, I, P, gates, kernels_.width);
+    for (const auto& [w, to] : {std::pair(&w_x, x), std::pair(&w_h, h)}) {
+      jobs_.push_back({pack_of(*w, 0, gates, units, to.ld), const_cast<A*>(to.data), blocks});
+    }
+    return {x, h};
   }
 
   // This member's share of the packing; called by all of a team.
