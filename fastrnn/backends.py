@@ -278,11 +278,12 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     stacks = x.dtype in kernels.KERNEL_DTYPES and not torch._C._is_any_autocast_enabled()
     L = getattr(layer, "num_layers", 1) if stacks else 1  # as functional.stack has it
     found = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8, L)
-    threads, *parts, cache, groups, units, steps = found
+    threads, *parts, cache, groups, units, steps, joint = found
     each = f"; {cache >> 10} KB of second-level cache each)"
     names = ("directions", "rows of the batch", "units")
     shares = [f"{name} in {n} parts" for name, n in zip(names, parts, strict=True) if n > 1]
     split = "1 thread" if threads == 1 else f"{threads} threads ({', '.join(shares)}{each}"
+    split += ", x and h in one product" if joint else ""
     if groups == 1:
         return split
     of_units = f", units in {units} parts" if units > 1 else ""

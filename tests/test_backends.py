@@ -223,6 +223,32 @@ def test_tf32_is_what_torch_says_in_the_old_way_or_the_new():
     assert not gpu.allows_tf32(torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("layer", "shape", "joint"),
+    [
+        (fastrnn.LSTM(40, 33), (30, 5, 40), True),
+        (fastrnn.RNN(40, 33, nonlinearity="relu"), (30, 5, 40), True),
+        (fastrnn.LSTM(40, 33, proj_size=5), (200, 2, 40), True),
+        (fastrnn.GRU(40, 33), (30, 5, 40), False),  # its new gate takes x's part and h's apart
+        (fastrnn.LSTM(40, 33), (300, 1, 40), False),  # W would be read for one row at a time
+        (fastrnn.LSTM(40, 33), (3, 5, 40), False),  # too few rows to pack weights for
+        (fastrnn.LSTM(40, 33), (30, 4, 40), False),
+    ],
+    ids=str,
+)
+def test_x_and_h_in_one_product(layer, shape, joint):
+    """What explain says of it, and the values, frozen or not."""
+    x, frozen = torch.randn(shape), fastrnn.freeze(layer)
+    for of in (layer, frozen):
+        assert ("x and h in one product" in str(fastrnn.explain(of, x))) == joint
+    assert "in one product" not in str(fastrnn.explain(fastrnn.quantize(layer), x))
+    with torch.no_grad():
+        y = layer(x)[0]
+        torch.testing.assert_close(frozen(x)[0], y, rtol=1e-5, atol=1e-6)
+        with fastrnn.backend("reference"):
+            torch.testing.assert_close(y, layer(x)[0], rtol=1e-5, atol=1e-6)
+
+
 def test_explain_tells_the_split():
     """By the model of docs/cpu.md."""
     before = torch.get_num_threads()

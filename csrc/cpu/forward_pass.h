@@ -21,10 +21,11 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
               ceil_div(a.H, kernels<E, A>().width));
 }
 
-// Whether this layer's product is joint where its weights are packed.
+// Whether x and h of this layer's steps enter one product: its weights are then packed.
 template <class E, class A>
 bool joint_of(const LayerArgs& a, const CellKernels<E, A>& cell, bool int8) {
-  return cell.joins && !int8 && joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)});
+  return cell.joins && !int8 && a.T * a.B > Weights<E, A>::few(a) &&
+         joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)});
 }
 
 // One layer's forward pass: all is ready but the scan, which the caller has a team run.
@@ -63,8 +64,7 @@ class ForwardPass {
     scan.P = P;
     const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
     const int64_t ld_gx = padded<E>(columns);
-    using Packing = Weights<E, A>;
-    const int64_t few = a.B <= Packing::kFewSequences ? Packing::kFewRowsOfFew : Packing::kFewRows;
+    const int64_t few = Weights<E, A>::few(a);
     const bool direct = bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty();
     // The cache may still hold where the call before left off.
     static std::atomic<unsigned> sweeps{0};
@@ -73,7 +73,7 @@ class ForwardPass {
     scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
     scan.steps = steps ? steps : input_steps(a, columns, sizeof(E));
     scan.k1 = a.T;
-    scan.joint = cell.joins && !int8_ && a.T * a.B > few && joint_of(a, cell, int8_);
+    scan.joint = joint_of(a, cell, int8_);
     const int64_t most_rows = scan.steps * a.B;
     for (int64_t d = 0; d < D; ++d) {
       Direction<E, A>& s = scan.dir[d];

@@ -143,6 +143,9 @@ class Weights {
   static constexpr bool kHalves = sizeof(A) < sizeof(E);
   static constexpr int64_t kFewRows = kHalves ? 8 : 16, kFewRowsOfFew = kHalves ? 16 : 256, kFewSequences = 4;
 
+  // The rows of a call up to which R stays where it lies.
+  static int64_t few(const LayerArgs& a) { return a.B <= kFewSequences ? kFewRowsOfFew : kFewRows; }
+
   Weights(Arena& arena, const LayerArgs& a)
       : arena_(arena), kernels_(kernels<E, A>()), rows_(a.T * a.B), direct_(a.dtype == kScalar<A>) {}
 
