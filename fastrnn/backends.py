@@ -283,12 +283,11 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     names = ("directions", "rows of the batch", "units")
     shares = [f"{name} in {n} parts" for name, n in zip(names, parts, strict=True) if n > 1]
     split = "1 thread" if threads == 1 else f"{threads} threads ({', '.join(shares)}{each}"
-    split += ", x and h in one product" if joint else ""
-    if groups == 1:
-        return split
-    of_units = f", units in {units} parts" if units > 1 else ""
-    wave = f"{groups * units} threads (layers in {groups} groups, {steps} steps apart{of_units}{each}"
-    return f"in inference {wave}, else {split}"
+    if groups > 1:
+        of_units = f", units in {units} parts" if units > 1 else ""
+        wave = f"{groups * units} threads (layers in {groups} groups, {steps} steps apart{of_units}{each}"
+        split = f"in inference {wave}, else {split}"
+    return f"{split}; x and h in one product" if joint else split
 
 
 def explained(

@@ -146,9 +146,11 @@ def test_extremes(cell):
     assert torch.equal(y[0], clean[0])
 
 
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gate_functions_near_their_limits(dtype):
-    """tanh within a few ulp over all its range, by a cell that is nothing else: h = tanh(x)."""
+def test_gate_functions_near_their_limits(dtype, isa, monkeypatch):
+    """Within a few ulp over all their range, by cells that are nothing else."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 0, 1001)]).to(dtype)
     one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     with fastrnn.backend("cpu"):
@@ -156,6 +158,29 @@ def test_gate_functions_near_their_limits(dtype):
     true = torch.tanh(x.double())
     ulp = torch.finfo(dtype).eps * true.abs()
     assert ((y.flatten().double() - true).abs() <= 3 * ulp).all()
+    # sigmoid(x): an LSTM's output gate, where i = 0, f = 1 and tanh(c) = 1.
+    x = torch.linspace(-80, 20, 9001, dtype=dtype)
+    w, b = x.new_tensor([0, 0, 0, 1]).view(4, 1), x.new_tensor([-1e3, 1e3, 0, 0])
+    states = [x.new_zeros(1, len(x), 1), x.new_full((1, len(x), 1), 30)]
+    with fastrnn.backend("cpu"):
+        y = functional.layer("lstm", x.view(1, -1, 1), states, [w, 0 * w, b, 0 * b])[0]
+    true = torch.sigmoid(x.double())
+    assert ((y.flatten().double() - true).abs() <= 4 * torch.finfo(dtype).eps * true).all()
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+@pytest.mark.parametrize("I", [500, 1024, 1200, 2100])
+@pytest.mark.parametrize("cell", ["lstm", "rnn_tanh", "gru"])
+def test_rows_longer_than_a_piece(cell, I, isa, monkeypatch):
+    """K beyond what a product walks at once (512 of float64), x ending before, at and after its pieces."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    x, states, params = random_case(cell, 2, 29, I, 33)
+    with torch.no_grad():
+        with fastrnn.backend("cpu"):
+            ours = functional.layer(cell, x, states, params)[0]
+        with fastrnn.backend("reference"):
+            theirs = functional.layer(cell, x, states, params)[0]
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["inference", "training"])

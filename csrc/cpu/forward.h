@@ -1,5 +1,6 @@
 // The forward scan: state_t = cell(gx_t, R h_{t-1}, state_{t-1}), with gx = W x + b of a chunk of steps at a
-// time: many rows share the sweep over W, and a chunk's gx is still in cache when its steps read it.
+// time: many rows share the sweep over W, and a chunk's gx is still in cache when its steps read it. In a
+// joint scan W x and R h are one product's sums, a step at a time.
 #pragma once
 
 #include "step.h"

@@ -51,7 +51,8 @@ int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes) {
 }
 
 bool joint_product(const LayerArgs& a, int64_t weight_bytes) {
-  return a.B > 2 || (a.B == 2 && weight_bytes <= second_level_cache());
+  // The rows that hide where W comes from: memory, the third level, the second.
+  return a.B >= (weight_bytes <= second_level_cache() ? 2 : weight_bytes <= third_level_cache() / 2 ? 3 : 8);
 }
 
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
@@ -65,6 +66,7 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
       B_(a.B),
       I_(a.I),
       P_(a.P),
+      dense_(!a.lengths && a.N == a.T * a.B),
       step_(step),
       call_(call),
       weight_bytes_(weight_bytes),
@@ -81,7 +83,8 @@ Plan::Split Plan::split(int threads) const {
   constexpr int64_t kRowsEach = 6;    // those of a register tile on x86-64
   constexpr int64_t kRowsOfFar = 16;  // enough multiplications for the weights to come from further away
   const int directions = D_ > 1 && threads % D_ == 0 ? static_cast<int>(D_) : 1, each = threads / directions;
-  const bool far = weight_bytes_ <= third_level_cache() / 4;
+  // Of a ragged batch, sorted by length, the first rows would be most of the work.
+  const bool far = dense_ && weight_bytes_ <= third_level_cache() / 4;
   if (T_ > kShort) {
     // As few parts of the units, and barriers, as leave R in the cache, beside what the steps read and write.
     for (int units = 1; units < each; ++units) {

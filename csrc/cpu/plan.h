@@ -60,7 +60,9 @@ class Plan {
   // The nanoseconds of a step of this layer, or of one above it, whose units fall into so many parts.
   double step_time(int units, bool above) const;
 
-  int64_t D_, T_, B_, I_, P_, step_, call_, weight_bytes_, blocks_;
+  int64_t D_, T_, B_, I_, P_;
+  bool dense_;  // every sequence has T steps
+  int64_t step_, call_, weight_bytes_, blocks_;
   int threads_;
 };
 
