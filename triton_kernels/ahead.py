@@ -34,7 +34,7 @@ _KERNELS = {
     )
 }
 _LAUNCHES = {"scan": "one launch", "grid": "one launch of programs that meet", "step": "a launch a step"}
-_SIZES = (*scan.FREE, "N", "H", "P", "D", *attend.FREE, "K", "V", "mask_b", "mask_q")
+_SIZES = (*scan.FREE, "H", "P", "D", *attend.FREE, "K", "V", "mask_b", "mask_q")
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:

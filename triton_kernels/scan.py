@@ -20,7 +20,7 @@ import triton.language as tl
 from . import cells
 
 # Values that differ from call to call, for which no kernel is compiled anew.
-FREE = ("base_0", "base_1", "rows", "T", "B", "begin", "end")
+FREE = ("base_0", "base_1", "rows", "T", "B", "N", "begin", "end")
 
 
 @triton.jit
