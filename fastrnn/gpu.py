@@ -4,6 +4,7 @@ time, and the products over all rows at once, which are torch's. The recurrence 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -91,7 +92,18 @@ class Call:
         self.N = self.rows.shape[0]
         self.packed, self.masked = batch_sizes is not None, lengths is not None or reset is not None
         # Of packed rows the first of each step, and past the last one.
-        self.begins = [] if batch_sizes is None else [0, *batch_sizes.cumsum(0).tolist()]
+        self.begins = [] if batch_sizes is None else [0, *itertools.accumulate(self._sizes(batch_sizes))]
+
+    def _sizes(self, batch_sizes: Tensor) -> list[int]:
+        """batch_sizes, whose values say where a kernel writes."""
+        sizes: list[int] = batch_sizes.tolist()
+        fall = all(0 < size <= most for size, most in zip(sizes, [self.B, *sizes], strict=False))
+        if not fall or sum(sizes) != self.N:
+            raise ValueError(
+                f"batch_sizes must be positive, not above the batch of {self.B}, not increasing, and sum up "
+                f"to the input's {self.N} rows, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
+            )
+        return sizes
 
     @property
     def empty(self) -> bool:
@@ -300,13 +312,15 @@ def backward(
     shapes += [("dy", dy, tuple(y.shape))] if dy is not None else []
     shapes += [("dlast", g, tuple(s.shape)) for g, s in zip(dlast, states, strict=bool(dlast))]
     shapes += [("dseq", g, tuple(s.shape)) for g, s in zip(dseq, seq, strict=bool(dseq))]
+    dtypes = {"seq": torch.float32, "dseq": torch.float32, "dlast": None}
     if len(seq) != call.traits.cell_state or len(saved) != 1 + call.projected:
         raise ValueError(f"{cell}: seq and saved must be as {engine.name}_layer with save=True returned them")
     for name, tensor, shape in shapes:
-        if tuple(tensor.shape) != shape or tensor.device != x.device:
+        dtype = dtypes.get(name, x.dtype) or tensor.dtype
+        if tuple(tensor.shape) != shape or tensor.device != x.device or tensor.dtype != dtype:
             raise ValueError(
-                f"{cell}: {name} must be {list(shape)} on {x.device}, "
-                f"got {list(tensor.shape)} on {tensor.device}"
+                f"{cell}: {name} must be {dtype} {list(shape)} on {x.device}, "
+                f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
     engine.check(call)
     with alone(x.device):
