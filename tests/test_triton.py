@@ -3,6 +3,7 @@ GPU where there is one."""
 
 from __future__ import annotations
 
+import ast
 import itertools
 import multiprocessing
 import os
@@ -79,6 +80,29 @@ def test_on_the_gpu():
     parallel = ("-n", str(many)) if util.find_spec("xdist") else ()
     for name in ("triton_interpreted.py", "triton_attention.py"):
         finish(run(name, "step or not step", *parallel))
+
+
+def test_no_kernel_is_compiled_anew_for_other_sequences():
+    """A kernel's compilation is of the layer's widths, not of T, B or the rows of a call."""
+    kernels = 0
+    for file in ("scan.py", "step.py", "attend.py"):
+        tree = ast.parse((HERE.parent / "triton_kernels" / file).read_text())
+        home = ast.parse((HERE.parent / "triton_kernels/scan.py").read_text()) if file == "step.py" else tree
+        free = next(
+            ast.literal_eval(node.value)
+            for node in home.body
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FREE"
+        )
+        for function in tree.body:
+            decorators = [ast.unparse(d) for d in getattr(function, "decorator_list", [])]
+            if not isinstance(function, ast.FunctionDef) or "do_not_specialize" not in "".join(decorators):
+                continue
+            kernels += 1
+            plain = {a.arg for a in function.args.args if a.annotation is None}
+            sizes = plain & {"T", "B", "N", "Tq", "S", "rows", "begin", "end"}
+            assert len(sizes) >= 2
+            assert sizes <= set(free), (function.name, sizes)
+    assert kernels == 10
 
 
 def test_tuning_wants_a_gpu(capsys):
