@@ -312,11 +312,10 @@ def backward(
     shapes += [("dy", dy, tuple(y.shape))] if dy is not None else []
     shapes += [("dlast", g, tuple(s.shape)) for g, s in zip(dlast, states, strict=bool(dlast))]
     shapes += [("dseq", g, tuple(s.shape)) for g, s in zip(dseq, seq, strict=bool(dseq))]
-    dtypes = {"seq": torch.float32, "dseq": torch.float32, "dlast": None}
     if len(seq) != call.traits.cell_state or len(saved) != 1 + call.projected:
         raise ValueError(f"{cell}: seq and saved must be as {engine.name}_layer with save=True returned them")
     for name, tensor, shape in shapes:
-        dtype = dtypes.get(name, x.dtype) or tensor.dtype
+        dtype = torch.float32 if name in ("seq", "dseq") else x.dtype
         if tuple(tensor.shape) != shape or tensor.device != x.device or tensor.dtype != dtype:
             raise ValueError(
                 f"{cell}: {name} must be {dtype} {list(shape)} on {x.device}, "

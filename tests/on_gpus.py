@@ -247,6 +247,8 @@ def test_the_operators_trust_nobody(engine):
         back("lstm", y[1:], [], [], *given, y, seq, saved, True, True)
     with pytest.raises(ValueError, match=r"dy must be torch.float32 \[3, 2, 4\].*got torch.bfloat16"):
         back("lstm", y.bfloat16(), [], [], *given, y, seq, saved, True, True)
+    with pytest.raises(ValueError, match=r"dlast must be torch\.float32"):
+        back("lstm", y, [h.bfloat16(), c], [], *given, y, seq, saved, True, True)
     for sizes in ([2, 2, 1], [2, 2, 2, 2], [1, 2, 2, 1], [3, 2, 1], [2, 2, 2, 0], [2, 2, 3, -1]):
         rows, steps = x.reshape(6, 3), torch.tensor(sizes)
         with pytest.raises(ValueError, match="batch_sizes must be positive"):

@@ -180,7 +180,8 @@ def test_rows_longer_than_a_piece(cell, I, isa, monkeypatch):
             ours = functional.layer(cell, x, states, params)[0]
         with fastrnn.backend("reference"):
             theirs = functional.layer(cell, x, states, params)[0]
-    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    # Within a rounding for each of up to 2,133 products, 4.7e-13.
+    torch.testing.assert_close(ours, theirs, rtol=5e-13, atol=5e-13)
 
 
 @pytest.mark.parametrize("save", [False, True], ids=["inference", "training"])

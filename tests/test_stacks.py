@@ -146,7 +146,7 @@ def test_packed_weights_with_strides(make, threads):
     assert_same_bits([y, *last], one_by_one(module, x, tuple(given[2])))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU OpenMP (OMP_THREAD_LIMIT) for less")
+@pytest.mark.skipif(sys.platform != "linux", reason="OMP_THREAD_LIMIT is of GNU OpenMP, on Linux alone")
 def test_fewer_threads_than_asked_for():
     """Two of three: the team's groups are fewer than the plan's."""
     code = """
