@@ -81,13 +81,11 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "attention(Tensor query, Tensor keys, Tensor values, Tensor? v, Tensor? mask, float scale, bool "
       "need_weights) -> (Tensor context, Tensor weights, Tensor lse)");
-  // dv has no elements where v is not given.
+  // What is not needed is not computed and has no elements; nor has dv where v is not given.
   m.def(
       "attention_backward(Tensor? dcontext, Tensor? dweights, Tensor query, Tensor keys, Tensor values, "
-      "Tensor? "
-      "v, Tensor? mask, float scale, Tensor context, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor "
-      "dvalues, "
-      "Tensor dv)");
+      "Tensor? v, Tensor? mask, float scale, Tensor context, Tensor lse, bool need_query, bool need_keys, "
+      "bool need_values, bool need_v) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dv)");
   // All steps of Luong's decoder with input feeding; fastrnn.reference.decoder has the arguments, with the
   // parameters of all layers in one list. saved: what decoder_backward needs, empty unless save.
   m.def(

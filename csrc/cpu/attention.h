@@ -69,8 +69,10 @@ struct Attend {
 
   // Backward.
   const E *dcontext, *dweights;  // as context and weights; the second may be null
-  E *dquery, *dkeys, *dvalues;   // as query, keys and values
-  E* dv;                         // [padded K] of the additive score
+  E *dquery, *dkeys, *dvalues;   // as query, keys and values; null: not needed
+  E* dv;                         // [padded K] of the additive score; null: not needed
+
+  bool needs_scores() const { return dquery || dkeys || dv; }  // their gradients
 };
 
 // Queries that one call of forward takes, at most: they share what is packed of the memory.
@@ -82,11 +84,11 @@ struct AttentionKernels {
   void (*decode)(const Decoder<E>&, const Share&);
   void (*decode_backward)(const Decoder<E>&, const Share&);
   // Queries [q0, q1) of a sequence; all of them, backward, by the members that share it. scratch: so many
-  // elements as the next two say, of a sequence.
+  // elements as the next two say, of a sequence; the second reads sizes, and what is needed.
   void (*attend)(const Attend<E>&, int64_t q0, int64_t q1, E* scratch);
   void (*attend_backward)(const Attend<E>&, const Share&, E* scratch);
   int64_t (*scratch)(int64_t K, int64_t V);
-  int64_t (*backward_scratch)(int64_t S, int64_t K, int64_t V);
+  int64_t (*backward_scratch)(const Attend<E>&);
 };
 
 // Of the instruction set in force.
