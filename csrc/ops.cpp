@@ -93,16 +93,15 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor values, Tensor? w_q, Tensor? v, Tensor? mask, Tensor[] drops, float scale, bool save) -> "
       "(Tensor "
       "out, Tensor[] last, Tensor weights, Tensor[] saved)");
-  // dout, dlast, dweights: gradients of decoder's outputs; none counts as zeros. dw_q and dv have no elements
+  // dout, dlast, dweights: gradients of decoder's outputs; none counts as zeros. need_params: of all weights,
+  // w_h, w_q and v among them. What is not needed has no elements, dparams is empty; dw_q and dv have none
   // where those are not given.
   m.def(
       "decoder_backward(str cell, Tensor? dout, Tensor[] dlast, Tensor? dweights, Tensor x, Tensor[] states, "
       "Tensor feed, Tensor[] params, Tensor w_h, Tensor keys, Tensor values, Tensor? w_q, Tensor? v, Tensor? "
-      "mask, Tensor[] drops, float scale, Tensor out, Tensor weights, Tensor[] saved) -> (Tensor dx, "
-      "Tensor[] "
-      "dstates, Tensor dfeed, Tensor[] dparams, Tensor dw_h, Tensor dkeys, Tensor dvalues, Tensor dw_q, "
-      "Tensor "
-      "dv)");
+      "mask, Tensor[] drops, float scale, Tensor out, Tensor weights, Tensor[] saved, bool need_x, bool "
+      "need_params, bool need_keys, bool need_values) -> (Tensor dx, Tensor[] dstates, Tensor dfeed, "
+      "Tensor[] dparams, Tensor dw_h, Tensor dkeys, Tensor dvalues, Tensor dw_q, Tensor dv)");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");

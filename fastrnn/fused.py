@@ -102,7 +102,7 @@ class Decoder:
     def primals(self) -> int:
         return 7 + CELLS[self.cell].states + 4 * self.layers
 
-    def arguments(self, flat: Flat) -> list[Any]:
+    def arguments(self, flat: Sequence[Any]) -> list[Any]:
         """As the operator takes them, without scale."""
         S, P = CELLS[self.cell].states, 4 * self.layers
         x, *rest = flat
@@ -142,11 +142,13 @@ class Decoder:
         dout, *dlast, dweights = grads
         given = _dense(dlast, last) if any(g is not None for g in dlast) else []
         op = torch.ops.fastrnn.decoder_backward.default
-        dx, dstates, dfeed, dparams, *rest, dw_q, dv = op(
-            self.cell, dout, given, dweights, *self.arguments(flat), self.scale, out, weights, saved
+        need_x, _, _, params, w_h, need_keys, need_values, *additive, _, _ = self.arguments([*needs, None])
+        asked = need_x, any((*params, w_h, *additive)), need_keys, need_values
+        dx, dstates, dfeed, dparams, *rest = op(
+            self.cell, dout, given, dweights, *self.arguments(flat), self.scale, out, weights, saved, *asked
         )
-        additive = [dw_q, dv] if flat[self.primals - 1] is not None else [None, None]
-        return [dx, *dstates, dfeed, *dparams, *rest, *additive]
+        computed = [dx, *dstates, dfeed, *(dparams or [None] * len(params)), *rest]
+        return [g if need else None for g, need in zip(computed, needs, strict=True)]
 
 
 def _gradients(
@@ -254,16 +256,19 @@ def _fake_decoder(cell: str, *args: Any) -> tuple[Tensor, list[Tensor], Tensor, 
 
 
 def _fake_decoder_backward(cell: str, *args: Any) -> Any:
-    dout, dlast, dweights, x, states, feed, params, w_h, keys, values, w_q, v, mask, _, _, *kept, saved = args
+    dout, dlast, dweights, x, states, feed, params, w_h, keys, values, w_q, v, mask, _, _, *rest = args
+    *kept, saved, need_x, need_params, need_keys, need_values = rest
     rows = (*states, feed, keys, values, *kept, *saved, *dlast, dout, dweights)
     _decoder_device(x, rows, (*params, w_h, w_q, v), mask)
 
-    def like(t: Tensor | None) -> Tensor:
-        empty: Tensor = x.new_empty(0 if t is None else t.shape)
+    def like(t: Tensor | None, need: bool = True) -> Tensor:
+        empty: Tensor = x.new_empty(t.shape if need and t is not None else 0)
         return empty
 
-    rest = (like(t) for t in (w_h, keys, values, w_q, v))
-    return like(x), [like(s) for s in states], like(feed), [like(p) for p in params], *rest
+    dparams = [like(p) for p in params] if need_params else []
+    of_memory = like(w_h, need_params), like(keys, need_keys), like(values, need_values)
+    additive = like(w_q, need_params), like(v, need_params)
+    return like(x, need_x), [like(s) for s in states], like(feed), dparams, *of_memory, *additive
 
 
 def _fake_attention(
@@ -331,18 +336,21 @@ def _autograd_decoder(keyset: Any, cell: str, *args: Any) -> Any:
 
 def _autograd_decoder_backward(keyset: Any, cell: str, *args: Any) -> Any:
     no_transforms()
-    dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights, _ = args
+    dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights = args[:-5]
+    need_x, need_params, need_keys, need_values = args[-4:]
     flat = [x, *states, feed, *params, *rest, mask, *drops]
     if not wants_grad(*_present((*flat, dout, *dlast, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.decoder_backward.default, cell, *args)
     S, P = len(states), len(params)
     grads = (dout, *(dlast or [None] * S), dweights)
     call = Decoder(cell, P // 4, scale)
-    needs = [t is not None for t in flat[: call.primals]]
+    of_weights = [need_params] * (P + 1)
+    needs = [need_x, *[True] * (S + 1), *of_weights, need_keys, need_values, *[need_params] * 2]
+    needs = [need and t is not None for need, t in zip(needs, flat, strict=False)]
     given = _gradients(call, flat, call.shaped(flat, (out, weights)), grads, needs)
     dx, *others = (x.new_empty(0) if g is None else g for g in given)
     dstates, (dfeed, *others) = others[:S], others[S:]
-    return (dx, dstates, dfeed, others[:P], *others[P:])
+    return (dx, dstates, dfeed, others[:P] if need_params else [], *others[P:])
 
 
 def _attention_flops(query: Any, keys: Any, values: Any, *rest: Any, **options: Any) -> int:

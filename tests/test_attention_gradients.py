@@ -1,4 +1,4 @@
-"""Attention computes the gradients that somebody needs, and no others."""
+"""Attention and its decoder compute the gradients that somebody needs, and no others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 from helpers import randn
+from test_decoder import operator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,15 +31,16 @@ def tensors(Tq, S, B, K, V, additive, masked, dtype=torch.float64):
 
 
 class Watch(TorchDispatchMode):
-    """Calls of attention's backward operator: their last arguments, and the elements of their results."""
+    """Calls of a backward operator: their last arguments, and the elements of their results."""
 
-    def __init__(self):
+    def __init__(self, op=torch.ops.fastrnn.attention_backward.default):
         super().__init__()
+        self.op = op
         self.needs, self.elements = [], []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if func is torch.ops.fastrnn.attention_backward.default:
+        if func is self.op:
             self.needs.append(args[-4:])
             self.elements.append([t.numel() for t in tree_leaves(out)])
         return out
@@ -190,3 +192,89 @@ def test_flops_are_of_what_is_computed():
         with FlopCounterMode(display=False) as counter:
             context.sum().backward()
         assert counter.get_total_flops() == expected
+
+
+# --- the decoder
+
+
+def decoder_backward(call, flat, needs):
+    """dx, dparams and dw_h, dkeys, dvalues, dw_q, dv as lists; dstates and dfeed, which always come."""
+    with torch.no_grad():
+        args = call.arguments(flat)
+        out, last, weights, saved = torch.ops.fastrnn.decoder(call.cell, *args, call.scale, True)
+        found = torch.ops.fastrnn.decoder_backward(
+            call.cell, out, last, weights, *args, call.scale, out, weights, saved, *needs
+        )
+    dx, dstates, dfeed, dparams, dw_h, dkeys, dvalues, dw_q, dv = found
+    return ([dx], [*dparams, dw_h, dw_q, dv], [dkeys], [dvalues]), [*dstates, dfeed]
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+@each_score
+def test_each_subset_of_the_decoders_has_the_bits_of_the_whole(additive, cell):
+    call, flat = operator(cell, additive, 2, 7, 3, 9, 4, 20, 11)
+    whole, always = decoder_backward(call, flat, (True,) * 4)
+    for needs in NEEDS:
+        found, others = decoder_backward(call, flat, needs)
+        assert all(map(torch.equal, others, always))
+        for need, ours, expected in zip(needs, found, whole, strict=True):
+            same = all(map(torch.equal, ours, expected)) and len(ours) == len(expected)
+            assert same if need else not any(t.numel() for t in ours), needs
+        assert needs[1] or len(found[1]) == 3  # no list of the layers' own
+
+
+def scanned(call, flat, wanted):
+    """The loss and the leaves of it, with those wanted that `wanted` names."""
+    x, states, feed, params, w_h, keys, values, w_q, v, mask, drops = call.arguments(flat)
+    names = {"x": [x], "params": [*params, w_h, w_q, v], "keys": [keys], "values": [values], "states": states}
+    new = {id(t): t.detach().clone() for t in flat if t is not None}
+    leaves = [new[id(t)].requires_grad_() for name in wanted for t in names[name] if t is not None]
+    x, states, feed, params, w_h, keys, values, w_q, v, mask, drops = call.arguments(
+        [None if t is None else new[id(t)] for t in flat]
+    )
+    layers = [params[4 * k : 4 * k + 4] for k in range(call.layers)]
+    out, last, weights = functional.decoder(
+        *(call.cell, x, states, feed, layers, w_h, keys, values),
+        **{"w_q": w_q, "v": v, "mask": mask, "drops": drops, "scale": call.scale},
+    )
+    return out.square().sum() + last[0].sum() + weights.pow(3).sum(), leaves
+
+
+GROUPS = ("x", "params", "keys", "values", "states")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@each_score
+def test_the_decoders_autograd_asks_for_what_requires_grad(additive, cell):
+    """First and second derivatives are the reference's."""
+    call, flat = operator(cell, additive, 2, 3, 2, 3, 2, 3, 2)
+    for count in (1, 2, 4):
+        for wanted in itertools.combinations(GROUPS, count):
+            found = []
+            for backend in ("auto", "reference"):
+                with fastrnn.backend(backend):
+                    loss, leaves = scanned(call, flat, wanted)
+                    with Watch(torch.ops.fastrnn.decoder_backward.default) as watch:
+                        plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+                    first = torch.autograd.grad(loss, leaves, create_graph=True)
+                    loss = sum(g.square().sum() for g in first)
+                    second = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+                found.append([*plain, *first, *second])
+                if backend == "auto":
+                    assert watch.needs == [tuple(group in wanted for group in GROUPS[:4])]
+            torch.testing.assert_close(*found)
+
+
+def test_a_decoder_over_a_frozen_encoder():
+    """A module's training step, in a graph too, makes no gradient of the keys."""
+    torch.manual_seed(3)
+    decoder = fastrnn.AttentionDecoder(3, 4, 4, dtype=torch.float64)
+    x, memory = randn(5, 2, 3), randn(6, 2, 4)
+    leaves, found = list(decoder.parameters()), []
+    for call in (decoder, torch.compile(decoder, fullgraph=True, backend="aot_eager")):
+        loss = call(x, memory)[0].square().sum()
+        with Watch(torch.ops.fastrnn.decoder_backward.default) as watch:
+            found.append(torch.autograd.grad(loss, leaves))
+        # The values are the memory times a part of W_c, which learns.
+        assert watch.needs == [(False, True, False, True)]
+    torch.testing.assert_close(*found)

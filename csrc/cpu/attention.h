@@ -41,7 +41,8 @@ struct Decoder {
   E* query;             // [B][ld_query] of the additive score
   E* queries;           // [N][K] the same of all steps, for the backward pass; null: not kept
 
-  // Backward. Panels as gradients.h has them; those "by sequence" have rows b*T + t.
+  // Backward. Panels as gradients.h has them; those "by sequence" have rows b*T + t. Null: what they are for
+  // is not needed.
   Weight<E> w_feed_t, w_h_t, w_query_t;
   const Weight<E>* w_below_t;     // [layers] of the input of each layer but the first
   const E *dout, *dweights;       // [N][H], [B][T][S]; null: none
