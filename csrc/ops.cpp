@@ -81,13 +81,11 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   m.def(
       "attention(Tensor query, Tensor keys, Tensor values, Tensor? v, Tensor? mask, float scale, bool "
       "need_weights) -> (Tensor context, Tensor weights, Tensor lse)");
-  // dv has no elements where v is not given.
+  // What is not needed is not computed and has no elements; nor has dv where v is not given.
   m.def(
       "attention_backward(Tensor? dcontext, Tensor? dweights, Tensor query, Tensor keys, Tensor values, "
-      "Tensor? "
-      "v, Tensor? mask, float scale, Tensor context, Tensor lse) -> (Tensor dquery, Tensor dkeys, Tensor "
-      "dvalues, "
-      "Tensor dv)");
+      "Tensor? v, Tensor? mask, float scale, Tensor context, Tensor lse, bool need_query, bool need_keys, "
+      "bool need_values, bool need_v) -> (Tensor dquery, Tensor dkeys, Tensor dvalues, Tensor dv)");
   // All steps of Luong's decoder with input feeding; fastrnn.reference.decoder has the arguments, with the
   // parameters of all layers in one list. saved: what decoder_backward needs, empty unless save.
   m.def(
@@ -95,16 +93,15 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor values, Tensor? w_q, Tensor? v, Tensor? mask, Tensor[] drops, float scale, bool save) -> "
       "(Tensor "
       "out, Tensor[] last, Tensor weights, Tensor[] saved)");
-  // dout, dlast, dweights: gradients of decoder's outputs; none counts as zeros. dw_q and dv have no elements
+  // dout, dlast, dweights: gradients of decoder's outputs; none counts as zeros. need_params: of all weights,
+  // w_h, w_q and v among them. What is not needed has no elements, dparams is empty; dw_q and dv have none
   // where those are not given.
   m.def(
       "decoder_backward(str cell, Tensor? dout, Tensor[] dlast, Tensor? dweights, Tensor x, Tensor[] states, "
       "Tensor feed, Tensor[] params, Tensor w_h, Tensor keys, Tensor values, Tensor? w_q, Tensor? v, Tensor? "
-      "mask, Tensor[] drops, float scale, Tensor out, Tensor weights, Tensor[] saved) -> (Tensor dx, "
-      "Tensor[] "
-      "dstates, Tensor dfeed, Tensor[] dparams, Tensor dw_h, Tensor dkeys, Tensor dvalues, Tensor dw_q, "
-      "Tensor "
-      "dv)");
+      "mask, Tensor[] drops, float scale, Tensor out, Tensor weights, Tensor[] saved, bool need_x, bool "
+      "need_params, bool need_keys, bool need_values) -> (Tensor dx, Tensor[] dstates, Tensor dfeed, "
+      "Tensor[] dparams, Tensor dw_h, Tensor dkeys, Tensor dvalues, Tensor dw_q, Tensor dv)");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
   m.def("build_info() -> str");

@@ -77,11 +77,16 @@ class Attention:
         return (kept[0], query.new_zeros(()).expand(B, Tq, S)) if self.need_weights else (kept[0],)
 
     def backward(
-        self, flat: Flat, outputs: Sequence[Tensor], saved: Sequence[Tensor], grads: Flat
+        self,
+        flat: Flat,
+        outputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Flat,
+        needs: Sequence[bool],
     ) -> list[Any]:
         op, dweights = torch.ops.fastrnn.attention_backward.default, grads[1] if self.need_weights else None
-        *given, dv = op(grads[0], dweights, *flat, self.scale, outputs[0], *saved)
-        return [*given, dv if flat[3] is not None else None]
+        given = op(grads[0], dweights, *flat, self.scale, outputs[0], *saved, *needs)
+        return [g if need else None for g, need in zip(given, needs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Decoder:
     def primals(self) -> int:
         return 7 + CELLS[self.cell].states + 4 * self.layers
 
-    def arguments(self, flat: Flat) -> list[Any]:
+    def arguments(self, flat: Sequence[Any]) -> list[Any]:
         """As the operator takes them, without scale."""
         S, P = CELLS[self.cell].states, 4 * self.layers
         x, *rest = flat
@@ -126,32 +131,44 @@ class Decoder:
         return outputs[0], outputs[-1]
 
     def backward(
-        self, flat: Flat, outputs: Sequence[Tensor], saved: Sequence[Tensor], grads: Flat
+        self,
+        flat: Flat,
+        outputs: Sequence[Tensor],
+        saved: Sequence[Tensor],
+        grads: Flat,
+        needs: Sequence[bool],
     ) -> list[Any]:
         out, *last, weights = outputs
         dout, *dlast, dweights = grads
         given = _dense(dlast, last) if any(g is not None for g in dlast) else []
         op = torch.ops.fastrnn.decoder_backward.default
-        dx, dstates, dfeed, dparams, *rest, dw_q, dv = op(
-            self.cell, dout, given, dweights, *self.arguments(flat), self.scale, out, weights, saved
+        need_x, _, _, params, w_h, need_keys, need_values, *additive, _, _ = self.arguments([*needs, None])
+        asked = need_x, any((*params, w_h, *additive)), need_keys, need_values
+        dx, dstates, dfeed, dparams, *rest = op(
+            self.cell, dout, given, dweights, *self.arguments(flat), self.scale, out, weights, saved, *asked
         )
-        additive = [dw_q, dv] if flat[self.primals - 1] is not None else [None, None]
-        return [dx, *dstates, dfeed, *dparams, *rest, *additive]
+        computed = [dx, *dstates, dfeed, *(dparams or [None] * len(params)), *rest]
+        return [g if need else None for g, need in zip(computed, needs, strict=True)]
 
 
-def _gradients(call: Any, flat: Flat, outputs: Sequence[Tensor], grads: Flat) -> list[Tensor | None]:
-    """By the formula: they can be differentiated, and go under vmap."""
+def _gradients(
+    call: Any, flat: Flat, outputs: Sequence[Tensor], grads: Flat, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """By the formula: they can be differentiated, and go under vmap. needs: for each of the primals."""
     primals, others = flat[: call.primals], flat[call.primals :]
+    wanted = [p for p, need in zip(primals, needs, strict=True) if need]
+    if not wanted:
+        return [None] * len(primals)
 
     def forward(*values: Tensor) -> tuple[Tensor, ...]:
         given = iter(values)
-        filled = [None if p is None else next(given) for p in primals]
+        filled = [next(given) if need else p for p, need in zip(primals, needs, strict=True)]
         result: tuple[Tensor, ...] = call.reference((*filled, *others))
         return result
 
-    vjp: Any = torch.func.vjp(forward, *_present(primals))[1]
+    vjp: Any = torch.func.vjp(forward, *wanted)[1]
     given = iter(vjp(tuple(_dense(grads, outputs))))
-    return [None if p is None else next(given) for p in primals]
+    return [next(given) if need else None for need in needs]
 
 
 class FusedFunction(torch.autograd.Function):
@@ -172,14 +189,14 @@ class FusedFunction(torch.autograd.Function):
         call, (count, results) = ctx.call, ctx.counts
         if all(g is None for g in grads):
             return (None,) * (1 + count)
-        tensors = ctx.saved_tensors
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[1 : 1 + call.primals]
         flat, saved = tensors[:count], tensors[count + results :]
         outputs = call.shaped(flat, tensors[count : count + results])
         if torch.is_grad_enabled() or transforms.active() or any(map(is_batched, grads)):
-            given = _gradients(call, flat, outputs, grads)
+            given = _gradients(call, flat, outputs, grads, needs)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                given = call.backward(flat, outputs, saved, grads)
+                given = call.backward(flat, outputs, saved, grads, needs)
         return (None, *given, *(None,) * (count - call.primals))
 
 
@@ -239,16 +256,19 @@ def _fake_decoder(cell: str, *args: Any) -> tuple[Tensor, list[Tensor], Tensor, 
 
 
 def _fake_decoder_backward(cell: str, *args: Any) -> Any:
-    dout, dlast, dweights, x, states, feed, params, w_h, keys, values, w_q, v, mask, _, _, *kept, saved = args
+    dout, dlast, dweights, x, states, feed, params, w_h, keys, values, w_q, v, mask, _, _, *rest = args
+    *kept, saved, need_x, need_params, need_keys, need_values = rest
     rows = (*states, feed, keys, values, *kept, *saved, *dlast, dout, dweights)
     _decoder_device(x, rows, (*params, w_h, w_q, v), mask)
 
-    def like(t: Tensor | None) -> Tensor:
-        empty: Tensor = x.new_empty(0 if t is None else t.shape)
+    def like(t: Tensor | None, need: bool = True) -> Tensor:
+        empty: Tensor = x.new_empty(t.shape if need and t is not None else 0)
         return empty
 
-    rest = (like(t) for t in (w_h, keys, values, w_q, v))
-    return like(x), [like(s) for s in states], like(feed), [like(p) for p in params], *rest
+    dparams = [like(p) for p in params] if need_params else []
+    of_memory = like(w_h, need_params), like(keys, need_keys), like(values, need_values)
+    additive = like(w_q, need_params), like(v, need_params)
+    return like(x, need_x), [like(s) for s in states], like(feed), dparams, *of_memory, *additive
 
 
 def _fake_attention(
@@ -270,11 +290,14 @@ def _fake_attention(
 def _fake_attention_backward(
     dcontext: Tensor | None, dweights: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    query, keys, values, v, mask, _, context, lse = args
+    query, keys, values, v, mask, _, context, lse, *needs = args
     rows = [keys, values, context, lse, *_present((dcontext, dweights))]
     same_device(query, rows, _present((v,)), (mask,))
-    dv = query.new_empty(0 if v is None else v.shape)
-    return query.new_empty(query.shape), keys.new_empty(keys.shape), values.new_empty(values.shape), dv
+    dquery, dkeys, dvalues, dv = (
+        query.new_empty(t.shape if need and t is not None else 0)
+        for t, need in zip((query, keys, values, v), needs, strict=True)
+    )
+    return dquery, dkeys, dvalues, dv
 
 
 def _autograd_attention(keyset: Any, *args: Any) -> Any:
@@ -289,11 +312,13 @@ def _autograd_attention(keyset: Any, *args: Any) -> Any:
 
 def _autograd_attention_backward(keyset: Any, *args: Any) -> Any:
     no_transforms()
-    dcontext, dweights, *flat, scale, context, _ = args
+    dcontext, dweights, query, keys, values, v, mask, scale, context, _, *needs = args
+    flat = (query, keys, values, v, mask)
     if not wants_grad(*_present((*flat, dcontext, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.attention_backward.default, *args)
     call = Attention(scale, True)
-    given = _gradients(call, flat, call.shaped(flat, (context,)), (dcontext, dweights))
+    needs[3] &= v is not None
+    given = _gradients(call, flat, call.shaped(flat, (context,)), (dcontext, dweights), needs)
     return tuple(context.new_empty(0) if g is None else g for g in given)
 
 
@@ -311,17 +336,21 @@ def _autograd_decoder(keyset: Any, cell: str, *args: Any) -> Any:
 
 def _autograd_decoder_backward(keyset: Any, cell: str, *args: Any) -> Any:
     no_transforms()
-    dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights, _ = args
+    dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights = args[:-5]
+    need_x, need_params, need_keys, need_values = args[-4:]
     flat = [x, *states, feed, *params, *rest, mask, *drops]
     if not wants_grad(*_present((*flat, dout, *dlast, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.decoder_backward.default, cell, *args)
     S, P = len(states), len(params)
     grads = (dout, *(dlast or [None] * S), dweights)
     call = Decoder(cell, P // 4, scale)
-    given = _gradients(call, flat, call.shaped(flat, (out, weights)), grads)
+    of_weights = [need_params] * (P + 1)
+    needs = [need_x, *[True] * (S + 1), *of_weights, need_keys, need_values, *[need_params] * 2]
+    needs = [need and t is not None for need, t in zip(needs, flat, strict=False)]
+    given = _gradients(call, flat, call.shaped(flat, (out, weights)), grads, needs)
     dx, *others = (x.new_empty(0) if g is None else g for g in given)
     dstates, (dfeed, *others) = others[:S], others[S:]
-    return (dx, dstates, dfeed, others[:P], *others[P:])
+    return (dx, dstates, dfeed, others[:P] if need_params else [], *others[P:])
 
 
 def _attention_flops(query: Any, keys: Any, values: Any, *rest: Any, **options: Any) -> int:
@@ -330,9 +359,12 @@ def _attention_flops(query: Any, keys: Any, values: Any, *rest: Any, **options: 
 
 
 def _attention_backward_flops(dcontext: Any, dweights: Any, *inputs: Any, **options: Any) -> int:
-    """Those of the forward pass, its scores again, and twice each for its factors."""
-    query, keys, values = inputs[:3]
-    return int(2 * query[0] * query[1] * keys[0] * (3 * keys[2] + 2 * values[2]))
+    """The scores again, the gradients of the weights where any but the values' rests on them, and a product
+    for each gradient that is needed but v's."""
+    (query, keys, values), (need_query, need_keys, need_values, need_v) = inputs[:3], inputs[-4:]
+    of_keys = 1 + need_query + need_keys
+    of_values = (need_query or need_keys or need_v) + need_values
+    return int(2 * query[0] * query[1] * keys[0] * (of_keys * keys[2] + of_values * values[2]))
 
 
 def _decoder_flops(cell: Any, *args: Any, **options: Any) -> int:

@@ -289,7 +289,8 @@ def test_opcheck(additive):
         context, weights, lse = torch.ops.fastrnn.attention(*args)
     plain = [t.detach() if isinstance(t, torch.Tensor) else t for t in args[:-1]]
     back = (context, weights, *plain, context, lse)
-    torch.library.opcheck(torch.ops.fastrnn.attention_backward.default, back)
+    for needs in ((True, True, True, True), (True, False, False, False), (False, False, True, True)):
+        torch.library.opcheck(torch.ops.fastrnn.attention_backward.default, (*back, *needs))
 
 
 @pytest.mark.parametrize("additive", [False, True])

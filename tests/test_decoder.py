@@ -349,7 +349,8 @@ def test_opcheck(cell, additive):
         out, last, weights, saved = torch.ops.fastrnn.decoder(*args)
     plain = call.arguments([t if t is None else t.detach() for t in flat])
     back = (cell, out, last, weights, *plain, 0.5, out, weights, saved)
-    torch.library.opcheck(torch.ops.fastrnn.decoder_backward.default, back)
+    for needs in ((True, True, True, True), (True, False, True, False), (False, True, False, True)):
+        torch.library.opcheck(torch.ops.fastrnn.decoder_backward.default, (*back, *needs))
 
 
 @pytest.mark.parametrize("additive", [False, True])

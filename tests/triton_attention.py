@@ -3,6 +3,7 @@ triton_interpreted.py's."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import pytest
@@ -14,6 +15,7 @@ from fastrnn.triton_kernels import attention as kernels
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F64 = torch.float64
+ALL = (True,) * 4  # the gradients that are needed
 EPSILON = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 MASKS = ("none", "lengths", "queries")
 
@@ -71,7 +73,7 @@ def test_values_and_gradients(dtype, additive, mask, need_weights):
     assert [t.dtype for t in found] == [dtype, dtype, torch.float32]
     assert error(found[: 1 + need_weights], outputs) < EPSILON[dtype]
     given_back = [g.to(DEVICE, dtype) for g in grads] + [None] * (not need_weights)
-    back = kernels.backward(*given_back, *flat, moved, 0.5, found[0], found[2])
+    back = kernels.backward(*given_back, *flat, moved, 0.5, found[0], found[2], *ALL)
     assert error(back[: len(leaves)], expected) < 2 * EPSILON[dtype]
 
 
@@ -86,8 +88,23 @@ def test_only_weights_have_a_gradient(additive):
     flat = [None if t is None else t.detach().to(DEVICE, torch.float32) for t in given]
     allowed, dweights = allowed.to(DEVICE), dweights.to(DEVICE, torch.float32)
     context, _, lse = kernels.forward(*flat, allowed, 1.0, True)
-    back = kernels.backward(None, dweights, *flat, allowed, 1.0, context, lse)
+    back = kernels.backward(None, dweights, *flat, allowed, 1.0, context, lse, *ALL)
     assert error(back[: len(leaves)], expected) < 1e-4
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("additive", [False, True])
+def test_gradients_that_nobody_needs(additive, mask):
+    """They have no elements, and the others the bits they have together."""
+    given, allowed = case(18, 35, 2, 33, 20, additive, mask)
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    allowed = None if allowed is None else allowed.to(DEVICE)
+    context, weights, lse = kernels.forward(*flat, allowed, 0.5, True)
+    args = (context, weights, *flat, allowed, 0.5, context, lse)
+    whole = kernels.backward(*args, *ALL)
+    for needs in itertools.product((False, True), repeat=4):
+        for need, ours, expected in zip(needs, kernels.backward(*args, *needs), whole, strict=True):
+            assert torch.equal(ours, expected) if need else ours.shape == (0,), needs
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -97,7 +114,7 @@ def test_what_nobody_may_attend_to_is_not_read(additive):
     for t in flat[1:3]:
         t[~allowed.t().to(DEVICE)] = float("nan")
     context, weights, lse = kernels.forward(*flat, allowed.to(DEVICE), 1.0, True)
-    back = kernels.backward(context, weights, *flat, allowed.to(DEVICE), 1.0, context, lse)
+    back = kernels.backward(context, weights, *flat, allowed.to(DEVICE), 1.0, context, lse, *ALL)
     assert all(t.isfinite().all() for t in (context, weights, lse, *back))
     assert (context[:, 0] == 0).all()  # a sequence of no positions
     assert (weights.sum(-1)[1:] - 1).abs().max() < 1e-6
@@ -124,7 +141,7 @@ def test_a_gradient_of_no_weight_reaches_nothing(additive):
     allowed = allowed.to(DEVICE)
     context, weights, lse = kernels.forward(*flat, allowed, 1.0, True)
     dweights = torch.where(weights == 0, float("inf"), 1 / weights)
-    back = kernels.backward(context, dweights, *flat, allowed, 1.0, context, lse)
+    back = kernels.backward(context, dweights, *flat, allowed, 1.0, context, lse, *ALL)
     assert all(t.isfinite().all() for t in back)
 
 
@@ -141,7 +158,7 @@ def test_smallest_sizes(sizes):
     assert weights.shape == (B, Tq, S)
     if S:
         torch.testing.assert_close(weights.sum(-1), torch.ones(B, Tq, device=DEVICE))
-    back = kernels.backward(context, weights, *flat, None, 1.0, context, lse)
+    back = kernels.backward(context, weights, *flat, None, 1.0, context, lse, *ALL)
     assert all(t.isfinite().all() for t in (context, *back))
 
 
@@ -165,7 +182,7 @@ def test_bad_input():
         ((context, weights), (context, lse[:, 1:]), r"lse must be \[2, 5\]"),
     ):
         with pytest.raises(ValueError, match=text):
-            kernels.backward(*grads, *rest, *kept)
+            kernels.backward(*grads, *rest, *kept, *ALL)
 
 
 def test_the_operator_of_a_gpu_calls_these_kernels():

@@ -99,11 +99,13 @@ def attention_kernels(
     back = {**common, "DWEIGHTS": True}
     of_keys = {"BLOCK_C": attention.ADDITIVE_PIECE if additive else attention.columns(width)}
     of_values = {"BLOCK_V": attention.columns(width)}
+    # The gradient of v comes with that of the queries, or alone.
+    of_queries = [(True, False), (True, True), (False, True)] if additive else [(True, False)]
     return [
         ("attend_forward", {**common, **of_values}),
         ("attend_weights", common),
         *([("attend_dscores", back)] if additive else []),
-        ("attend_dquery", {**back, **of_keys}),
+        *(("attend_dquery", {**back, **of_keys, "DQUERY": dquery, "DV": dv}) for dquery, dv in of_queries),
         ("attend_dkeys", {**back, **of_keys}),
         ("attend_dvalues", {**common, **of_values}),
     ]

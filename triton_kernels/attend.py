@@ -227,13 +227,14 @@ def attend_dquery(
     query, keys, values, v, mask, attended, lse, dcontext, dweights, delta,
     dscores,  # as attend_dscores left it, where ADDITIVE
     dquery,  # [Tq, B, K]: comes out
-    dv,  # [B, tiles of queries, K] float32: where ADDITIVE, each program's part comes out
+    dv,  # [B, tiles of queries, K] float32: where ADDITIVE and DV, each program's part comes out
     Tq, S, B, K, V, scale, mask_b, mask_q,
     ADDITIVE: tl.constexpr, MASKED: tl.constexpr, DWEIGHTS: tl.constexpr,
+    DQUERY: tl.constexpr, DV: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grid (B, tiles of queries, tiles of K)"""
+    """grid (B, tiles of queries, tiles of K). DQUERY: whether dquery comes out; always, where not ADDITIVE"""
     q = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     b = tl.program_id(0)
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -247,8 +248,10 @@ def attend_dquery(
         if ADDITIVE:
             ds, has_s = _dscores(dscores, attended, q, s, b, Tq, S, MASKED)
             t = _tanh_of_sums(query, keys, row_q, row_s, K, column, has_q, has_s)
-            acc += tl.sum(ds[:, :, None] * (1.0 - t * t), 1)
-            sums += tl.sum(tl.sum(ds[:, :, None] * t, 1), 0)
+            if DQUERY:
+                acc += tl.sum(ds[:, :, None] * (1.0 - t * t), 1)
+            if DV:
+                sums += tl.sum(tl.sum(ds[:, :, None] * t, 1), 0)
         else:
             ds, has_s = _gradients(
                 query, keys, values, v, mask, attended, lse, dcontext, dweights, delta, q, s, b,
@@ -257,11 +260,13 @@ def attend_dquery(
             )  # fmt: skip
             part = _rows(keys, row_s, K, column, has_s, has)
             acc = tl.dot(ds.to(part.dtype).to(OPERAND), part.to(OPERAND), acc, input_precision=PRECISION)
-    if ADDITIVE:
-        acc *= tl.load(v + column, mask=has, other=0.0).to(tl.float32)[None, :]
+    if DV:
         place = (b.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * K + column
         tl.store(dv + place, sums, mask=has)
-    _put(dquery, row_q, K, column, acc, has_q, has)
+    if DQUERY:
+        if ADDITIVE:
+            acc *= tl.load(v + column, mask=has, other=0.0).to(tl.float32)[None, :]
+        _put(dquery, row_q, K, column, acc, has_q, has)
 
 
 @triton.jit(do_not_specialize=FREE)

@@ -152,6 +152,10 @@ def backward(
     scale: float,
     context: Tensor,
     lse: Tensor,
+    need_query: bool,
+    need_keys: bool,
+    need_values: bool,
+    need_v: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.fastrnn.attention_backward's arguments and results."""
     call = Call(query, keys, values, v, mask, scale)
@@ -167,12 +171,24 @@ def backward(
                 f"attention: {name} must be {list(shape)} on {query.device}, "
                 f"got {list(tensor.shape)} on {tensor.device}"
             )
-    dquery, dkeys, dvalues = (torch.empty_like(t) for t in (call.query, call.keys, call.values))
-    dv = torch.zeros_like(call.v) if v is not None else query.new_empty(0)
+    need_v &= call.additive
+    needs = need_query, need_keys, need_values, need_v
+    dquery, dkeys, dvalues, dv = (
+        torch.empty_like(t) if need else query.new_empty(0)
+        for t, need in zip((call.query, call.keys, call.values, call.v), needs, strict=True)
+    )
     if call.empty:
-        return dquery.zero_(), dkeys.zero_(), dvalues.zero_(), dv
+        return dquery.zero_(), dkeys.zero_(), dvalues.zero_(), dv.zero_()
     with alone(query.device):
         dcontext = torch.zeros_like(context) if dcontext is None else dcontext.contiguous()
+        if need_values and call.V:
+            width = columns(call.V)
+            attend.attend_dvalues[(call.B, call.of_positions(call.options()), triton.cdiv(call.V, width))](
+                call.query, call.keys, call.v, call.mask, call.attended, lse, dcontext, dvalues,
+                *call.sizes, call.V, scale, *call.strides, BLOCK_V=width, **call.options(),
+            )  # fmt: skip
+        if not (need_query or need_keys or need_v):
+            return dquery, dkeys, dvalues, dv
         delta = (dcontext.float() * context.float()).sum(-1).t().contiguous()
         given = call.query
         if dweights is not None:
@@ -197,23 +213,19 @@ def backward(
         dscores = parts = delta
         if call.additive:
             dscores = delta.new_empty(call.B, call.Tq, call.S)
-            parts = delta.new_empty(call.B, queries, call.K)
+            parts = delta.new_empty(call.B, queries, call.K) if need_v else delta
             attend.attend_dscores[(call.B, queries, positions)](*common, dscores, *rest, **options)
         width = ADDITIVE_PIECE if call.additive else columns(call.K)
         tiles = triton.cdiv(call.K, width)
-        if call.K:
+        if call.K and (need_query or need_v):
             attend.attend_dquery[(call.B, queries, tiles)](
-                *common, dscores, dquery, parts, *rest, BLOCK_C=width, **options
-            )
+                *common, dscores, dquery if need_query else call.query, parts, *rest,
+                BLOCK_C=width, DQUERY=need_query, DV=need_v, **options,
+            )  # fmt: skip
+        if call.K and need_keys:
             attend.attend_dkeys[(call.B, positions, tiles)](
                 *common, dscores, dkeys, *rest, BLOCK_C=width, **options
             )
-        if call.V:
-            width = columns(call.V)
-            attend.attend_dvalues[(call.B, positions, triton.cdiv(call.V, width))](
-                call.query, call.keys, call.v, call.mask, call.attended, lse, dcontext, dvalues,
-                *rest, BLOCK_V=width, **call.options(),
-            )  # fmt: skip
-        if v is not None:
-            dv = parts.sum((0, 1)).to(v.dtype)
+        if need_v:
+            dv = parts.sum((0, 1)).to(query.dtype)
     return dquery, dkeys, dvalues, dv

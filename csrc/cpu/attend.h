@@ -126,7 +126,7 @@ FASTRNN_HD void attend(const Memory<E>& m, const E* query, E* row, E* mixed) {
 }
 
 // The additive score's, of units [begin, end), whole vectors: dquery [K], and dkeys [S][ld_keys] and dv [K]
-// added to. ds has the scale in it.
+// added to; null where not needed. ds has the scale in it.
 template <class E>
 __attribute__((noinline)) void additive_backward(const Memory<E>& m, int64_t begin, int64_t end,
                                                  const E* query, const E* ds, E* dquery, E* dkeys, E* dv) {
@@ -144,7 +144,7 @@ __attribute__((noinline)) void additive_backward(const Memory<E>& m, int64_t beg
       if (ds[s] == E(0)) continue;
       const S d(ds[s]);
       const E* key = m.keys + s * m.ld_keys + u0;
-      E* dkey = dkeys + s * m.ld_keys + u0;
+      E* dkey = dkeys ? dkeys + s * m.ld_keys + u0 : nullptr;
 #pragma GCC unroll 4
       for (int j = 0; j < kFew; ++j) {
         if (j >= few) break;
@@ -152,12 +152,12 @@ __attribute__((noinline)) void additive_backward(const Memory<E>& m, int64_t beg
         const S g = d * v[j] * dtanh(th);
         dq[j] = dq[j] + g;
         sum[j] = sum[j] + d * th;
-        (S::load(dkey + j * S::W) + g).store(dkey + j * S::W);
+        if (dkey) (S::load(dkey + j * S::W) + g).store(dkey + j * S::W);
       }
     }
     for (int j = 0; j < few; ++j) {
-      dq[j].store(dquery + u0 + j * S::W);
-      (S::load(dv + u0 + j * S::W) + sum[j]).store(dv + u0 + j * S::W);
+      if (dquery) dq[j].store(dquery + u0 + j * S::W);
+      if (dv) (S::load(dv + u0 + j * S::W) + sum[j]).store(dv + u0 + j * S::W);
     }
   }
 }

@@ -18,13 +18,14 @@ FASTRNN_HD int64_t whole(int64_t n) {
   return vectors<E>(n) * Simd<E>::W;
 }
 
-// Takes pieces off a call's scratch, each at a line of its own.
+// Takes pieces off a call's scratch, each at a line of its own; of none, to count them.
 template <class E>
 struct Scratch {
   E* at;
+  int64_t taken = 0;
   E* take(int64_t count) {
-    E* p = at;
-    at += whole<E>(count) + Simd<E>::W;
+    E* p = at ? at + taken : nullptr;
+    taken += whole<E>(count) + Simd<E>::W;
     return p;
   }
 };
@@ -170,55 +171,74 @@ struct AttendForward {
   }
 };
 
+// The backward pass's scratch: as much as what is needed takes.
+template <class E>
+struct AttendPieces {
+  static constexpr int64_t kRows = kAttendRows;
+  static constexpr int64_t kFew = 16;  // queries for which packing costs more than it gains
+
+  const Attend<E>& p;
+  Scratch<E> scratch;
+  bool of_scores, few, in_place;
+  E *keys, *packed, *dkeys, *values, *weights, *ds, *queries, *dc_panels, *delta, *row, *dquery;
+
+  AttendPieces(const Attend<E>& args, E* at) : p(args), scratch{at} {
+    const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
+    of_scores = p.needs_scores();
+    few = p.Tq <= kFew;
+    // Rows of keys are for the additive score and the gradient of queries.
+    in_place = !p.v && (!p.dquery || (few && !p.any && p.K % Simd<E>::W == 0));
+    keys = take(!in_place, p.S * k);
+    packed = take(!p.v && !few, wide * k);
+    dkeys = take(p.v && p.dkeys, p.S * k);
+    values = take(of_scores && !few, wide * v);
+    weights = take(true, wide * kRows);
+    ds = take(of_scores, wide * kRows);
+    queries = take(p.v || p.dkeys, kRows * k);
+    dc_panels = take(p.dvalues, kRows * v);
+    delta = take(of_scores, kRows);
+    row = take(p.v, wide);
+    dquery = take(p.v && p.dquery, k);
+  }
+
+ private:
+  E* take(bool needed, int64_t count) { return needed ? scratch.take(count) : nullptr; }
+};
+
 // Members share out the positions, or what is the same for all positions by queries or units; they meet
 // wherever one reads what others have made. Nothing is added up across members: the bits do not depend on
 // them.
 template <class E>
-struct AttendBackward {
+struct AttendBackward : AttendPieces<E> {
   using S = Simd<E>;
   using Weight = cpu::Weight<E>;
-  static constexpr int64_t kRows = kAttendRows;
-  static constexpr int64_t kFew = 16;  // queries for which packing costs more than it gains
+  using Pieces = AttendPieces<E>;
+  using Pieces::dc_panels, Pieces::delta, Pieces::dkeys, Pieces::dquery, Pieces::ds, Pieces::few,
+      Pieces::in_place, Pieces::keys, Pieces::kRows, Pieces::of_scores, Pieces::p, Pieces::packed,
+      Pieces::queries, Pieces::row, Pieces::values, Pieces::weights;
 
-  static int64_t scratch(int64_t S_, int64_t K, int64_t V) {
-    const int64_t wide = whole<E>(S_), k = whole<E>(K), v = whole<E>(V);
-    return wide * (3 * k + v + 2 * kRows) + kRows * (k + v + 1) + wide + k + 32 * S::W;
-  }
+  static int64_t scratch(const Attend<E>& p) { return Pieces(p, nullptr).scratch.taken; }
 
-  const Attend<E>& p;
   const Share& share;
   int64_t block0, block1, s0, s1;  // own vectors of positions, and positions
-  E *keys, *packed, *dkeys, *values, *weights, *ds, *queries, *dc_panels, *delta, *row, *dquery;
   Weight by_keys, by_values, by_positions;
 
-  AttendBackward(const Attend<E>& args, const Share& part, E* at) : p(args), share(part) {
-    Scratch<E> scratch{at};
-    const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
-    keys = scratch.take(p.S * k);
-    packed = scratch.take(wide * k);
-    dkeys = scratch.take(p.S * k);
-    values = scratch.take(wide * v);
-    weights = scratch.take(wide * kRows);
-    ds = scratch.take(wide * kRows);
-    queries = scratch.take(kRows * k);
-    dc_panels = scratch.take(kRows * v);
-    delta = scratch.take(kRows);
-    row = scratch.take(wide);
-    dquery = scratch.take(k);
+  AttendBackward(const Attend<E>& args, const Share& part, E* at) : Pieces(args, at), share(part) {
+    const int64_t k = whole<E>(p.K);
     my_blocks<E>(share, p.S, block0, block1);
     s0 = block0 * S::W;
     s1 = at_most(block1 * S::W, p.S);
-    const bool few = p.Tq <= kFew, in_place = few && !p.any && !p.v && p.K % S::W == 0;
     if (!in_place) {
       copy_rows(p.keys + s0 * p.ld_keys, p.ld_keys, s1 - s0, p.K, p.any ? p.any + s0 : nullptr,
                 keys + s0 * k);
     }
     by_positions = {in_place ? p.keys : keys, Weight::kColumns, in_place ? p.ld_keys : k, nullptr};
-    by_values = few ? Weight{p.values, Weight::kRows, p.ld_values, nullptr}
-                    : pack_own(p.values, p.ld_values, p.V, values);
-    if (p.v) {
-      std::fill_n(dkeys + s0 * k, (s1 - s0) * k, E(0));
-    } else {
+    if (of_scores) {
+      by_values = few ? Weight{p.values, Weight::kRows, p.ld_values, nullptr}
+                      : pack_own(p.values, p.ld_values, p.V, values);
+    }
+    if (dkeys) std::fill_n(dkeys + s0 * k, (s1 - s0) * k, E(0));
+    if (!p.v) {
       by_keys =
           few ? Weight{p.keys, Weight::kRows, p.ld_keys, nullptr} : pack_own(p.keys, p.ld_keys, p.K, packed);
     }
@@ -256,10 +276,10 @@ struct AttendBackward {
   void prepare(int64_t q0, int64_t rows) const {
     const E* query = p.query + q0 * p.ld_query;
     own_rows(rows, [&](int64_t i) {
-      panel(p.dcontext + (q0 + i) * p.ld_context, p.V, dc_panels + i * S::W);
+      if (p.dvalues) panel(p.dcontext + (q0 + i) * p.ld_context, p.V, dc_panels + i * S::W);
       if (p.v) {
         copy_rows(query + i * p.ld_query, 0, 1, p.K, nullptr, queries + i * whole<E>(p.K));
-      } else {
+      } else if (p.dkeys) {
         panel(query + i * p.ld_query, p.K, queries + i * S::W);
       }
     });
@@ -331,8 +351,9 @@ struct AttendBackward {
     }
   }
 
+  // Of the additive score those of keys and v with it.
   void query_gradient(int64_t q0, int64_t rows) const {
-    E* to = p.dquery + q0 * p.ld_query;
+    E* to = p.dquery ? p.dquery + q0 * p.ld_query : nullptr;
     if (!p.v) {
       return own_units(rows, p.K, InPanels<E>{ds, kRows * S::W, p.S}, by_positions, p.S,
                        [&](int64_t i, int64_t unit, int lanes, const S& v) {
@@ -345,7 +366,7 @@ struct AttendBackward {
     for (int64_t i = 0; i < rows && own > 0; ++i) {
       additive_backward(memory(0, p.S), u0, u1, queries + i * whole<E>(p.K), ds + i * whole<E>(p.S), dquery,
                         dkeys, p.dv);
-      std::memcpy(to + i * p.ld_query + u0, dquery + u0, own * sizeof(E));
+      if (to) std::memcpy(to + i * p.ld_query + u0, dquery + u0, own * sizeof(E));
     }
   }
 
@@ -356,17 +377,19 @@ struct AttendBackward {
       b.prepare(q0, rows);
       if (p.v) end_phase(share);
       b.softmax(q0, rows);
-      if (p.dweights) end_phase(share);
-      b.sums(q0, rows);
+      if (b.of_scores) {
+        if (p.dweights) end_phase(share);
+        b.sums(q0, rows);
+        end_phase(share);
+        b.scores(q0, rows);
+      }
       end_phase(share);
-      b.scores(q0, rows);
-      end_phase(share);
-      b.query_gradient(q0, rows);
-      b.outer(b.weights, b.dc_panels, rows, p.V, p.dvalues, p.ld_values, q0 > 0);
-      if (!p.v) b.outer(b.ds, b.queries, rows, p.K, p.dkeys, p.ld_keys, q0 > 0);
+      if (p.v ? b.of_scores : p.dquery != nullptr) b.query_gradient(q0, rows);
+      if (p.dvalues) b.outer(b.weights, b.dc_panels, rows, p.V, p.dvalues, p.ld_values, q0 > 0);
+      if (!p.v && p.dkeys) b.outer(b.ds, b.queries, rows, p.K, p.dkeys, p.ld_keys, q0 > 0);
       end_phase(share);
     }
-    for (int64_t s = b.s0; s < b.s1 && p.v; ++s) {
+    for (int64_t s = b.s0; s < b.s1 && b.dkeys; ++s) {
       std::memcpy(p.dkeys + s * p.ld_keys, b.dkeys + s * whole<E>(p.K), p.K * sizeof(E));
     }
   }

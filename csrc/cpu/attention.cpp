@@ -41,6 +41,11 @@ AttentionInputs check_attention(const Tensor& query, const Tensor& keys, const T
   return a;
 }
 
+// The gradients that are asked for.
+struct Needs {
+  bool query, keys, values, v;
+};
+
 template <class E>
 class AttentionCall {
  public:
@@ -91,7 +96,7 @@ class AttentionCall {
 
   std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const OptionalTensor& dcontext,
                                                       const OptionalTensor& dweights, const Tensor& context,
-                                                      const Tensor& lse) {
+                                                      const Tensor& lse, const Needs& need) {
     const auto& k = attention_kernels<E>();
     const int64_t B = in_.B, Tq = in_.Tq, S = in_.S, K = in_.K, V = in_.V;
     const Shape shape{Tq, B, V};
@@ -100,29 +105,36 @@ class AttentionCall {
     const Tensor c = expect("context", context, shape, in_.dtype, true);
     const Tensor l = expect("lse", lse, {B, Tq}, in_.dtype, true);
     const Tensor dw = dweights ? expect("dweights", *dweights, {B, Tq, S}, in_.dtype, true) : Tensor();
-    Tensor dquery = empty({Tq, B, K}, in_.dtype);
+    Tensor dquery = need.query ? empty({Tq, B, K}, in_.dtype) : empty({0}, in_.dtype);
     // Zeros stay where no query attends.
-    const auto fresh = [&](const Shape& sizes) {
+    const auto fresh = [&](bool needed, const Shape& sizes) {
+      if (!needed) return empty({0}, in_.dtype);
       return in_.mask || Tq == 0 ? zeros(in_.query, sizes, in_.dtype) : empty(sizes, in_.dtype);
     };
-    Tensor dkeys = fresh({S, B, K}), dvalues = fresh({S, B, V});
+    Tensor dkeys = fresh(need.keys, {S, B, K}), dvalues = fresh(need.values, {S, B, V});
+    const bool need_v = need.v && in_.v;
     const int64_t ld_v = padded<E>(K);
-    E* dv = in_.v ? arena_.template zeros<E>(B * ld_v) : nullptr;
+    E* dv = need_v ? arena_.template zeros<E>(B * ld_v) : nullptr;
     for (int64_t b = 0; b < B; ++b) {
       Attend<E>& p = all_[b];
       p.context = data(c) + b * V;
       p.lse = data(l) + b * Tq;
       p.dcontext = data(dc) + b * V;
       p.dweights = dw.defined() ? data(dw) + b * Tq * S : nullptr;
-      p.dquery = data(dquery) + b * K;
-      p.dkeys = data(dkeys) + b * K;
-      p.dvalues = data(dvalues) + b * V;
+      p.dquery = need.query ? data(dquery) + b * K : nullptr;
+      p.dkeys = need.keys ? data(dkeys) + b * K : nullptr;
+      p.dvalues = need.values ? data(dvalues) + b * V : nullptr;
       p.dv = dv ? dv + b * ld_v : nullptr;
     }
-    run_backward(k.backward_scratch(S, K, V), [&](int64_t b, const Share& share, E* scratch) {
-      k.attend_backward(all_[b], share, scratch);
-    });
-    Tensor sum = empty({in_.v ? K : 0}, in_.dtype);
+    if (B > 0 && (need.values || all_[0].needs_scores())) {
+      Attend<E> longest = all_[0];
+      longest.S = S;
+      const int products = 1 + longest.needs_scores() + need.query + need.keys + need.values;
+      run_backward(k.backward_scratch(longest), products, [&](int64_t b, const Share& share, E* scratch) {
+        k.attend_backward(all_[b], share, scratch);
+      });
+    }
+    Tensor sum = empty({need_v ? K : 0}, in_.dtype);
     for (int64_t u = 0; u < sum.numel(); ++u) {
       double total = 0;
       for (int64_t b = 0; b < B; ++b) total += static_cast<double>(dv[b * ld_v + u]);
@@ -175,10 +187,9 @@ class AttentionCall {
   // f(sequence, share, scratch): a thread takes as many sequences as all others, then groups of threads take
   // one each of what is left.
   template <class F>
-  void run_backward(int64_t scratch, F&& f) {
+  void run_backward(int64_t scratch, int64_t products, F&& f) {
     const int64_t B = in_.B, each = ceil_div(scratch, 64) * 64;
-    if (B == 0) return;
-    const int want = threads(5, torch::stable::get_num_threads());
+    const int want = threads(products, torch::stable::get_num_threads());
     E* all = arena_.template get<E>(std::min<int64_t>(want, B) * each);
     run_team(want, [&](const Team& team) {
       const int64_t rounds = B / team.size, left = B - rounds * team.size;
@@ -213,10 +224,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(OptionalTensor dco
                                                               OptionalTensor dweights, Tensor query,
                                                               Tensor keys, Tensor values, OptionalTensor v,
                                                               OptionalTensor mask, double scale,
-                                                              Tensor context, Tensor lse) {
+                                                              Tensor context, Tensor lse, bool need_query,
+                                                              bool need_keys, bool need_values, bool need_v) {
   const AttentionInputs in = check_attention(query, keys, values, v, mask, scale);
-  return in.dtype == ScalarType::Double ? AttentionCall<double>(in).backward(dcontext, dweights, context, lse)
-                                        : AttentionCall<float>(in).backward(dcontext, dweights, context, lse);
+  const Needs need{need_query, need_keys, need_values, need_v};
+  return in.dtype == ScalarType::Double
+             ? AttentionCall<double>(in).backward(dcontext, dweights, context, lse, need)
+             : AttentionCall<float>(in).backward(dcontext, dweights, context, lse, need);
 }
 
 }  // namespace

@@ -41,7 +41,8 @@ struct Decoder {
   E* query;             // [B][ld_query] of the additive score
   E* queries;           // [N][K] the same of all steps, for the backward pass; null: not kept
 
-  // Backward. Panels as gradients.h has them; those "by sequence" have rows b*T + t.
+  // Backward. Panels as gradients.h has them; those "by sequence" have rows b*T + t. Null: what they are for
+  // is not needed.
   Weight<E> w_feed_t, w_h_t, w_query_t;
   const Weight<E>* w_below_t;     // [layers] of the input of each layer but the first
   const E *dout, *dweights;       // [N][H], [B][T][S]; null: none
@@ -69,8 +70,10 @@ struct Attend {
 
   // Backward.
   const E *dcontext, *dweights;  // as context and weights; the second may be null
-  E *dquery, *dkeys, *dvalues;   // as query, keys and values
-  E* dv;                         // [padded K] of the additive score
+  E *dquery, *dkeys, *dvalues;   // as query, keys and values; null: not needed
+  E* dv;                         // [padded K] of the additive score; null: not needed
+
+  bool needs_scores() const { return dquery || dkeys || dv; }  // their gradients
 };
 
 // Queries that one call of forward takes, at most: they share what is packed of the memory.
@@ -82,11 +85,11 @@ struct AttentionKernels {
   void (*decode)(const Decoder<E>&, const Share&);
   void (*decode_backward)(const Decoder<E>&, const Share&);
   // Queries [q0, q1) of a sequence; all of them, backward, by the members that share it. scratch: so many
-  // elements as the next two say, of a sequence.
+  // elements as the next two say, of a sequence; the second reads sizes, and what is needed.
   void (*attend)(const Attend<E>&, int64_t q0, int64_t q1, E* scratch);
   void (*attend_backward)(const Attend<E>&, const Share&, E* scratch);
   int64_t (*scratch)(int64_t K, int64_t V);
-  int64_t (*backward_scratch)(int64_t S, int64_t K, int64_t V);
+  int64_t (*backward_scratch)(const Attend<E>&);
 };
 
 // Of the instruction set in force.

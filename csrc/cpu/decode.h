@@ -106,7 +106,7 @@ struct Decode {
     if (p.dout) da = da + S::load(p.dout + at, lanes);
     const S dz = da * dtanh(S::load(p.out + at, lanes));
     dz.store(p.dz[t & 1] + i * p.ld_feed + unit);
-    dz.store(in_panels(p.dz_panels, t, i, unit));
+    if (p.dz_panels) dz.store(in_panels(p.dz_panels, t, i, unit));
   }
 
   void begin() const {
@@ -133,17 +133,18 @@ struct Decode {
       for (int64_t s = 0; s < whole; ++s) weights[s] = s < m.S ? p.weights[at + s] : E(0);
       softmax_backward(m, weights, p.dz[t & 1] + i * p.ld_feed, p.dweights ? p.dweights + at : nullptr, ds);
       const int64_t panels = i * vectors<E>(p.S) * S::W * p.sequence_panel;
-      keep(weights, whole, p.weights_panels + panels, t);
+      if (p.weights_panels) keep(weights, whole, p.weights_panels + panels, t);
       if (m.v) {
         E *dquery = p.dquery + i * p.ld_query, *query = p.query + i * p.ld_query;
         std::memcpy(query, p.queries + (t * p.B + i) * p.K, p.K * sizeof(E));
-        additive_backward(m, 0, vectors<E>(m.K) * S::W, query, ds, dquery, p.dkeys + i * p.S * p.ld_query,
-                          p.dv + i * p.ld_query);
-        for (int64_t u = 0; u < m.K; u += S::W) {
+        additive_backward(m, 0, vectors<E>(m.K) * S::W, query, ds, dquery,
+                          p.dkeys ? p.dkeys + i * p.S * p.ld_query : nullptr,
+                          p.dv ? p.dv + i * p.ld_query : nullptr);
+        for (int64_t u = 0; u < m.K && p.dquery_panels; u += S::W) {
           S::load(dquery + u).store(in_panels(p.dquery_panels, t, i, u));
         }
       } else {
-        keep(ds, whole, p.ds_panels + panels, t);
+        if (p.ds_panels) keep(ds, whole, p.ds_panels + panels, t);
         weighted_sum(ds, m.keys, m.ld_keys, m.S, m.K, dh(t * p.B + i, 0));
       }
     }

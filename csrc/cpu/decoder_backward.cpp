@@ -4,10 +4,15 @@
 namespace fastrnn::cpu {
 namespace {
 
+// Without elements where not needed; so dw_q and dv where there is no such input.
 struct DecoderGradients {
-  Tensor dx, dfeed, dw_h, dkeys, dvalues, dw_q,
-      dv;  // the last two without elements where there is no such input
+  Tensor dx, dfeed, dw_h, dkeys, dvalues, dw_q, dv;
   TensorList dstates, dparams;
+};
+
+// The gradients that are asked for besides those of states and feed; params: of all weights.
+struct DecoderNeeds {
+  bool x, params, keys, values;
 };
 
 template <class E>
@@ -19,8 +24,8 @@ class DecoderBackward : DecoderCall<E> {
  public:
   DecoderBackward(const CellKernels<E>& cell, const DecoderInputs& in, const OptionalTensor& dout,
                   const TensorList& dlast, const OptionalTensor& dweights, const Tensor& out,
-                  const Tensor& weights, const TensorList& saved)
-      : Base(cell, in), W_(cells_.width), blocks_(ceil_div(in.H, W_)) {
+                  const Tensor& weights, const TensorList& saved, const DecoderNeeds& need)
+      : Base(cell, in), need_(need), W_(cells_.width), blocks_(ceil_div(in.H, W_)) {
     const int64_t T = in.T, B = in.B, N = in.N, H = in.H;
     const auto get = [&](const char* name, const Tensor& t, const Shape& shape) {
       return expect(name, t, shape, in.dtype, true);
@@ -52,8 +57,9 @@ class DecoderBackward : DecoderCall<E> {
       weights_.pack(team);
       kernels_.decode_backward(p_, plan.share(team));
     });
-    for (int64_t k = 0; k < L; ++k) layer_gradients(k);
-    input_gradient(G, H, I);
+    for (int64_t k = 0; k < L && need_.params; ++k) layer_gradients(k);
+    g_.dx = fresh(need_.x, {in_.T, in_.B, I});
+    if (need_.x) input_gradient(G, H, I);
     attention_gradients();
     g_.dfeed = rows_of(p_.dfeed, p_.ld_feed, {in_.B, H});
     for (int j = 0; j < cell_.states; ++j) {
@@ -71,6 +77,10 @@ class DecoderBackward : DecoderCall<E> {
   // saved's tensors of a layer: h, the other states, what else the cell saves.
   size_t each() const { return static_cast<size_t>(cell_.states) + (cell_.saved ? 1 : 0); }
   E* saved(int64_t k, int j) const { return data(saved_[k * each() + j]); }
+
+  Tensor fresh(bool needed, const Shape& shape) const {
+    return needed ? empty(shape, in_.dtype) : empty({0}, in_.dtype);
+  }
 
   E* panels(int64_t columns) { return arena_.template get<E>(rows_ * ceil_div(columns, W_) * W_); }
 
@@ -126,9 +136,9 @@ class DecoderBackward : DecoderCall<E> {
     p_.dfeed = wide(p_.ld_feed);
     p_.panel = rows_;
     p_.sequence_panel = sequence_rows_;
-    p_.dz_panels = panels(H);
+    if (need_.params || need_.values) p_.dz_panels = panels(H);
     // Short memories leave the rest of theirs as it is: it must be zero.
-    p_.weights_panels = arena_.template zeros<E>(B * sequence_block());
+    if (need_.values) p_.weights_panels = arena_.template zeros<E>(B * sequence_block());
     const Tensor& w0 = in_.params[0].w_ih;
     const auto transposed = [&](const Tensor& w, int64_t offset, int64_t units, int64_t rows, int64_t few) {
       return weights_.get(w, offset, {nullptr, false, 1, 0, units, 1, rows, w.size(1)}, few);
@@ -141,18 +151,21 @@ class DecoderBackward : DecoderCall<E> {
     for (int64_t k = 0; k < in_.L; ++k)
       below[k] = k ? transposed(in_.params[k].w_ih, 0, H, G * H, 0) : Weight<E>{};
     p_.w_below_t = below;
-    w_x_t_ = transposed(w0, 0, I, G * H, 0);
+    if (need_.x) w_x_t_ = transposed(w0, 0, I, G * H, 0);
     if (in_.w_q) {
       p_.w_query_t = transposed(*in_.w_q, 0, H, K, kFew);
       p_.queries = data(saved_.back());
       p_.query = wide(p_.ld_query);
       p_.dquery = wide(p_.ld_query);
-      p_.dquery_panels = panels(K);
-      p_.dkeys = arena_.template zeros<E>(B * S * p_.ld_query);
-      p_.dv = wide(p_.ld_query);
-    } else {
+      if (need_.params) {
+        p_.dquery_panels = panels(K);
+        p_.dv = wide(p_.ld_query);
+      }
+      if (need_.keys) p_.dkeys = arena_.template zeros<E>(B * S * p_.ld_query);
+    } else if (need_.keys) {
       p_.ds_panels = arena_.template zeros<E>(B * sequence_block());
     }
+    if (!need_.params && (in_.w_q || !need_.keys)) return;
     h_top_ = panels(H);
     to_panels(H, h_top_, true, [&](int64_t t, int64_t b) { return saved(in_.L - 1, 0) + (t * B + b) * H; });
   }
@@ -231,7 +244,6 @@ class DecoderBackward : DecoderCall<E> {
   }
 
   void input_gradient(int64_t G, int64_t H, int64_t I) {
-    g_.dx = empty({in_.T, in_.B, I}, in_.dtype);
     const InputGradient<E> p{scans_[0].dir[0].dg,     rows_ * W_, G, H, w_x_t_, I,
                              {data(g_.dx), I, false}, false};
     for_rows(in_.N, G * H * I, [&](int64_t begin, int64_t end) { cells_.input_gradient(p, begin, end); });
@@ -246,10 +258,13 @@ class DecoderBackward : DecoderCall<E> {
 
   void attention_gradients() {
     const int64_t T = in_.T, B = in_.B, S = in_.S, H = in_.H, K = in_.K;
-    g_.dw_h = torch::stable::empty_like(in_.w_h);
-    outer(p_.dz_panels, H, h_top_, H, data(g_.dw_h), H, 1);
-    g_.dvalues = empty({S, B, H}, in_.dtype);
-    g_.dkeys = empty({S, B, K}, in_.dtype);
+    const bool of_query = in_.w_q && need_.params;
+    g_.dw_h = fresh(need_.params, {H, H});
+    if (need_.params) outer(p_.dz_panels, H, h_top_, H, data(g_.dw_h), H, 1);
+    g_.dvalues = fresh(need_.values, {S, B, H});
+    g_.dkeys = fresh(need_.keys, {S, B, K});
+    g_.dw_q = fresh(of_query, {K, H});
+    g_.dv = fresh(of_query, {K});
     // Of each sequence alone: its steps by the positions of its memory.
     const int64_t blocks = ceil_div(S, W_);
     const auto of_memory = [&](const E* a, const E* b, int64_t columns, Tensor& to) {
@@ -263,25 +278,23 @@ class DecoderBackward : DecoderCall<E> {
         }
       });
     };
-    of_memory(p_.weights_panels, p_.dz_panels, H, g_.dvalues);
-    g_.dw_q = empty({0}, in_.dtype);
-    g_.dv = empty({0}, in_.dtype);
-    if (!in_.w_q) return of_memory(p_.ds_panels, h_top_, K, g_.dkeys);
-    for_rows(B * S, K, [&](int64_t begin, int64_t end) {
+    if (need_.values) of_memory(p_.weights_panels, p_.dz_panels, H, g_.dvalues);
+    if (need_.keys && !in_.w_q) of_memory(p_.ds_panels, h_top_, K, g_.dkeys);
+    for_rows(need_.keys && in_.w_q ? B * S : 0, K, [&](int64_t begin, int64_t end) {
       for (int64_t j = begin; j < end; ++j) {
         const int64_t b = j / S, s = j % S;
         write(p_.dkeys + j * p_.ld_query, K, g_.dkeys, (s * B + b) * K);
       }
     });
-    g_.dw_q = torch::stable::empty_like(*in_.w_q);
+    if (!of_query) return;
     outer(p_.dquery_panels, K, h_top_, H, data(g_.dw_q), H, 1);
     std::vector<double> sums(K);
     for (int64_t b = 0; b < B; ++b)
       for (int64_t u = 0; u < K; ++u) sums[u] += static_cast<double>(p_.dv[b * p_.ld_query + u]);
-    g_.dv = empty({K}, in_.dtype);
     std::transform(sums.begin(), sums.end(), data(g_.dv), [](double sum) { return static_cast<E>(sum); });
   }
 
+  const DecoderNeeds need_;
   const int64_t W_, blocks_;  // of a panel; of H
   int64_t rows_, sequence_rows_;
   Tensor out_, w_, dout_, dweights_;
@@ -296,13 +309,14 @@ std::tuple<Tensor, TensorList, Tensor, TensorList, Tensor, Tensor, Tensor, Tenso
     StringHandle cell, OptionalTensor dout, TensorList dlast, OptionalTensor dweights, Tensor x,
     TensorList states, Tensor feed, TensorList params, Tensor w_h, Tensor keys, Tensor values,
     OptionalTensor w_q, OptionalTensor v, OptionalTensor mask, TensorList drops, double scale, Tensor out,
-    Tensor weights, TensorList saved) {
+    Tensor weights, TensorList saved, bool need_x, bool need_params, bool need_keys, bool need_values) {
   const std::string name = take_string(cell);
   const auto run = [&]<class E>(E) {
     const CellKernels<E>& k = cell_kernels<E>(name);
     const DecoderInputs in = check_decoder({k.gates, k.states, k.saved}, x, states, feed, params, w_h, keys,
                                            values, w_q, v, mask, drops, scale);
-    return DecoderBackward<E>(k, in, dout, dlast, dweights, out, weights, saved).run();
+    const DecoderNeeds need{need_x, need_params, need_keys, need_values};
+    return DecoderBackward<E>(k, in, dout, dlast, dweights, out, weights, saved, need).run();
   };
   DecoderGradients g = dtype_of(x) == ScalarType::Double ? run(double{}) : run(float{});
   return {std::move(g.dx),      std::move(g.dstates), std::move(g.dfeed),
