@@ -211,6 +211,51 @@ def test_bits_do_not_depend_on_threads(cell, shape, mask, save):
     assert all(torch.equal(results[0], r) for r in results[1:])
 
 
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("H", [32, 33, 40], ids=["lines", "odd", "vectors"])
+def test_training_that_outgrows_the_caches(H, threads, mask, isa, monkeypatch):
+    """What is kept for the backward pass goes past the caches where it is whole lines: the bits are those of
+    a few sequences at a time, whose own stays there."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    B, each = 24, 4
+    cache = torch.ops.fastrnn.plan("lstm", torch.empty(1, H), 1, 1, 1, H, H, 1, False, 1)[4]
+    T = 2 * cache * threads // (B * 5 * 4 * H) + 1
+    x, states, params = random_case("lstm", T, B, 5, H, dtype=torch.float32)
+    lengths = T - torch.arange(B) // 3
+    reset = torch.rand(T, B) < 0.01
+    leaves = [t.requires_grad_() for t in (x, *states)]
+
+    def run(of):
+        masks, rows = {}, x[:, of]
+        if "lengths" in mask:
+            masks["lengths"] = lengths[of]
+        if "reset" in mask:
+            masks["reset"] = reset[:, of]
+        if mask == "packed":
+            real = torch.arange(T)[:, None] < lengths[of]
+            rows, masks = rows[real], {"batch_sizes": real.sum(1)[: lengths[of].max()]}
+        y, last, seq = functional.layer(
+            "lstm", rows, [s[:, of] for s in states], params, return_states=True, **masks
+        )
+        if mask == "packed":
+            y, seq = x.new_zeros(*real.shape, H).index_put((real,), y), []
+        gradients = torch.autograd.grad(y.sum() + sum((s * s).sum() for s in last), leaves)
+        return [y, *(s[0] for s in (*last, *seq)), gradients[0][:, of], *(g[0, of] for g in gradients[1:])]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with fastrnn.backend("cpu"):
+            whole = run(slice(0, B))
+            parts = [run(slice(b, b + each)) for b in range(0, B, each)]
+    finally:
+        torch.set_num_threads(before)
+    for all_, *some in zip(whole, *parts, strict=True):
+        assert torch.equal(all_, torch.cat(some, all_.dim() - 2))
+
+
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("cell", ["lstm", "rnn_tanh"])
 def test_gradients_of_y_that_are_not_contiguous(cell, mask):

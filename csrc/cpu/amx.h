@@ -145,10 +145,10 @@ FASTRNN_HD const Bf16* walk(const InPanels<Bf16>& in, int64_t K, TileArgs& t) {
 }
 
 // As the product of product.h.
-template <int G, class In, class Epilogue>
+template <int G, class In, class Fetches, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
                         const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
-                        int64_t ld_bias, bool backwards, const Reads<float>& reads, Epilogue&& epilogue) {
+                        int64_t ld_bias, bool backwards, const Fetches& reads, Epilogue&& epilogue) {
   using S = Simd<float>;
   constexpr int W = S::W, kUnits = TileShape<G>::kUnits, kColumns = G * kUnits;
   alignas(64) static constexpr float kNoBias[W] = {};

@@ -116,9 +116,29 @@ struct Backward {
     store_row(mid, d.mid_out + in_panels(i, unit), lanes);
   }
 
-  template <class Epilogue>
+  // What the forward pass left in memory for the cell: its saved values, the states that entered the step
+  // (those that left it were that of the step before this one), dy.
+  FASTRNN_HD Streams<E> far() const {
+    Streams<E> s{};
+    const bool in_order = !p.rows.outside;
+    const auto rows_of = [&](const cpu::Border<E>& b, int64_t first) {
+      return Reads<E>{static_cast<const E*>(b.data) + first * b.ld, b.ld, 0, 1};
+    };
+    if (!Cell::kSavesH) {
+      s.of[0] = {d.saved + now.first * Cell::kSaved * p.H, Cell::kSaved * p.H, p.H, Cell::kSaved};
+    } else if (in_order && !d.y.bf16) {
+      s.of[0] = rows_of(d.y, now.first);
+    }
+    if (Cell::kStates > 1 && in_order && before.active > 0) {
+      s.of[1] = {d.seq[0] + before.first * p.H, p.H, 0, 1};
+    }
+    if (d.dy.data && in_order && !d.dy.bf16) s.of[2] = rows_of(d.dy, now.first - d.dy_first);
+    return s;
+  }
+
+  template <class Fetches, class Epilogue>
   FASTRNN_HD void phase(int64_t row1, int64_t units, const A* a, int64_t lda, const cpu::Weight<A>& w,
-                        int64_t K, const Reads<E>& reads, Epilogue&& epilogue) const {
+                        int64_t K, const Fetches& reads, Epilogue&& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
     product<1>(
@@ -130,26 +150,25 @@ struct Backward {
 
   FASTRNN_HD void step(int64_t row1) const {
     // At the very first step nothing arrives from a later one.
-    const int64_t K = k == 0 ? 0 : kRecurrent * p.H, ld_saved = Cell::kSaved * p.H;
-    const Reads<E> saved =
-        Cell::kSavesH ? Reads<E>{} : Reads<E>{d.saved + now.first * ld_saved, ld_saved, p.H, Cell::kSaved};
+    const int64_t K = k == 0 ? 0 : kRecurrent * p.H;
     if (d.w_proj) {
-      phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, {}, [&](int64_t i, int64_t unit, int lanes, const S& v) {
-        const S dh = arriving(i, unit, lanes, v);
-        store_row(dh, d.mid + i * d.ld_mid + unit, lanes);
-        store_row(dh, d.dh_out + in_panels(i, unit), lanes);
-        S(0).store(d.state[0] + i * d.ld_state + unit);
-      });
-      phase(row1, p.H, d.mid, d.ld_mid, d.w_proj, p.P, saved,
+      phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, Reads<E>{},
+            [&](int64_t i, int64_t unit, int lanes, const S& v) {
+              const S dh = arriving(i, unit, lanes, v);
+              store_row(dh, d.mid + i * d.ld_mid + unit, lanes);
+              store_row(dh, d.dh_out + in_panels(i, unit), lanes);
+              S(0).store(d.state[0] + i * d.ld_state + unit);
+            });
+      phase(row1, p.H, d.mid, d.ld_mid, d.w_proj, p.P, far(),
             [&](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
     } else {
-      phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, saved,
+      phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, far(),
             [&](int64_t i, int64_t unit, int lanes, const S& v) {
               cell(i, unit, lanes, arriving(i, unit, lanes, v));
             });
     }
     if constexpr (Cell::kStages == 2) {
-      phase(row1, p.H, d.mid, d.ld_mid, d.w[1], kLast * p.H, {},
+      phase(row1, p.H, d.mid, d.ld_mid, d.w[1], kLast * p.H, Reads<E>{},
             [&](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
     }
   }
@@ -195,7 +214,7 @@ struct Backward {
       // In reverse no reset cuts a first state: the boundary before a sequence's last step is past its end.
       const Step first = d.reverse ? Step{0, 0, 0, nullptr} : step_at(p, d, int64_t{0});
       const Backward b{p, d, share, first, first, first, nullptr, nullptr, 0, 0};
-      b.phase(share.row1, p.P, d.last_ring, d.ld_ring, d.w[0], kRecurrent * p.H, {},
+      b.phase(share.row1, p.P, d.last_ring, d.ld_ring, d.w[0], kRecurrent * p.H, Reads<E>{},
               [&](int64_t i, int64_t unit, int, const S& v) {
                 E* ds = d.state[0] + i * d.ld_state + unit;
                 if_kept(kept(first, i), v + S::load(ds)).store(ds);

@@ -50,6 +50,15 @@ struct Forward {
     for (int k = 0; k < N; ++k) v[k].store(gates + i * d.ld_gates + (column0 + k) * p.H + unit, lanes);
   }
 
+  // What nobody reads before the backward pass: the same, past the caches. (Where there is gx, its place is
+  // in them.)
+  template <int N>
+  FASTRNN_HD void stream(int64_t i, int64_t unit, const Vec<S, N>& saved,
+                         const Vec<S, Cell::kStates>& s) const {
+    for (int k = 0; k < N; ++k) saved[k].stream(gates + i * d.ld_gates + k * p.H + unit);
+    for (int j = 1; j < Cell::kStates; ++j) s[j].stream(d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit);
+  }
+
   FASTRNN_HD Reads<E> gx_of(int gate0, int count) const {
     return {gates + gate0 * p.H, d.ld_gates, p.H, count};
   }
@@ -120,10 +129,14 @@ struct Forward {
                      } else {
                        Vec<S, Cell::kSaved> saved;
                        Cell::forward(gx, gh, s, s_new, saved);
-                       if (d.save) save(i, unit, lanes, 0, saved);
+                       if (kJoint && d.stream) {
+                         stream(i, unit, saved, s_new);
+                       } else if (d.save) {
+                         save(i, unit, lanes, 0, saved);
+                       }
                      }
                      for (int j = 1; j < Cell::kStates; ++j) {
-                       if (d.seq[j - 1])
+                       if (d.seq[j - 1] && !(kJoint && d.stream))
                          s_new[j].store(d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit, lanes);
                        if_kept(kept(next, i), s_new[j]).store(d.state[j] + i * d.ld_state + unit);
                      }
@@ -306,6 +319,7 @@ struct Forward {
         }
       }
     }
+    streams_end();
   }
 };
 

@@ -149,6 +149,18 @@ class ForwardPass {
     return int8_ ? scan_.steps * a_.B * int8_row(std::max({a_.I, a_.P, a_.H})) : 0;
   }
   void pack(const Team& team) { weights_.pack(team); }
+  // That the scan will have so many threads.
+  void share_out(int threads) {
+    constexpr int64_t kLine = 64;
+    const int64_t row = (cell_.saved + cell_.states - 1) * a_.H * sizeof(E);
+    bool lines = a_.H * sizeof(E) % kLine == 0;
+    for (const TensorList* kept : {&out_.saved, &out_.seq}) {
+      for (const Tensor& t : *kept) lines &= reinterpret_cast<uintptr_t>(t.const_data_ptr()) % kLine == 0;
+    }
+    for (Direction<E, A>& s : scan_.dir) {
+      s.stream = s.save && lines && keeps_past_caches(a_.D * a_.N * row / threads);
+    }
+  }
 
   Outputs results() {
     const int64_t P = a_.P, H = a_.H, ld = padded<E>(H);
@@ -187,6 +199,7 @@ Outputs forward(const CellKernels<E, A>& cell, LayerArgs args, const PackedLayer
   Arena arena;
   ForwardPass<E, A> pass(arena, cell, std::move(args), packed, save, return_states);
   const Plan plan = forward_plan<E, A>(pass.args(), cell.gates, pass.int8());
+  pass.share_out(plan.threads());
   const int64_t quantized = pass.quantized();
   float* scratch = arena.get<float>(plan.threads() * quantized);
   run_team(plan.threads(), [&](const Team& team) {

@@ -82,6 +82,7 @@ struct Direction {
   E* gates;     // gx first, the cell's saved values after: [N][ld_gates] where save, else [chunk rows]
   int64_t ld_gates;
   bool save;               // all of kSaved is wanted
+  bool stream;             // it and seq past the caches, where the scan is joint; whole lines of them
   E* seq[kMaxStates - 1];  // [N][H] sequences of the states after h; null: not wanted
   E* raw;                  // [N][H] h before the projection; null: not wanted
 

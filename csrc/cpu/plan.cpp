@@ -55,6 +55,8 @@ bool joint_product(const LayerArgs& a, int64_t weight_bytes) {
   return a.B >= (weight_bytes <= second_level_cache() ? 2 : weight_bytes <= third_level_cache() / 2 ? 3 : 8);
 }
 
+bool keeps_past_caches(int64_t bytes) { return bytes >= 2 * second_level_cache(); }
+
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
   const int64_t bytes = second_level_cache() / 8 * 3;  // W and R take the rest
   return steps_of(a, bytes / std::max<int64_t>((a.I + columns) * static_cast<int64_t>(element), 1));

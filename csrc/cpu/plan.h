@@ -28,6 +28,10 @@ bool joint_product(const LayerArgs& a, int64_t weight_bytes);
 // The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element);
 
+// Whether the forward pass writes what it keeps for the backward, `bytes` for each thread, past the caches:
+// they would hold no more than its end, and a line written in part is first read.
+bool keeps_past_caches(int64_t bytes);
+
 // How many threads, and how they share out (directions, rows, units). Directions need nothing of each other;
 // rows no barrier, but each thread streams the whole of R, which should then fit in its own second-level
 // cache, or be met by many rows, and in a short call is half of the time in that of the thread that packed

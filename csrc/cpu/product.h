@@ -290,14 +290,71 @@ struct Reads {
   }
 };
 
+// Where that comes from memory, and is much: several of them, fetched a line at a time. All at once would
+// keep the tile's own weights waiting, and most of it would have left the first-level cache when its turn
+// comes.
+template <class E>
+struct Streams {
+  Reads<E> of[3];
+  FASTRNN_HD void fetch(int64_t row, int rows, int64_t unit, int units) const {
+    for (const Reads<E>& reads : of) reads.fetch(row, rows, unit, units);
+  }
+};
+
+// The left factor of a product that meanwhile fetches `rows` rows from `row` on, of U vectors at `unit`.
+template <class A, class E>
+struct Fetching {
+  A a;
+  const Streams<E>* streams;
+  int64_t row, unit;
+  int rows, U;
+  template <class F, class Add>
+  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+    int64_t lines = 0, k = 0;
+    for (const Reads<E>& reads : streams->of) lines += reads.columns * rows * U;
+    // The last of them arrive before the tile's end.
+    const int64_t few = lines > 0 ? K / 8 * 7 / lines : 0;
+    const auto some = [&](int64_t count) __attribute__((always_inline)) {
+      a.from(0, k).each(count, ahead + k * kWidth<F>,
+                        [&](int64_t i, const F* at, int64_t next)
+                            __attribute__((always_inline)) { add(k + i, at, next); });
+      k += count;
+    };
+    for (int j = 0; j < 3 && lines > 0; ++j) {
+      const Reads<E>& reads = streams->of[j];
+      for (int m = 0; m < rows; ++m) {
+        for (int g = 0; g < reads.columns; ++g) {
+          const E* from = reads.data + (row + m) * reads.ld + g * reads.column + unit;
+          for (int u = 0; u < U; ++u) {
+            __builtin_prefetch(from + u * Simd<E>::W);
+            some(few);
+          }
+        }
+      }
+    }
+    some(K - k);
+  }
+};
+
+template <class A, class E>
+FASTRNN_HD const A& while_fetching(const A& a, const Reads<E>&, int64_t, int64_t, int, int) {
+  return a;
+}
+template <class A, class E>
+FASTRNN_HD Fetching<A, E> while_fetching(const A& a, const Streams<E>& streams, int64_t row, int64_t unit,
+                                         int rows, int U) {
+  return {a, &streams, row, unit, rows, U};
+}
+
 // Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
 // the blocks from the last: where w outgrows the cache, the next step then begins with what this one left
 // there.
-template <int G, class A, class F, class Epilogue>
+template <int G, class A, class F, class Fetches, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const A& a,
                         const cpu::Weight<F>& weight, int64_t K, const Sum<F>* bias, int64_t ld_bias,
-                        bool backwards, const Reads<Sum<F>>& reads, Epilogue&& epilogue) {
+                        bool backwards, const Fetches& reads, Epilogue&& epilogue) {
   using E = Sum<F>;
+  constexpr bool kSpread = std::is_same_v<Fetches, Streams<E>>;
   using S = Simd<E>;
   using Tile = TileShape<G>;
   constexpr int kMostUnits = Tile::kUnitsOneRow > Tile::kUnits ? Tile::kUnitsOneRow : Tile::kUnits;
@@ -344,7 +401,8 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
           E* out = sums + (i - tile0) * kMost * S::W;
           const From<E> from =
               k ? From<E>{out, U * G * S::W, G * S::W, S::W} : From<E>{bias_b, 0, S::W, ld_bias};
-          if (k1 == K) reads.fetch(r, M, b * S::W, U);
+          const auto& factor = while_fetching(a_r, reads, r, b * S::W, k1 == K ? M : 0, U);
+          if (k1 == K && (!kSpread || dots || int8)) reads.fetch(r, M, b * S::W, U);
           if (dots) {
             if constexpr (std::is_same_v<A, InRows<E>> && std::is_same_v<E, F>) {
               const int64_t left = units - b * S::W;
@@ -360,11 +418,11 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
               weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
             }
           } else if (U == 1) {
-            tile_of<F, G, 1, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, 1, Tile::kRows>(M, factor, w_k, step, block, k1 - k, from, ahead, out);
           } else if (rows == 1) {
-            tile<F, G, Tile::kUnitsOneRow, 1>(a_r, w_k, step, block, K, from, ahead, out);
+            tile<F, G, Tile::kUnitsOneRow, 1>(factor, w_k, step, block, K, from, ahead, out);
           } else {
-            tile_of<F, G, Tile::kUnits, Tile::kRows>(M, a_r, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, Tile::kUnits, Tile::kRows>(M, factor, w_k, step, block, k1 - k, from, ahead, out);
           }
           if (k1 < K) continue;
 #pragma GCC unroll 1

@@ -64,6 +64,9 @@ struct Limits<double> {
   static constexpr double kExpLow = -708.0, kExpHigh = 709.0, kTanhLimit = 20.0;
 };
 
+// Half a line would wait for its other half, which is written much later.
+inline constexpr bool kStreams = FASTRNN_VECTOR_BYTES == 64;
+
 template <class E_>
 struct Simd {
   using E = E_;
@@ -84,6 +87,18 @@ struct Simd {
     return r;
   }
   FASTRNN_HD void store(E* p) const { std::memcpy(p, &v, sizeof v); }
+  // To memory past the caches, where a register is a line of them; p is where a line begins. Other threads
+  // see it after streams_end().
+  FASTRNN_HD void stream(E* p) const {
+#if defined(__AVX512F__)
+    if constexpr (kStreams) {
+      __m512i bits;
+      std::memcpy(&bits, &v, sizeof bits);
+      return _mm512_stream_si512(reinterpret_cast<__m512i*>(p), bits);
+    }
+#endif
+    store(p);
+  }
   // The first n lanes; the others read as 0 and are not written.
   static FASTRNN_HD Simd load(const E* p, int n) {
     if (n >= W) return load(p);
@@ -97,6 +112,12 @@ struct Simd {
     for (int i = 0; i < n; ++i) p[i] = v[i];
   }
 };
+
+FASTRNN_HD void streams_end() {
+#if defined(__AVX512F__)
+  if constexpr (kStreams) _mm_sfence();
+#endif
+}
 
 template <class E>
 FASTRNN_HD Simd<E> operator+(const Simd<E>& a, const Simd<E>& b) {
