@@ -28,6 +28,9 @@ EAGER_BYTES = 1 << 20
 ROWS, PIECE_BYTES = 16, 64  # csrc/cuda/product.h
 # What fastrnn_cuda_run says beside CUDA's errors.
 _NO_KERNEL, _NOT_RESIDENT = -1, -2
+# Bytes that a backward pass reads up to which they are taken to be in the cache yet; else how many steps before it
+# needs them it asks for them.
+CACHED_BYTES, AHEAD_STEPS = 24 << 20, 4
 # Looks at one datum before a block gives it up, some 0.5 us each: 30 s or more.
 PATIENCE = 1 << 26
 
@@ -341,6 +344,8 @@ class _Pass:
         row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]
         read = min(call.B, ROWS) * self.widths.strides[0] * shape.itemsize * blocks
         values["eager"] = read <= EAGER_BYTES
+        saved = call.N * call.D * call.H * (call.traits.saved * shape.itemsize + 4 * call.traits.cell_state)
+        values["ahead"] = AHEAD_STEPS if saved > CACHED_BYTES else 0
         slots = 2
         if config.mode == "grid":
             steps = call.T + shape.backward

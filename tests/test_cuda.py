@@ -318,9 +318,15 @@ def compiled_kernels(source, report):
     for name, text in re.findall(
         r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", report, re.S
     ):
-        kernel = re.search(r"scan_forward|scan_backward|prepare", name)[0]
+        kernel = re.search(r"scan_[a-z]+_?[a-z]*ward|prepare", name)[0]
         via, projected = re.search(r"ViaE(\d)", name), "Lb1E" in name
-        kind = re.search(r"BFloat16|Float16|Float32", name)[0] if kernel == "prepare" else VIA[via[1]]
+        if kernel == "prepare":
+            kind = re.search(r"BFloat16|Float16|Float32", name)[0]
+        elif via:
+            kind = VIA[via[1]]
+        else:
+            units, chunks, halves = re.findall(r"Li(\d+)E", name)
+            kind = f"{units} units, {int(chunks) * 128} columns, {halves}"
         key = f"{source.stem}: {kernel} {kind}{' projected' if projected else ''}"
         shared = re.search(r"(\d+) bytes smem", text)
         registers = re.search(r"Used (\d+) registers", text)[1]

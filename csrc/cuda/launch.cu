@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "prepare.h"
 
 #define FASTRNN_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -11,7 +10,7 @@ namespace {
 
 constexpr int kNoKernel = -1, kNotResident = -2, kTooLarge = 720;  // this is CUDA's own
 
-Kernel kernel_for(const Args& a) {
+Kernel find_kernel(const Args& a) {
   switch (a.dtype * 2 + (a.backward ? 1 : 0)) {
     case 0:
       return forward_float32(a);
@@ -29,6 +28,12 @@ Kernel kernel_for(const Args& a) {
   return {};
 }
 
+Kernel kernel_for(Args& a) {
+  const Kernel kernel = find_kernel(a);
+  if (kernel.stride_1) a.stride_1 = kernel.stride_1;
+  return kernel;
+}
+
 int64_t bytes_of(const Args& a) { return a.dtype ? 2 : 4; }
 int64_t pieces_of(const Args& a, int64_t stride) { return stride * bytes_of(a) / kPieceBytes; }
 
@@ -40,7 +45,7 @@ int64_t share_out(const Kernel& kernel, Args& a, int64_t limit) {
   auto share = [&](int64_t stride, int held, int columns) {
     const int64_t pieces = (pieces_of(a, stride) + kernel.parts - 1) / kernel.parts;
     const int64_t wanted = std::max<int64_t>(0, pieces - (a.in_registers ? held : 0));
-    const int64_t each = int64_t(kWarps) * columns * 1024;
+    const int64_t each = int64_t(kernel.threads / 32) * columns * 1024;
     const int64_t given = columns ? std::min(wanted, std::max<int64_t>(0, limit - used) / each) : 0;
     used += given * each;
     return given;
@@ -57,7 +62,7 @@ Weights weights_of(const Args& a, const Kernel& kernel, int stage) {
   Weights w{};
   const bool mid = a.used_2 && !a.projected;
   const int64_t gates = int64_t(kernel.gates);
-  w.by_columns = a.backward;
+  w.order = kernel.order;
   w.tiles = a.grid_y, w.units = a.units;
   w.columns = stage == 1 ? kernel.columns_1 : kernel.columns_2;
   w.pieces = pieces_of(a, stage == 1 ? a.stride_1 : a.stride_2);
@@ -86,16 +91,16 @@ int64_t device_limit() {
 }
 
 // A launch of args' grid in clusters along y.
-cudaLaunchConfig_t in_clusters(const void* function, const Args& args, int64_t bytes,
+cudaLaunchConfig_t in_clusters(const Kernel& kernel, const Args& args, int64_t bytes,
                                cudaLaunchAttribute* attribute) {
   constexpr int kPortable = 8;
   if (args.grid_y > kPortable)
-    cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   attribute->id = cudaLaunchAttributeClusterDimension;
   attribute->val.clusterDim = {1, static_cast<unsigned>(args.grid_y), 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(args.grid_x, args.grid_y, args.grid_z);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kernel.threads);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.attrs = attribute, config.numAttrs = 1;
   return config;
@@ -111,7 +116,7 @@ int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue qu
   void* values[] = {&copy};
   if (args.mode == kCluster) {
     cudaLaunchAttribute cluster;
-    cudaLaunchConfig_t config = in_clusters(function, args, bytes, &cluster);
+    cudaLaunchConfig_t config = in_clusters(kernel, args, bytes, &cluster);
     config.stream = queue;
     return cudaLaunchKernelExC(&config, function, values);
   }
@@ -132,7 +137,7 @@ int resident(const Kernel& kernel, const Args& args, int64_t bytes) {
     if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
       clusters = 0;
     else {
-      const cudaLaunchConfig_t config = in_clusters(function, args, bytes, &cluster);
+      const cudaLaunchConfig_t config = in_clusters(kernel, args, bytes, &cluster);
       if (cudaOccupancyMaxActiveClusters(&clusters, function, &config)) clusters = 0;
     }
     cudaGetLastError();
@@ -175,8 +180,8 @@ int64_t device_limit() { return 99 << 10; }
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue) {
   const dim3 grid{unsigned(args.grid_x), unsigned(args.grid_y), unsigned(args.grid_z)};
   if (args.mode == kGrid && int(grid.x * grid.y * grid.z) > most_resident) return kNotResident;
-  return emulated::launch(args.mode == kGrid || args.mode == kCluster, grid, kThreads, bytes, kernel.function,
-                          args)
+  return emulated::launch(args.mode == kGrid || args.mode == kCluster, grid, kernel.threads, bytes,
+                          kernel.function, args)
              ? 0
              : 719;
 }
