@@ -1,9 +1,9 @@
-// The backward kernel of clusters, for cells of one stage in 16 bits: all that backward.h's does there, by another
-// division of the work. A block multiplies the gradients of its own units' gates, which it has in its own
-// shared memory, with all columns of R, and pushes each peer the part of its units' gradients of h: partial
-// sums in float32, of all blocks, which a lane there adds in their order. That is half of the bytes, in 16
-// bits, that the gradients of the gates would be, and what a lane holds of a product is 16 bytes as they are
-// sent.
+// The backward kernel of clusters, for cells of one stage in 16 bits: all that backward.h's does there, by
+// another division of the work. A block multiplies the gradients of its own units' gates, which it has in its
+// own shared memory, with all columns of R, and pushes each peer the part of its units' gradients of h:
+// partial sums in float32, of all blocks, which a lane there adds in their order. That is half of the bytes,
+// in 16 bits, that the gradients of the gates would be, and what a lane holds of a product is 16 bytes as
+// they are sent.
 #pragma once
 
 #include "../cells/registry.h"
@@ -21,12 +21,13 @@ struct ClusterBackward {
   static constexpr int kParts = 1;
   static constexpr int kPieces = (G * U * T::kBytes + kPieceBytes - 1) / kPieceBytes;  // of k
   static constexpr int kStride1 = kPieces * kPieceBytes / T::kBytes;
-  static constexpr int kMostHeld = 16 / kTiles1;
-  static constexpr int kHeld = kPieces < kMostHeld ? kPieces : kMostHeld;
+  static constexpr int kHeld = kPieces;  // in registers, all
+  static_assert(T::kBytes == 2);
   static constexpr bool kTall = HALVES == 1 && U > 16;
   static constexpr int kRow = (kPieces + (kPieces % 2 ? 0 : 1)) * kPieceBytes;  // of a sequence's gradients
   static constexpr int kOwn = kRows * kRow;                                     // of a step's
-  static constexpr int kTile = 2 * 32 * 16, kPlace = kSenders * kSub * kTile;   // what is sent: of 16 sequences
+  static constexpr int kTile = 2 * 32 * 16,
+                       kPlace = kSenders * kSub * kTile;  // what is sent: of 16 sequences
   static constexpr int kFixed = 2 * kPlace + 2 * kOwn + kArrivals;
 
   const Args& a;
@@ -71,16 +72,11 @@ struct ClusterBackward {
   };
 
   uint4 held[kHeld][kTiles1][2];
-  // What peers sent, the gradients of this block's gates, each of two steps; arrivals; the warps' pieces of the
-  // weights after those held.
+  // What peers sent, the gradients of this block's gates, each of two steps; arrivals.
   char* near;
 
   __device__ __forceinline__ uint64_t* arrival(int slot) const {
     return reinterpret_cast<uint64_t*>(near + 2 * kPlace + 2 * kOwn) + slot;
-  }
-  __device__ __forceinline__ uint4* resident() const {
-    constexpr int EACH = (kPieces - kHeld) * kTiles1 * 64;
-    return reinterpret_cast<uint4*>(near + kFixed) + warp * EACH + thread % 32;
   }
   __device__ __forceinline__ void prepare();
   template <bool MASKED>
@@ -96,16 +92,14 @@ template <class Cell, class T, int U, int CHUNKS, int HALVES>
 __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::prepare() {
   FASTRNN_SHARED(shared);
   near = reinterpret_cast<char*>(shared);
-  constexpr int LEFT = kPieces - kHeld, EACH = kTiles1 * 2, APART = kColumns1 * 64;
+  constexpr int APART = kColumns1 * 64;
   const int64_t block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
   const uint4* const packed =
       as<uint4>(a.weights_1) + block * kPieces * APART + warp * kTiles1 * 64 + thread % 32;
 #pragma unroll
   for (int j = 0; j < kHeld; j++)
 #pragma unroll
-    for (int n = 0; n < EACH; n++) held[j][n / 2][n % 2] = packed[j * APART + n * 32];
-  for (int j = 0; j < LEFT && half == 0; j++)
-    for (int n = 0; n < EACH; n++) resident()[(j * EACH + n) * 32] = packed[(kHeld + j) * APART + n * 32];
+    for (int n = 0; n < kTiles1 * 2; n++) held[j][n / 2][n % 2] = packed[j * APART + n * 32];
   for (int i = thread; i < 2 * (kPlace + kOwn) / 4; i += kThreads) reinterpret_cast<uint32_t*>(near)[i] = 0;
   if (thread == 0)
     for (int i = 0; i < 2; i++) {
@@ -142,10 +136,7 @@ __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::mul
     for (int step = 0; step < 2; step++)
 #pragma unroll
       for (int n = 0; n < kTiles1; n++)
-        T::add(acc[n], true,
-               j < kHeld ? held[j < kHeld ? j : 0][n][step]
-                         : load_shared(resident() + ((j - kHeld) * kTiles1 * 2 + n * 2 + step) * 32),
-               step ? part.z : part.x, step ? part.w : part.y);
+        T::add(acc[n], true, held[j][n][step], step ? part.z : part.x, step ? part.w : part.y);
     if (j + DEPTH < kPieces) b[j % DEPTH] = load_shared(from + (j + DEPTH) * kPieceBytes);
   }
 }
@@ -164,7 +155,8 @@ __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::ste
   const Column h_at(a.h_before, rows_0 * H + unit, H, BYTES), c_at(a.c_before, rows_0 * H + unit, H, 4);
   const Column dseq_at(a.dseq, rows_0 * H + unit, H, 4), seq_at(a.seq, rows_0 * H + unit, H, 4);
   // Of this lane: what it adds, where it puts its gates' gradients, what it multiplies, what it sends.
-  const char* sent = near + warp / 4 * kTile + half * 512 + (warp % 4 * 8 + thread % 8) * 16 + thread % 32 / 8 * 4;
+  const char* sent =
+      near + warp / 4 * kTile + half * 512 + (warp % 4 * 8 + thread % 8) * 16 + thread % 32 / 8 * 4;
   char* put = near + 2 * kPlace + first_col * kRow + unit_of_block * BYTES;
   const char* from = near + 2 * kPlace + (8 * half + r) * kRow + q * 16;
   char* to = near + int(blockIdx.y) * kSub * kTile + half * 512 + (q * 8 + r) * 16;
@@ -206,7 +198,10 @@ __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::ste
 #pragma unroll
     for (int g = 0; g < SAVED; g++) load_ahead(beyond(gates_at.at(at.row), gate_bytes, g));
     if (a.dy) load_ahead(dy_at.at(at.row));
-    if (STATES == 2) load_ahead(seq_at.at(at.row)), load_ahead(seq_at.at(at.row) + 32);
+    if (STATES == 2) {
+      load_ahead(seq_at.at(at.row));
+      if (unit + 8 < H) load_ahead(seq_at.at(at.row) + 8 * 4);
+    }
   };
 #pragma unroll
   for (int i = 0; i < OUT; i++) {
@@ -274,10 +269,10 @@ __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::ste
 #pragma unroll
       for (int n = 0; n < kTiles1; n++) {
         const int tile = warp * kTiles1 + n, peer = tile / kSub;
-        const float(&c)[4] = acc[n];
+        const float (&c)[4] = acc[n];
         push(to + (slot ^ 1) * kPlace + tile % kSub * kTile + i * 512,
-             {float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}, arrival(slot ^ 1), peer,
-             peer < peers && 2 * q + 8 * (half + i) < live);
+             {float_bits(c[0]), float_bits(c[1]), float_bits(c[2]), float_bits(c[3])}, arrival(slot ^ 1),
+             peer, peer < peers && 2 * q + 8 * (half + i) < live);
       }
     }
     if (thread == 0 && step > 0) expect(arrival(slot), bytes);  // next time

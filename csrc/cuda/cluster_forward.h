@@ -1,11 +1,11 @@
-// The forward kernel of clusters, for cells of one stage in 16 bits: all that forward.h's does there, by another division
-// of a block's work, in which nothing waits for the whole block.
+// The forward kernel of clusters, for cells of one stage in 16 bits: all that forward.h's does there, by
+// another division of a block's work, in which nothing waits for the whole block.
 //
-// Eight units belong to two warps, a *pair*, each of which multiplies every other piece of k with their gates'
-// rows: a tile of 16 rows has two gates of the eight units, so that a lane's sums are gates of one unit and of
-// two neighbouring sequences. The warps swap halves of their sums, the even sequences' for the odd ones', and
-// each lane has all gates of a unit of a sequence: it is that cell, and the eight lanes of a sequence have
-// the 16 bytes of h that go to each peer.
+// Eight units belong to two warps, a *pair*, each of which multiplies every other piece of k with their
+// gates' rows: a tile of 16 rows has two gates of the eight units, so that a lane's sums are gates of one
+// unit and of two neighbouring sequences. The warps swap halves of their sums, the even sequences' for the
+// odd ones', and each lane has all gates of a unit of a sequence: it is that cell, and the eight lanes of a
+// sequence have the 16 bytes of h that go to each peer.
 #pragma once
 
 #include "../cells/registry.h"
@@ -18,14 +18,14 @@ template <class Cell, class T, int U, int CHUNKS, int HALVES>
 struct ClusterForward {
   static constexpr int G = Cell::kGates, STATES = Cell::kStates, SAVED = Cell::kSaved;
   static constexpr int kPairs = U / 8, kThreads = 64 * kPairs * HALVES;
-  static constexpr int kParts = 2;                         // of k
-  static constexpr int kTiles1 = (Cell::kGates + 1) / 2;   // of a pair
-  static constexpr int kColumns1 = kPairs * kTiles1;       // of the block
-  static constexpr int kStride1 = CHUNKS * 128;            // columns of h
+  static constexpr int kParts = 2;                                             // of k
+  static constexpr int kTiles1 = (Cell::kGates + 1) / 2;                       // of a pair
+  static constexpr int kColumns1 = kPairs * kTiles1;                           // of the block
+  static constexpr int kStride1 = CHUNKS * 128;                                // columns of h
   static constexpr int kPieces = kStride1 * T::kBytes / kPieceBytes / kParts;  // of a warp
   static constexpr bool kTall = HALVES == 1 && U > 16;  // whether a pair may have more than 8 sequences
-  static constexpr int kMostHeld = 16 / kTiles1;
-  static constexpr int kHeld = kPieces < kMostHeld ? kPieces : kMostHeld;
+  static constexpr int kHeld = kPieces;                 // in registers, all
+  static_assert(T::kBytes == 2);
   // Places of the exchange, in bytes, and of the swaps: of two steps, each warp's, of 8 or of 16 sequences.
   static constexpr int kRow = kStride1 * T::kBytes + kPieceBytes;
   static constexpr int kPlace = kRows * kRow;
@@ -68,15 +68,11 @@ struct ClusterForward {
   using Bits = typename T::Bits;
 
   uint4 held[kHeld][kTiles1][2];
-  char* near;  // the places of the exchange, those of the swaps, arrivals, the warps' pieces after those held
+  char* near;  // the places of the exchange, those of the swaps, arrivals
   float bias_x[G], bias_h[G];
 
   __device__ __forceinline__ uint64_t* arrival(int slot) const {
     return reinterpret_cast<uint64_t*>(near + 2 * kPlace + 2 * kSwap) + slot;
-  }
-  __device__ __forceinline__ uint4* resident() const {
-    constexpr int EACH = (kPieces - kHeld) * kTiles1 * 64;
-    return reinterpret_cast<uint4*>(near + kFixed) + (pair * 2 + part) * EACH + thread % 32;
   }
   __device__ __forceinline__ void prepare();
   template <bool MASKED>
@@ -94,7 +90,6 @@ template <class Cell, class T, int U, int CHUNKS, int HALVES>
 __device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::prepare() {
   FASTRNN_SHARED(shared);
   near = reinterpret_cast<char*>(shared);
-  constexpr int LEFT = kPieces - kHeld, EACH = kTiles1 * 2;
   const int64_t block = int64_t(blockIdx.z) * gridDim.y + blockIdx.y;
   const uint4* const packed = as<uint4>(a.weights_1) + block * (kParts * kPieces) * kColumns1 * 64 +
                               (part * kColumns1 + pair * kTiles1) * 64 + thread % 32;
@@ -102,10 +97,7 @@ __device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::prep
 #pragma unroll
   for (int j = 0; j < kHeld; j++)
 #pragma unroll
-    for (int n = 0; n < EACH; n++) held[j][n / 2][n % 2] = packed[j * APART + n * 32];
-  uint4* const own = resident();
-  for (int j = 0; j < LEFT && half == 0; j++)
-    for (int n = 0; n < EACH; n++) own[(j * EACH + n) * 32] = packed[(kHeld + j) * APART + n * 32];
+    for (int n = 0; n < kTiles1 * 2; n++) held[j][n / 2][n % 2] = packed[j * APART + n * 32];
 #pragma unroll
   for (int g = 0; g < G; g++) {
     const int64_t ih = d ? a.b_ih_1 : a.b_ih_0, hh = d ? a.b_hh_1 : a.b_hh_0;
@@ -134,28 +126,25 @@ __device__ __forceinline__ Place ClusterForward<Cell, T, U, CHUNKS, HALVES>::fin
 
 // A sequence's h of eight units to all peers. All lanes come here; `there` is the same for a sequence's.
 template <class Cell, class T, int U, int CHUNKS, int HALVES>
-__device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::tell(int slot, int col, float value,
-                                                                bool there) const {
+__device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::tell(int slot, int col,
+                                                                                 float value,
+                                                                                 bool there) const {
   constexpr uint32_t kAll = 0xffffffffu;
-  constexpr int PARTS = T::kBytes / 2;
   uint32_t word = T::store(value);
-  if constexpr (T::kBytes == 2) word |= __shfl_down_sync(kAll, word, 4) << 16;
+  word |= __shfl_down_sync(kAll, word, 4) << 16;
+  auto of = [&](int i) { return __shfl_sync(kAll, word, i * 8 + q); };
+  const uint4 v{of(0), of(1), of(2), of(3)};
   char* const to = near + slot * kPlace + col * kRow + (unit_of_head - r) * T::kBytes;
-#pragma unroll
-  for (int part = 0; part < PARTS; part++) {
-    auto of = [&](int i) { return __shfl_sync(kAll, word, (part * 4 + i) * 2 / PARTS * 4 + q); };
-    const uint4 v{of(0), of(1), of(2), of(3)};
-    push(to + part * 16, v, arrival(slot), r, there && r < peers);
-    push(to + part * 16, v, arrival(slot), r + 8, there && r + 8 < peers);
-  }
+  push(to, v, arrival(slot), r, there && r < peers);
+  push(to, v, arrival(slot), r + 8, there && r + 8 < peers);
 }
 
 // acc [tile, .]: of the first and the last eight sequences, or of those eight in two parts. meanwhile: done
 // while the tensor cores are at it.
 template <class Cell, class T, int U, int CHUNKS, int HALVES>
 template <bool TALL, class F>
-__device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::multiply(float (&acc)[kTiles1][2][4],
-                                                                    const char* from, F meanwhile) const {
+__device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::multiply(
+    float (&acc)[kTiles1][2][4], const char* from, F meanwhile) const {
   constexpr int DEPTH = TALL ? 2 : kPieces < 4 ? kPieces : 4;
 #pragma unroll
   for (int n = 0; n < kTiles1; n++)
@@ -170,11 +159,7 @@ __device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::mult
   for (int j = 0; j < DEPTH; j++) fetch(j);
 #pragma unroll
   for (int j = 0; j < kPieces; j++) {
-    uint4 w[kTiles1][2];
-#pragma unroll
-    for (int n = 0; n < kTiles1 * 2; n++)
-      w[n / 2][n % 2] = j < kHeld ? held[j < kHeld ? j : 0][n / 2][n % 2]
-                                 : load_shared(resident() + ((j - kHeld) * kTiles1 * 2 + n) * 32);
+    const uint4(&w)[kTiles1][2] = held[j];
     const uint4(&part)[TALL ? 2 : 1] = b[j % DEPTH];
     if constexpr (TALL) {
 #pragma unroll
@@ -190,8 +175,7 @@ __device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::mult
       for (int step = 0; step < 2; step++)
 #pragma unroll
         for (int n = 0; n < kTiles1; n++)
-          T::add(acc[n][step], true, w[n][step], step ? part[0].z : part[0].x,
-                 step ? part[0].w : part[0].y);
+          T::add(acc[n][step], true, w[n][step], step ? part[0].z : part[0].x, step ? part[0].w : part[0].y);
     }
     if (j + DEPTH < kPieces) fetch(j + DEPTH);
     if (j == 0) meanwhile();
@@ -214,13 +198,13 @@ __device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::step
   const char* from = near + (8 * half + r) * kRow + part * kPieceBytes + q * 16;  // of the exchange
   pin(mine), pin(theirs), pin(from);
 
-  // Of each output: h and c; where the step before lies, this one and the next one; what the next one has of x; and
-  // what the step before found and has not yet shown.
+  // Of each output: h and c; where the step before lies, this one and the next one; what the next one has of
+  // x; and what the step before found and has not yet shown.
   float h[OUT] = {}, c[OUT] = {};
   Place was[OUT] = {}, now[OUT], then[OUT];
   uint32_t x[OUT][G];
   Vec<float, SAVED> saved[OUT];
-  auto look = [&](uint32_t(&x)[G], const Place& at) {
+  auto look = [&](uint32_t (&x)[G], const Place& at) {
     const char* const from = gates_at.at(at.row);
 #pragma unroll
     for (int g = 0; g < G; g++) x[g] = read_word<T>(beyond(from, gate_bytes, g), at.on && has);
@@ -287,8 +271,7 @@ __device__ __forceinline__ void ClusterForward<Cell, T, U, CHUNKS, HALVES>::step
       if constexpr (STATES == 2) before[1] = now[i].cut ? 0.0f : c[i];
       Vec<float, G> gx, gh;
 #pragma unroll
-      for (int g = 0; g < G; g++)
-        gx[g] = T::load(Bits(x[i][g])) + bias_x[g], gh[g] = sums[i][g] + others[g];
+      for (int g = 0; g < G; g++) gx[g] = T::load(Bits(x[i][g])) + bias_x[g], gh[g] = sums[i][g] + others[g];
       if constexpr (!kAdds) {
 #pragma unroll
         for (int g = 0; g < G; g++) gh[g] += bias_h[g];

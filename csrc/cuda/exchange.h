@@ -8,7 +8,8 @@
 //
 // In a cluster blocks push what they found into each other's shared memory, where arrivals count it. Two
 // places take turns: who pushes for a step has had everybody's of the step before, whose threads tell only
-// when the block has read the place of the step before that.
+// when the block has read the place of the step before that. (A projection's block may own no columns of h
+// and tell nothing of them: it is kept in step by the other exchange, to which all tell.)
 #pragma once
 
 #include "args.h"
