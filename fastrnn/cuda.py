@@ -28,7 +28,11 @@ EAGER_BYTES = 1 << 20
 ROWS, PIECE_BYTES = 16, 64  # csrc/cuda/product.h
 # What fastrnn_cuda_run says beside CUDA's errors.
 _NO_KERNEL, _NOT_RESIDENT = -1, -2
-# Looks at one datum before a block gives it up, some 0.5 us each: 30 s or more.
+# Bytes that a backward pass reads up to which they are taken to be in the cache yet; else how many steps
+# before it needs them it asks for them.
+CACHED_BYTES, AHEAD_STEPS = 24 << 20, 4
+# Looks at one datum before a block gives it up: some 0.5 us each through the cache, 30 s; a cluster's look
+# waits by itself, for a time that is the device's.
 PATIENCE = 1 << 26
 
 
@@ -56,6 +60,10 @@ class Library:
         out = (ctypes.c_int64 * 10)()
         self.functions.fastrnn_cuda_plan(self._args(values), out)
         return tuple(out)
+
+    def has_image(self) -> bool:
+        """Whether its kernels were compiled for the current device, or for one that it is compatible with."""
+        return bool(self.functions.fastrnn_cuda_has_image())
 
     def run(self, values: dict[str, int], weights: bool, device: torch.device) -> bool:
         """All steps; weights: whether these are to be packed first. False where the blocks of a grid could
@@ -95,6 +103,9 @@ def _device_missing(index: int | None) -> str | None:
         return "it takes NVIDIA GPUs"
     if found < MIN_CAPABILITY:
         return f"it takes GPUs of compute capability 8.0 or newer, this one has {found / 10}"
+    with torch.cuda.device(index):  # None: the current one
+        if LIBRARY is not None and not LIBRARY.has_image():
+            return f"it was not compiled for compute capability {found / 10} (see FASTRNN_CUDA_ARCHS)"
     return None
 
 
@@ -341,6 +352,8 @@ class _Pass:
         row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]
         read = min(call.B, ROWS) * self.widths.strides[0] * shape.itemsize * blocks
         values["eager"] = read <= EAGER_BYTES
+        saved = call.N * call.D * call.H * (call.traits.saved * shape.itemsize + 4 * call.traits.cell_state)
+        values["ahead"] = AHEAD_STEPS if saved > CACHED_BYTES else 0
         slots = 2
         if config.mode == "grid":
             steps = call.T + shape.backward
@@ -372,6 +385,11 @@ class _Pass:
     def run(self, begin: int, end: int, leaves: bool) -> None:
         self.values |= {"begin": begin, "end": end, "starts": begin == 0, "leaves": leaves}
         while not self.library.run(self.values, self.packs, self.call.x.device):
+            if begin > 0:  # what the steps before left is where another configuration would not look
+                raise RuntimeError(
+                    f"fastrnn's CUDA kernels: the device held the blocks of a grid until step {begin}, and "
+                    "does not now: others use it"
+                )
             self.adopt_steps(self.config)
         self.packs = False
 

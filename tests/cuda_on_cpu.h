@@ -123,6 +123,7 @@ struct Block {
   std::vector<Fiber> fibers;
   std::vector<int> ready;
   std::vector<Barrier> barriers;  // of the warps, then of all
+  Barrier numbered[16];           // of some
   std::vector<Lane> lanes;
   std::unique_ptr<uint4[]> shared;
   Context caller;
@@ -194,6 +195,7 @@ inline bool run(Block& b, dim3 grid, int number, int threads, size_t shared_byte
   b.lanes.resize(threads);
   b.barriers.assign(threads / 32 + 1, {});
   for (auto& barrier : b.barriers) barrier.needed = 32;
+  for (auto& barrier : b.numbered) barrier.waiting.clear();
   b.barriers.back().needed = threads;
   if (!b.together)
     b.shared.reset(new uint4[shared_bytes / 16]);  // just as much: a sanitizer sees who goes beyond
@@ -299,7 +301,15 @@ inline uint4 load_relaxed(const void* p) {
 inline void store_relaxed(void* p, uint32_t v) {
   std::atomic_ref(*static_cast<uint32_t*>(p)).store(v, std::memory_order_relaxed);
 }
+inline float load_shared_float(const void* p) { return *static_cast<const float*>(p); }
+inline void store_shared(void* p, uint4 v) { *static_cast<uint4*>(p) = v; }
 inline uint4 load_shared(const void* p) { return *static_cast<const uint4*>(p); }
+
+inline void meet_some(int number, int threads) {
+  emulated::Barrier& barrier = emulated::here().numbered[number];
+  barrier.needed = threads;
+  emulated::meet(barrier);
+}
 
 constexpr bool kClusters = true;
 // An arrival: turns that are over << 33 | bytes expected less those that came, which before it is expected
@@ -325,7 +335,8 @@ inline void await(uint64_t* arrival, int parity, int patience) {
     emulated::pause();
   }
 }
-inline void push(char* place, uint4 v, uint64_t* arrival, int peer) {
+inline void push(char* place, uint4 v, uint64_t* arrival, int peer, bool there) {
+  if (!there) return;
   const emulated::Block& own = emulated::here();
   const int number = int(own.index.x + own.grid.x * (peer + own.grid.y * own.index.z));
   char* const theirs = reinterpret_cast<char*>(own.together->blocks[number]->shared.get());
@@ -344,10 +355,15 @@ inline void meet_cluster() {
   __syncthreads();
 }
 
+inline char* beyond(const char* p, int a, int b) { return const_cast<char*>(p) + int64_t(a) * b; }
+
 template <class V>
 void pin(V&) {}
+inline void load_ahead(const void*) {}
 inline void store(uint16_t* p, uint16_t v) { *p = v; }
 inline void store(uint32_t* p, uint32_t v) { *p = v; }
+inline uint32_t load_word(const uint16_t* p) { return *p; }
+inline uint32_t load_word(const uint32_t* p) { return *p; }
 inline uint16_t load_early(const uint16_t* p) { return *p; }
 inline uint32_t load_early(const uint32_t* p) { return *p; }
 

@@ -83,7 +83,13 @@ def worst(ours, reference):
     return worst
 
 
-def check(cell, kernel, engine, T=4, B=3, I=4, H=18, dtype=torch.float32, **options):
+def usual(kernel):
+    """The type that tests of all kernels take: what another one is for."""
+    return torch.float16 if "16 bits" in kernel else torch.float32
+
+
+def check(cell, kernel, engine, T=4, B=3, I=4, H=18, dtype=None, **options):
+    dtype = dtype or usual(kernel)
     x, states, params, masks = case(cell, T, B, I, H, **options)
     flat = [t.to(dtype).to(F64) for t in (x, *states, *params)]  # the same numbers for both
     with fastrnn.backend("reference"):
@@ -140,7 +146,7 @@ def test_smallest_sizes(cell, T, B, I, H, kernel, engine):
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 def test_inference_in_chunks_of_time(cell, mask, kernel, engine, monkeypatch):
     """Of which each has the gates of a step or two."""
-    monkeypatch.setattr(gpu, "CHUNK_BYTES", 2 * 2 * 3 * 4 * 18 * 4)
+    monkeypatch.setattr(gpu, "CHUNK_BYTES", 2 * 2 * 3 * 4 * 18 * usual(kernel).itemsize)
     check(cell, kernel, engine, mask=mask, D=2)
 
 
@@ -149,7 +155,7 @@ def test_each_output_alone(kernel, engine):
     x, states, params, masks = case("lstm", 4, 2, 3, 5, "lengths")
     masks = {k: v.to(engine.device) for k, v in masks.items()}
     with engine.use(kernel):
-        leaves = moved((x, *states, *params), torch.float32, engine.device)
+        leaves = moved((x, *states, *params), usual(kernel), engine.device)
 
         def outputs():
             y, last, seq = functional.layer(
@@ -173,7 +179,7 @@ def test_what_lies_past_an_end_is_not_read(cell, P, kernel, engine):
     lengths = torch.tensor([2, 4])
     x[2:, 0] = float("nan")
     with engine.use(kernel):
-        leaves = moved((x, *states, *params), torch.float32, engine.device)
+        leaves = moved((x, *states, *params), usual(kernel), engine.device)
         outputs, grads = results(cell, leaves, len(states), {"lengths": lengths.to(engine.device)})
     assert all(t.isfinite().all() for t in (*outputs, *grads))
     assert (grads[0][2:, 0] == 0).all()

@@ -34,6 +34,7 @@ KERNELS = {
     "grid": lambda B: Config("grid", 16, tiles(B)),
     "block": lambda B: Config("block", 64, tiles(B)),
     "cluster": lambda B: Config("cluster", 16, tiles(B, 7), rows=7),
+    "cluster, 16 bits": lambda B: Config("cluster", 16, tiles(B, 7), rows=7),
 }
 # A block takes all tiles, one after another; in "cache" no register holds weights.
 OTHERS = {
@@ -140,6 +141,28 @@ def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults
         patch.setattr(cuda, "_plan", lambda library, sizes, device: (1 << 20, *library.plan(dict(sizes))[1:]))
         check(cell, "grid", engine, H=18)
     assert modes[:2] == [cuda.MODES["grid"], cuda.MODES["step"]]
+
+
+def test_a_grid_that_the_device_holds_no_longer_is_an_error(engine, monkeypatch):
+    """In a later chunk of inference: by then some steps have run."""
+    run = cuda.Library.run
+    monkeypatch.setattr(
+        cuda.Library, "run", lambda self, values, *rest: values["begin"] == 0 and run(self, values, *rest)
+    )
+    monkeypatch.setattr(fastrnn.gpu, "CHUNK_BYTES", 1)
+    layer = fastrnn.LSTM(4, 18, device=engine.device)
+    said = "blocks of a grid until step 1, and does not now"
+    with engine.use("grid"), torch.no_grad(), pytest.raises(RuntimeError, match=said):
+        layer(torch.randn(3, 2, 4, device=engine.device))
+
+
+def test_a_device_that_nothing_was_compiled_for(monkeypatch):
+    monkeypatch.setattr(cuda, "LIBRARY", SimpleNamespace(has_image=lambda: False))
+    monkeypatch.setattr(cuda, "capability", lambda device: 103)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    assert "not compiled for compute capability 10.3" in cuda._device_missing.__wrapped__(0)
+    monkeypatch.setattr(cuda, "LIBRARY", SimpleNamespace(has_image=lambda: True))
+    assert cuda._device_missing.__wrapped__(0) is None
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
@@ -298,6 +321,23 @@ def test_a_block_of_several_tiles(cell, engine, monkeypatch):
             check(cell, kernel, engine, T=4, B=50, I=3, H=40, dtype=torch.bfloat16, mask="lengths+reset")
 
 
+# Units of a block, sequences of a tile, H, B: of every kernel that clusters have, with pairs of warps and
+# tiles that have nothing, and the last tile of eight sequences and fewer.
+CLUSTERS = [(16, 8, 40, 9), (16, 16, 120, 11), (16, 7, 136, 8), (16, 16, 150, 17)]
+WIDE_CLUSTERS = [(32, 8, 300, 9), (32, 16, 384, 13), (32, 16, 400, 17), (32, 7, 500, 16)]
+
+
+@pytest.mark.parametrize("mask", ["none", "lengths+reset", "packed"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_clusters_of_every_size(cell, dtype, mask, engine, monkeypatch):
+    sizes = CLUSTERS if engine.device == "cpu" else CLUSTERS + WIDE_CLUSTERS
+    for units, rows, H, B in sizes:
+        of = Config("cluster", units, tiles(B, rows), rows=rows)
+        monkeypatch.setitem(OTHERS, "sized", lambda B, of=of: of)
+        check(cell, "sized", engine, T=3, B=B, I=3, H=H, dtype=dtype, mask=mask)
+
+
 # --- ahead of time
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -318,9 +358,15 @@ def compiled_kernels(source, report):
     for name, text in re.findall(
         r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", report, re.S
     ):
-        kernel = re.search(r"scan_forward|scan_backward|prepare", name)[0]
+        kernel = re.search(r"scan_[a-z]+_?[a-z]*ward|prepare", name)[0]
         via, projected = re.search(r"ViaE(\d)", name), "Lb1E" in name
-        kind = re.search(r"BFloat16|Float16|Float32", name)[0] if kernel == "prepare" else VIA[via[1]]
+        if kernel == "prepare":
+            kind = re.search(r"BFloat16|Float16|Float32", name)[0]
+        elif via:
+            kind = VIA[via[1]]
+        else:
+            units, chunks, halves = re.findall(r"Li(\d+)E", name)
+            kind = f"{units} units, {int(chunks) * 128} columns, {halves}"
         key = f"{source.stem}: {kernel} {kind}{' projected' if projected else ''}"
         shared = re.search(r"(\d+) bytes smem", text)
         registers = re.search(r"Used (\d+) registers", text)[1]
@@ -333,17 +379,24 @@ def compiled_kernels(source, report):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile with")
 def test_compiled_ahead(tmp_path):
-    """The kernels of one cell and width, and what starts them, as setup.py would compile them."""
+    """The kernels of one cell and a width, and what starts them, as setup.py would compile them."""
     flags = emulated.json_flags()
-    one = ["-DFASTRNN_UNITS=16", "-DFASTRNN_CELLS(X)=X(::fastrnn::Lstm)", "-Xptxas=-v"]
+    one = ["-DFASTRNN_CELLS(X)=X(::fastrnn::Lstm)", "-Xptxas=-v"]
 
     def compile(job):
         source, arch = job
-        target = [f"-gencode=arch=compute_{arch},code=sm_{arch}", "-c", str(source)]
+        units = 32 if "bfloat16" in source.stem else 16
+        target = [
+            f"-gencode=arch=compute_{arch},code=sm_{arch}",
+            f"-DFASTRNN_UNITS={units}",
+            "-c",
+            str(source),
+        ]
         out = ["-o", str(tmp_path / f"{source.stem}-{arch}.o")]
         return subprocess.run(["nvcc", *flags, *one, *target, *out], capture_output=True, text=True, cwd=ROOT)
 
-    sources = [ROOT / f"csrc/cuda/{name}.cu" for name in ("launch", "forward_bfloat16", "backward_float32")]
+    names = ("launch", "forward_bfloat16", "backward_bfloat16", "backward_float32")
+    sources = [ROOT / f"csrc/cuda/{name}.cu" for name in names]
     jobs = [(source, arch) for source in sources for arch in ARCHITECTURES]
     found = {arch: {} for arch in ARCHITECTURES}
     with ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -40,6 +40,9 @@
   X(exact)                                                                                                 \
   /* Whether a waiting thread looks for all that it needs at once, or for a part; how often at most. */    \
   X(eager) X(patience)                                                                                     \
+  /* How many steps before it is needed the backward pass of a cluster has what it reads brought into the */ \
+  /* cache; 0: it is there. */                                                                             \
+  X(ahead)                                                                                                 \
   /* Of a warp's pieces of a stage's weights: whether the first are kept in registers, and how many then */ \
   /* in shared memory (of a block at most shared_limit bytes; 0: of the device). Filled by the launch. */  \
   X(in_registers) X(shared_limit) X(shared_1) X(shared_2)

@@ -39,6 +39,17 @@ __device__ __forceinline__ uint4 load_shared(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ float load_shared_float(const void* p) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(shared_address(p)) : "memory");
+  return v;
+}
+__device__ __forceinline__ void store_shared(void* p, uint4 v) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(p)), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // Blocks of a cluster, which are one another's peers by blockIdx.y. What a block pushes into a peer's shared
 // memory, the place as it is in its own, an *arrival* there counts: of turn after turn, each over when as
 // many bytes have come as were expected of it.
@@ -63,7 +74,7 @@ __device__ __forceinline__ void await(uint64_t* arrival, int parity, int patienc
   while (!over) {
     asm volatile(
         "{\n.reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
         "selp.u32 %0, 1, 0, p;\n}"
         : "=r"(over)
         : "r"(shared_address(arrival)), "r"(parity)
@@ -71,14 +82,16 @@ __device__ __forceinline__ void await(uint64_t* arrival, int parity, int patienc
     if (!over && --patience < 0) give_up();
   }
 }
-__device__ __forceinline__ void push(char* place, uint4 v, uint64_t* arrival, int peer) {
+// there: whether at all.
+__device__ __forceinline__ void push(char* place, uint4 v, uint64_t* arrival, int peer, bool there) {
   asm volatile(
-      "{\n.reg .b32 to, counts;\n"
+      "{\n.reg .b32 to, counts;\n.reg .pred there;\n"
+      "setp.ne.u32 there, %7, 0;\n"
       "mapa.shared::cluster.u32 to, %0, %6;\n"
       "mapa.shared::cluster.u32 counts, %1, %6;\n"
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%2, %3, %4, %5}, "
+      "@there st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [to], {%2, %3, %4, %5}, "
       "[counts];\n}" ::"r"(shared_address(place)),
-      "r"(shared_address(arrival)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(peer)
+      "r"(shared_address(arrival)), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(peer), "r"(int(there))
       : "memory");
 }
 // All threads of the cluster meet.
@@ -87,6 +100,11 @@ __device__ __forceinline__ void meet_cluster() {
       "barrier.cluster.arrive.release.aligned;\n"
       "barrier.cluster.wait.acquire.aligned;" ::
           : "memory");
+}
+
+// So many threads of the block meet, whole warps, at its barrier of this number, 1 to 15.
+__device__ __forceinline__ void meet_some(int number, int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"r"(number), "r"(threads) : "memory");
 }
 
 // Loads that keep their place: before a wait, so that it hides theirs.
@@ -101,11 +119,30 @@ __device__ __forceinline__ uint32_t load_early(const uint32_t* p) {
   return v;
 }
 
+// Into the cache.
+__device__ __forceinline__ void load_ahead(const void* p) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(p));
+}
+// Into a register of its own: two of 16 bits would be packed into one, for which their loads are waited for.
+__device__ __forceinline__ uint32_t load_word(const uint16_t* p) {
+  uint32_t v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint32_t load_word(const uint32_t* p) { return load_early(p); }
+
 __device__ __forceinline__ void store(uint16_t* p, uint16_t v) {
   asm volatile("st.global.u16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
 }
 __device__ __forceinline__ void store(uint32_t* p, uint32_t v) {
   asm volatile("st.global.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
+}
+
+// p and a * b bytes: one instruction, where the compiler would make several of it.
+__device__ __forceinline__ char* beyond(const char* p, int a, int b) {
+  uint64_t sum;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(sum) : "r"(a), "r"(b), "l"(p));
+  return reinterpret_cast<char*>(sum);
 }
 
 // Computed once: the compiler would do it again each time that it is needed.
@@ -116,14 +153,14 @@ __device__ __forceinline__ void pin(V*& v) {
 __device__ __forceinline__ void pin(int& v) { asm volatile("" : "+r"(v)); }
 
 __device__ __forceinline__ uint16_t bf16_bits(float x) {
-  uint16_t v;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(v) : "f"(x));
-  return v;
+  uint32_t v;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(0.0f), "f"(x));  // of two: that of one is slow
+  return uint16_t(v);
 }
 __device__ __forceinline__ uint16_t fp16_bits(float x) {
-  uint16_t v;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(v) : "f"(x));
-  return v;
+  uint32_t v;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(v) : "f"(0.0f), "f"(x));
+  return uint16_t(v);
 }
 __device__ __forceinline__ float fp16_float(uint16_t bits) {
   float v;

@@ -8,7 +8,8 @@
 //
 // In a cluster blocks push what they found into each other's shared memory, where arrivals count it. Two
 // places take turns: who pushes for a step has had everybody's of the step before, whose threads tell only
-// when the block has read the place of the step before that.
+// when the block has read the place of the step before that. (A projection's block may own no columns of h
+// and tell nothing of them: it is kept in step by the other exchange, to which all tell.)
 #pragma once
 
 #include "args.h"
@@ -64,6 +65,12 @@ __host__ __device__ int64_t fixed_bytes(const Args& a, int element, int64_t tile
 
 // A product of sizes that has more digits than they: one instruction, where 64-bit sizes would take several.
 __device__ __forceinline__ int64_t wide(int a, int b) { return int64_t(a) * b; }
+
+// A number that the compiler knows.
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
 
 // A sequence at a step.
 struct Place {
@@ -159,11 +166,16 @@ struct Column {
       : first(reinterpret_cast<char*>(address) + index * bytes), pitch(int(width) * bytes) {
     pin(first), pin(pitch);
   }
-  __device__ __forceinline__ char* at(int row) const { return first + wide(row, pitch); }
+  __device__ __forceinline__ char* at(int row) const { return beyond(first, row, pitch); }
 };
 template <class T>
 __device__ __forceinline__ typename T::Bits read(const char* place, bool there) {
   return there ? load_early(reinterpret_cast<const typename T::Bits*>(place)) : typename T::Bits(0);
+}
+// Likewise, where it is needed a step later.
+template <class T>
+__device__ __forceinline__ uint32_t read_word(const char* place, bool there) {
+  return there ? load_word(reinterpret_cast<const typename T::Bits*>(place)) : 0;
 }
 template <class T>
 __device__ __forceinline__ void write(char* place, float value) {
@@ -258,11 +270,11 @@ struct Exchange {
       for (int part = 0; part < PARTS; part++) {
         auto of = [&](int i) { return __shfl_sync(kAll, word, first + (part * 4 + i) * 2 / PARTS); };
         const uint4 v{of(0), of(1), of(2), of(3)};
-        if (there)
 #pragma unroll
-          for (int more = 0; more < kMostPeers; more += 8)
-            if (const int peer = more + lane % 8; peer < peers)
-              push(place - lane % 8 * T::kBytes + part * 16, v, arrivals + slot, peer);
+        for (int more = 0; more < kMostPeers; more += 8) {
+          const int peer = more + lane % 8;
+          push(place - lane % 8 * T::kBytes + part * 16, v, arrivals + slot, peer, there && peer < peers);
+        }
       }
     }
   }

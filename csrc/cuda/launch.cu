@@ -2,7 +2,6 @@
 #include <algorithm>
 
 #include "kernels.h"
-#include "prepare.h"
 
 #define FASTRNN_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -11,7 +10,7 @@ namespace {
 
 constexpr int kNoKernel = -1, kNotResident = -2, kTooLarge = 720;  // this is CUDA's own
 
-Kernel kernel_for(const Args& a) {
+Kernel find_kernel(const Args& a) {
   switch (a.dtype * 2 + (a.backward ? 1 : 0)) {
     case 0:
       return forward_float32(a);
@@ -29,6 +28,12 @@ Kernel kernel_for(const Args& a) {
   return {};
 }
 
+Kernel kernel_for(Args& a) {
+  const Kernel kernel = find_kernel(a);
+  if (kernel.stride_1) a.stride_1 = kernel.stride_1;
+  return kernel;
+}
+
 int64_t bytes_of(const Args& a) { return a.dtype ? 2 : 4; }
 int64_t pieces_of(const Args& a, int64_t stride) { return stride * bytes_of(a) / kPieceBytes; }
 
@@ -40,7 +45,7 @@ int64_t share_out(const Kernel& kernel, Args& a, int64_t limit) {
   auto share = [&](int64_t stride, int held, int columns) {
     const int64_t pieces = (pieces_of(a, stride) + kernel.parts - 1) / kernel.parts;
     const int64_t wanted = std::max<int64_t>(0, pieces - (a.in_registers ? held : 0));
-    const int64_t each = int64_t(kWarps) * columns * 1024;
+    const int64_t each = int64_t(kernel.threads / 32) * columns * 1024;
     const int64_t given = columns ? std::min(wanted, std::max<int64_t>(0, limit - used) / each) : 0;
     used += given * each;
     return given;
@@ -57,7 +62,7 @@ Weights weights_of(const Args& a, const Kernel& kernel, int stage) {
   Weights w{};
   const bool mid = a.used_2 && !a.projected;
   const int64_t gates = int64_t(kernel.gates);
-  w.by_columns = a.backward;
+  w.order = kernel.order;
   w.tiles = a.grid_y, w.units = a.units;
   w.columns = stage == 1 ? kernel.columns_1 : kernel.columns_2;
   w.pieces = pieces_of(a, stage == 1 ? a.stride_1 : a.stride_2);
@@ -86,72 +91,83 @@ int64_t device_limit() {
 }
 
 // A launch of args' grid in clusters along y.
-cudaLaunchConfig_t in_clusters(const void* function, const Args& args, int64_t bytes,
+cudaLaunchConfig_t in_clusters(const Kernel& kernel, const Args& args, int64_t bytes,
                                cudaLaunchAttribute* attribute) {
   constexpr int kPortable = 8;
   if (args.grid_y > kPortable)
-    cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   attribute->id = cudaLaunchAttributeClusterDimension;
   attribute->val.clusterDim = {1, static_cast<unsigned>(args.grid_y), 1};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(args.grid_x, args.grid_y, args.grid_z);
-  config.blockDim = dim3(kThreads);
+  config.blockDim = dim3(kernel.threads);
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.attrs = attribute, config.numAttrs = 1;
   return config;
 }
 
+// What was said to the caller is not said again to who asks for the last error.
+int told(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+// As much shared memory as there is, whoever asks for how much: another thread may be about to start the
+// kernel.
+cudaError_t allow_shared(const void* function) {
+  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                              static_cast<int>(device_limit()));
+}
+
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue queue) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
-  const cudaError_t error =
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-  if (error != cudaSuccess) return error;
-  const dim3 grid(args.grid_x, args.grid_y, args.grid_z);
+  if (const cudaError_t error = allow_shared(function)) return told(error);
+  const dim3 grid(args.grid_x, args.grid_y, args.grid_z), block(kernel.threads);
   Args copy = args;
   void* values[] = {&copy};
   if (args.mode == kCluster) {
     cudaLaunchAttribute cluster;
-    cudaLaunchConfig_t config = in_clusters(function, args, bytes, &cluster);
+    cudaLaunchConfig_t config = in_clusters(kernel, args, bytes, &cluster);
     config.stream = queue;
-    return cudaLaunchKernelExC(&config, function, values);
+    return told(cudaLaunchKernelExC(&config, function, values));
   }
-  if (args.mode != kGrid) return cudaLaunchKernel(function, grid, dim3(kThreads), values, bytes, queue);
-  const cudaError_t together =
-      cudaLaunchCooperativeKernel(function, grid, dim3(kThreads), values, bytes, queue);
-  if (together != cudaErrorCooperativeLaunchTooLarge) return together;
-  cudaGetLastError();
-  return kNotResident;
+  if (args.mode != kGrid) return told(cudaLaunchKernel(function, grid, block, values, bytes, queue));
+  const int together = told(cudaLaunchCooperativeKernel(function, grid, block, values, bytes, queue));
+  return together == cudaErrorCooperativeLaunchTooLarge ? kNotResident : together;
 }
 
 int resident(const Kernel& kernel, const Args& args, int64_t bytes) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
-  int device = 0, blocks = 0, processors = 0;
+  int device = 0, blocks = 0, processors = 0, together = 0;
+  cudaFuncAttributes compiled{};
+  if (told(allow_shared(function)) || told(cudaFuncGetAttributes(&compiled, function))) return 0;
   if (args.mode == kCluster) {
+    constexpr int kFirst = 90;  // what this device runs may be compiled for an older one, without clusters
     cudaLaunchAttribute cluster;
     int clusters = 0;
-    if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
-      clusters = 0;
-    else {
-      const cudaLaunchConfig_t config = in_clusters(function, args, bytes, &cluster);
-      if (cudaOccupancyMaxActiveClusters(&clusters, function, &config)) clusters = 0;
-    }
-    cudaGetLastError();
+    const cudaLaunchConfig_t config = in_clusters(kernel, args, bytes, &cluster);
+    if (compiled.ptxVersion < kFirst || told(cudaOccupancyMaxActiveClusters(&clusters, function, &config)))
+      return 0;
     return clusters * static_cast<int>(args.grid_y);
   }
-  if (cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)) ||
-      cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kThreads, bytes) ||
-      cudaGetDevice(&device) || cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) {
-    cudaGetLastError();
+  if (told(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kernel.threads, bytes)) ||
+      told(cudaGetDevice(&device)) ||
+      told(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) ||
+      told(cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device)))
     return 0;
-  }
-  return blocks * processors;
+  return args.mode == kGrid && !together ? 0 : blocks * processors;
+}
+
+bool has_image() {
+  cudaFuncAttributes compiled{};
+  return !told(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(prepare<Float32>)));
 }
 
 template <class T>
 int start_prepare(unsigned blocks, const Args& a, const Weights& first, const Weights& second,
                   int64_t parts_1, int64_t parts_2, int64_t places, Queue queue) {
   prepare<T><<<blocks, kThreads, 0, queue>>>(a, first, second, parts_1, parts_2, places);
-  return cudaGetLastError();
+  return told(cudaPeekAtLastError());
 }
 
 int fill(int64_t to, int value, int64_t bytes, Queue queue) {
@@ -175,12 +191,13 @@ int64_t device_limit() { return 99 << 10; }
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue) {
   const dim3 grid{unsigned(args.grid_x), unsigned(args.grid_y), unsigned(args.grid_z)};
   if (args.mode == kGrid && int(grid.x * grid.y * grid.z) > most_resident) return kNotResident;
-  return emulated::launch(args.mode == kGrid || args.mode == kCluster, grid, kThreads, bytes, kernel.function,
-                          args)
+  return emulated::launch(args.mode == kGrid || args.mode == kCluster, grid, kernel.threads, bytes,
+                          kernel.function, args)
              ? 0
              : 719;
 }
 int resident(const Kernel&, const Args&, int64_t) { return most_resident; }
+bool has_image() { return true; }
 template <class T>
 int start_prepare(unsigned, const Args& a, const Weights& first, const Weights& second, int64_t parts_1,
                   int64_t parts_2, int64_t places, Queue) {
@@ -277,6 +294,9 @@ FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
     of[3] = weights_of(args, kernel, stage).parts(args.grid_z) * 16;
   }
 }
+
+// Whether the library has kernels that the current device runs.
+FASTRNN_EXPORT int fastrnn_cuda_has_image() { return has_image(); }
 
 // All steps from begin to end: one launch each `slots - 1` steps or, in kStep, one a stage of each step.
 // weights: whether they are to be packed. 0, kNoKernel, kNotResident (of kGrid: nothing has run), or a

@@ -6,15 +6,19 @@
 
 namespace fastrnn::cuda {
 
-// A stage's weights: of w [gates * heads * height, width] those of `gates` gates from `first` on. By rows,
-// these are the product's columns and k counts w's; or by columns, and k counts w's rows, each gate's up to a
-// multiple of 8. Packed [groups, tiles of units, pieces, columns, 2, lane, 16 bytes], columns the gates *
-// units (by columns the units), by 16.
+// A stage's weights: of w [gates * heads * height, width] those of `gates` gates from `first` on, packed
+// [groups, tiles of units, pieces, columns, 2, lane, 16 bytes]: the product's columns by 16, and its k.
+enum class Order {
+  kRows,     // columns: a tile's gates * units rows; k: w's columns
+  kEights,   // likewise, of eight units after eight, two gates of each a column
+  kColumns,  // columns: a tile's units of w's columns; k: w's rows, each gate's up to a multiple of 8
+  kOwn,      // columns: w's columns; k: a tile's gates * units rows
+};
 struct Weights {
   int64_t w[2], packed;  // of each direction
   int64_t first, gates, heads, height, width;
   int64_t tiles, units, pieces, columns;
-  bool by_columns;
+  Order order;
 
   __host__ __device__ int64_t parts(int64_t groups) const { return groups * tiles * pieces * columns * 64; }
 };
@@ -37,13 +41,24 @@ __device__ __forceinline__ void pack(const Weights& w, int64_t i) {
     const int64_t n = column * 16 + lane / 4 + e / WORD % 2 * 8;
     const int64_t k = (piece * 4 + lane % 4) * PART + (half * 2 + e / WORD / 2) * WORD + e % WORD;
     int64_t gate, row, column_of_w;
-    if (w.by_columns) {
-      gate = k / tall, row = k % tall, column_of_w = tile * w.units + n;
-    } else {
-      gate = n / w.units, row = tile * w.units + n % w.units, column_of_w = k;
+    bool there = true;
+    switch (w.order) {
+      case Order::kRows:
+        gate = n / w.units, row = tile * w.units + n % w.units, column_of_w = k;
+        break;
+      case Order::kEights: {
+        const int64_t each = (w.gates + 1) / 2;
+        gate = column % each * 2 + n % 16 / 8, row = tile * w.units + column / each * 8 + n % 8;
+        column_of_w = k;
+        break;
+      }
+      case Order::kColumns:
+        gate = k / tall, row = k % tall, column_of_w = tile * w.units + n, there = n < w.units;
+        break;
+      default:
+        gate = k / w.units, row = tile * w.units + k % w.units, column_of_w = n;
     }
-    const bool there =
-        gate < w.gates && row < w.height && column_of_w < w.width && (!w.by_columns || n < w.units);
+    there = there && gate < w.gates && row < w.height && column_of_w < w.width;
     part[e] = there ? from[(((w.first + gate) * w.heads + head) * w.height + row) * w.width + column_of_w]
                     : Bits(0);
   }

@@ -21,7 +21,7 @@ struct Registers {
   int depth, held;
 };
 constexpr Registers share_registers(int tiles, int widest, bool two, int outputs, int most, bool near) {
-  const int depth = near || outputs > 2 || widest > 4 ? 2 : widest > 2 ? 3 : widest == 1 && !two ? 8 : 4;
+  const int depth = near || outputs > 2 || widest > 4 ? 2 : widest == 1 && !two ? 8 : 4;
   const int left = (most - 8 * widest - 8 * depth) / (two ? 2 : 1), held = left / 8 / tiles;
   return {depth, held < 0 ? 0 : held > 16 ? 16 : held};
 }
@@ -74,8 +74,18 @@ struct Product {
 
   // meanwhile: done while the first pieces are on their way.
   template <class F>
-  __device__ __forceinline__ void multiply(float (&acc)[TILES][2][4], Source source, bool exact,
+  __device__ __forceinline__ void multiply(float (&acc)[TILES][2][4], const Source& source, bool exact,
                                            F meanwhile) {
+    if (source.tall)
+      multiply_all<true>(acc, source, exact, meanwhile);
+    else
+      multiply_all<false>(acc, source, exact, meanwhile);
+  }
+
+  template <bool TALL, class F>
+  __device__ __forceinline__ void multiply_all(float (&acc)[TILES][2][4], Source source, bool exact,
+                                               F& meanwhile) {
+    source.tall = TALL;
 #pragma unroll
     for (int n = 0; n < TILES; n++)
 #pragma unroll
@@ -87,7 +97,7 @@ struct Product {
         if (j >= pieces) break;
         settle(b[j % DEPTH], j, source);
 #pragma unroll
-        for (int n = 0; n < TILES; n++) add(acc[n], held[j][n], b[j % DEPTH], source.tall, exact);
+        for (int n = 0; n < TILES; n++) add<TALL>(acc[n], held[j][n], b[j % DEPTH], exact);
         fetch(b[j % DEPTH], j + DEPTH, source);
       }
     } else {
@@ -110,15 +120,19 @@ struct Product {
 #pragma unroll
           for (int n = 0; n < TILES; n++) {
             if (n < EARLY) {
-              add(acc[n], early[n], part, source.tall, exact);
+              add<TALL>(acc[n], early[n], part, exact);
             } else {
               const uint4 late[2] = {w[n * 64], w[n * 64 + 32]};
-              add(acc[n], late, part, source.tall, exact);
+              add<TALL>(acc[n], late, part, exact);
             }
           }
           fetch(part, j + DEPTH, source);
         }
       }
+    }
+    if constexpr (!TALL) {
+#pragma unroll
+      for (int i = 0; i < TILES * 4; i++) acc[i / 4][0][i % 4] += acc[i / 4][1][i % 4];
     }
   }
 
@@ -217,13 +231,18 @@ struct Product {
     __syncwarp();
   }
 
+  // c of both eights of sequences, or in two parts of one: a sum has to wait for the one before.
+  template <bool TALL>
   static __device__ __forceinline__ void add(float (&c)[2][4], const uint4 (&w)[2], const uint4 (&b)[2],
-                                             bool tall, bool exact) {
+                                             bool exact) {
     T::add(c[0], exact, w[0], b[0].x, b[0].y);
-    T::add(c[0], exact, w[1], b[0].z, b[0].w);
-    if (!tall) return;
-    T::add(c[1], exact, w[0], b[1].x, b[1].y);
-    T::add(c[1], exact, w[1], b[1].z, b[1].w);
+    if constexpr (TALL) {
+      T::add(c[1], exact, w[0], b[1].x, b[1].y);
+      T::add(c[0], exact, w[1], b[0].z, b[0].w);
+      T::add(c[1], exact, w[1], b[1].z, b[1].w);
+    } else {
+      T::add(c[1], exact, w[1], b[0].z, b[0].w);
+    }
   }
 };
 
