@@ -103,6 +103,8 @@ def _device_missing(index: int | None) -> str | None:
         return "it takes NVIDIA GPUs"
     if found < MIN_CAPABILITY:
         return f"it takes GPUs of compute capability 8.0 or newer, this one has {found / 10}"
+    if torch.compiler.is_compiling():  # which traces no C function: such a device is found when it runs
+        return None
     with torch.cuda.device(index):  # None: the current one
         if LIBRARY is not None and not LIBRARY.has_image():
             return f"it was not compiled for compute capability {found / 10} (see FASTRNN_CUDA_ARCHS)"

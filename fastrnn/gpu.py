@@ -424,7 +424,9 @@ def _products(
             given.append(sums[: gates * H])
             hidden = call.traits.hidden_grads
             same = hidden == tuple(range(gates))
-            given.append(sums.clone() if same else sums.view(-1, H)[list(hidden)].flatten())
+            # Not by a list of indices, which would be copied to the device: CUDA graphs capture this.
+            blocks = sums.view(-1, H)
+            given.append(sums.clone() if same else torch.cat([blocks[k] for k in hidden]))
         if dmid is not None:
             given.append(torch.mm(dmid[d].t(), held(saved[1][d])))
     return dx, given
