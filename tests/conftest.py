@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -52,3 +54,13 @@ def seed() -> int:
 @pytest.fixture
 def tolerances() -> dict[torch.dtype, Tolerance]:
     return TOLERANCES
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    """What a test compiled does not count towards the next one's limit of recompilations."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and dynamo.utils.counters["frames"]:
+        dynamo.reset()
+        dynamo.utils.counters.clear()
