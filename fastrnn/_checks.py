@@ -312,7 +312,8 @@ def attention_mask(
                 f"mask must be a BoolTensor, True where memory may be attended to, got {mask.dtype}"
             )
         wanted = ((B, S), (B, Tq, S)) if batched else ((S,), (Tq, S))
-        if tuple(mask.shape) not in wanted:
+        # Not "shape in wanted": of sizes that torch.compile holds as symbols, dynamo finds none in a tuple.
+        if not any(mask.shape == shape for shape in wanted):
             symbols = "[B, S] or [B, Tq, S]" if batched else "[S] or [Tq, S]"
             raise ValueError(
                 f"mask must be {symbols} = {list(wanted[0])} or {list(wanted[1])}, got {list(mask.shape)}"

@@ -318,6 +318,19 @@ def test_compiles_whole(score):
         assert_same((ours, grads(ours, leaves)), (plain, grads(plain, leaves)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mask", MASKS)
+def test_compiles_for_sizes_that_change(mask):
+    """torch.compile holds a size that changed as a symbol, in a mask given for the first time as a number."""
+    attn, _ = case("dot", SHAPES[1])
+    compiled = torch.compile(attn, fullgraph=True, backend="aot_eager")
+    for Tq, kind in ((3, "none"), (6, "none"), (4, mask), (5, mask)):
+        shape = (Tq, 5, 2, 4, 4, 4)
+        _, tensors = case("dot", shape)
+        given = masks(kind, shape)
+        assert_same(compiled(*tensors, **given), attn(*tensors, **given))
+
+
 @each_score
 def test_transforms(score):
     """vmap, jvp and jacobians, which are the formula's."""
