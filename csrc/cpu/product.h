@@ -215,10 +215,24 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
 
 // By reference: a struct that is copied right after it was written waits for all stores before it.
 template <class F, int G, int U, int M, class... Rest>
-FASTRNN_HD void tile_of(int m, const Rest&... rest) {
-  if constexpr (M > 0) {
-    if (m == M) return tile<F, G, U, M>(rest...);
-    tile_of<F, G, U, M - 1>(m, rest...);
+FASTRNN_HD void tile_of(int u, int m, const Rest&... rest) {
+  if constexpr (U > 1) {
+    if (u < U) return tile_of<F, G, U / 2, M>(u, m, rest...);
+  }
+  if constexpr (M > 1) {
+    if (m < M) return tile_of<F, G, U, M - 1>(u, m, rest...);
+  }
+  tile<F, G, U, M>(rest...);
+}
+
+// What is left after whole tiles goes in smaller ones of a power of two: blocks one by one would be too few
+// sums to hide the multiply-add's latency. The units of tile `at` of those, and its first block among them.
+FASTRNN_HD int rest_tile(int64_t rest, int64_t at, int64_t& first) {
+  first = 0;
+  for (int64_t units = 1 << 20;; units /= 2) {
+    if (!(rest & units)) continue;
+    if (at-- == 0) return static_cast<int>(units);
+    first += units;
   }
 }
 
@@ -369,7 +383,8 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const int most = dots ? 4 : int8 ? Tile::kInt8Rows : Tile::kRows;
   const int64_t tiles = (rows + most - 1) / most;
   const int wide = dots ? 1 : rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
-  const int64_t wides = (block1 - block0) / wide, sweeps = wides + (block1 - block0) % wide;
+  const int64_t wides = (block1 - block0) / wide, rest = (block1 - block0) % wide;
+  const int64_t sweeps = wides + (int8 ? rest : __builtin_popcountll(rest));
   const bool packed = weight.layout == cpu::Weight<F>::kPacked;
   const int64_t step = packed ? G * S::W : weight.ld;
   const int64_t block = packed ? (weight.ld ? weight.ld : K) * G * S::W
@@ -379,8 +394,14 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const int64_t piece = packed && tiles > 1 ? a.piece(K) : K, group = piece < K ? kGroup : 1;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
-    const int U = at < wides ? wide : 1;
-    const int64_t b = block0 + (at < wides ? at * wide : wides * wide + at - wides);
+    int U = wide;
+    int64_t b = at * wide;
+    if (at >= wides) {
+      int64_t first = at - wides;
+      U = int8 ? 1 : rest_tile(rest, at - wides, first);
+      b = wides * wide + first;
+    }
+    b += block0;
     const F* w = weight.data + b * block;
     const int64_t after = backwards ? b - wide : b + U;
     const F* next = packed && after >= block0 && after < block1 ? weight.data + after * block : nullptr;
@@ -417,12 +438,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
             if constexpr (std::is_same_v<A, InRows<float>> && std::is_same_v<E, F>) {
               weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
             }
-          } else if (U == 1) {
-            tile_of<F, G, 1, Tile::kRows>(M, factor, w_k, step, block, k1 - k, from, ahead, out);
           } else if (rows == 1) {
-            tile<F, G, Tile::kUnitsOneRow, 1>(factor, w_k, step, block, K, from, ahead, out);
+            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, K, from, ahead, out);
           } else {
-            tile_of<F, G, Tile::kUnits, Tile::kRows>(M, factor, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, Tile::kUnits, Tile::kRows>(U, M, factor, w_k, step, block, k1 - k, from, ahead, out);
           }
           if (k1 < K) continue;
 #pragma GCC unroll 1
