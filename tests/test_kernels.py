@@ -13,7 +13,7 @@ from fastrnn import functional, kernels
 from fastrnn.reference import CELLS
 
 # T, B, I, H: single elements, odd sizes, more than one chunk of time, units beyond a vector.
-SHAPES = ((1, 1, 1, 1), (5, 3, 4, 3), (7, 13, 5, 33), (3, 2, 3, 257), (300, 9, 6, 17))
+SHAPES = ((1, 1, 1, 1), (5, 3, 4, 3), (7, 13, 5, 33), (3, 2, 3, 257), (300, 9, 6, 17), (19, 9, 1, 107))
 
 
 def run(backend, cell, x, states, params, masks, weights):
