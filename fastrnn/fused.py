@@ -377,7 +377,13 @@ def _decoder_flops(cell: Any, *args: Any, **options: Any) -> int:
 def _decoder_backward_flops(
     cell: Any, dout: Any, dlast: Any, dweights: Any, *inputs: Any, **options: Any
 ) -> int:
-    return 2 * _decoder_flops(cell, *inputs)
+    """As of a layer and of attention; the gradients of the queries and of what was fed always are needed."""
+    need_x, need_params, need_keys, need_values = inputs[-4:]
+    (T, B, width), _, _, params, w_h, keys, values, w_q = inputs[:8]
+    weights = sum(math.prod(shape) for shape in (*params, w_h, w_q or ()) if len(shape) == 2)
+    products = (1 + need_params) * weights - (not need_x) * params[0][0] * width
+    products += keys[0] * ((1 + need_keys) * keys[2] + (1 + need_values) * values[2])
+    return int(2 * T * B * products)
 
 
 def _triton(name: str) -> Any:

@@ -377,8 +377,14 @@ def layer_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **optio
 def _backward_flops(
     cell: Any, dy: Any, dlast: Any, dseq: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any
 ) -> int:
-    """Each weight's product once for its own gradient and once for what it was multiplied with."""
-    return 2 * layer_flops(cell, x, states, params)
+    """Each weight's product once for its own gradient and once for what it was multiplied with, where these
+    are needed: the states' gradients always are."""
+    need_x, need_params = rest[-2:]
+    per = len(params) // states[0][0]
+    own, passed_on = need_params * layer_flops(cell, x, states, params), layer_flops(cell, x, states, params)
+    if not need_x:
+        passed_on -= layer_flops(cell, x, states, params[::per])
+    return own + passed_on
 
 
 def register_flops(name: str, formula: Any) -> None:

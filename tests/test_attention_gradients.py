@@ -223,6 +223,24 @@ def test_each_subset_of_the_decoders_has_the_bits_of_the_whole(additive, cell):
         assert needs[1] or len(found[1]) == 3  # no list of the layers' own
 
 
+@each_score
+def test_the_decoders_flops_are_of_what_is_computed(additive):
+    call, flat = operator("gru", additive)
+    x, _, _, params, w_h, keys, values, w_q, *_ = call.arguments(flat)
+    weights = sum(w.numel() for w in (*params, w_h, w_q) if w is not None and w.dim() == 2)
+    (T, B, of_x), (S, _, K), V = x.shape, keys.shape, values.shape[2]
+    of_x *= params[0].shape[0]
+    for needs, expected in (
+        ((True,) * 4, 2 * weights + 2 * S * (K + V)),
+        ((False, True, True, False), 2 * weights - of_x + S * (2 * K + V)),
+        ((True, False, False, True), weights + S * (K + 2 * V)),
+    ):
+        with FlopCounterMode(display=False) as counter:
+            decoder_backward(call, flat, needs)
+        found = counter.get_flop_counts()["Global"][torch.ops.fastrnn.decoder_backward]
+        assert found == 2 * T * B * expected
+
+
 def scanned(call, flat, wanted):
     """The loss and the leaves of it, with those wanted that `wanted` names."""
     x, states, feed, params, w_h, keys, values, w_q, v, mask, drops = call.arguments(flat)

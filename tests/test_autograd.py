@@ -136,15 +136,22 @@ def test_batched_gradients(kind):
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_flop_counter(kind):
-    """Twice the weights a row, and twice that again in the backward pass."""
+    """Twice the weights a row, and in the backward pass that again for each gradient that is needed."""
     layer, x = getattr(fastrnn, kind)(5, 7, num_layers=2, bidirectional=True), torch.randn(6, 3, 5)
     weights = sum(p.numel() for p in layer.parameters() if p.dim() == 2)
+    of_input = layer.weight_ih_l0.numel() + layer.weight_ih_l0_reverse.numel()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         layer(x)
     assert counter.get_total_flops() == 2 * 6 * 3 * weights
-    with FlopCounterMode(display=False) as counter:
-        layer(x)[0].sum().backward()
-    assert counter.get_total_flops() == 3 * 2 * 6 * 3 * weights
+    for need_x, need_params, computed in (
+        (True, True, 3 * weights),
+        (False, True, 3 * weights - of_input),
+        (True, False, 2 * weights),
+    ):
+        layer.requires_grad_(need_params)
+        with FlopCounterMode(display=False) as counter:
+            layer(x.clone().requires_grad_(need_x))[0].sum().backward()
+        assert counter.get_total_flops() == 2 * 6 * 3 * computed
 
 
 @pytest.mark.parametrize("cell", CELLS)
