@@ -16,7 +16,7 @@ from fastrnn.bench.grid import GATES, TRAINING, Case, flop, weights
 
 WEIGHT = {"float32": 4, "bfloat16": 2, "int8": 1}  # bytes
 # What training keeps besides y, in units of [T, B, H]: the gates, and an LSTM's c; a GRU's recurrent part
-# of n is a fourth gate, an RNN's y is its gate.
+# of n is a fourth gate, an RNN's y is its gate. All of it float32, whatever the input is.
 SAVED = {"lstm": 5, "gru": 4, "rnn": 0}
 # Sigmoids and hyperbolic tangents of a unit's step, forward; the way back takes an LSTM's tanh(c) once more.
 ACTIVATIONS = {"lstm": 5, "gru": 3, "rnn": 1}
@@ -144,17 +144,17 @@ def swept(case: Case) -> int:
 
 
 def row_bytes(case: Case) -> int:
-    """What comes or goes once for every step of every sequence: x and y; in training saved and dgates twice,
-    x and y once more, for the gradients of weights, and dx."""
+    """What comes or goes once for every step of every sequence: x and y; in training what is saved and dgates
+    twice, x and y once more, for the gradients of weights, and dx."""
     H, D, G = case.shape.H, case.directions, GATES[case.cell]
     y = D * (case.proj_size or H)
-    elements = 0
+    width, step = 2 if case.dtype == "bfloat16" else 4, 0
     for layer in range(case.num_layers):
         x = y if layer else case.shape.I
-        elements += x + y
+        step += width * (x + y)
         if case.mode in TRAINING:
-            elements += 2 * D * H * (SAVED[case.cell] + G) + x + y + x
-    return elements * sum(case.lengths) * (2 if case.dtype == "bfloat16" else 4)
+            step += 2 * D * H * (4 * SAVED[case.cell] + width * G) + width * (x + y + x)
+    return step * sum(case.lengths)
 
 
 class Part(NamedTuple):

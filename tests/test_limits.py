@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
+
+from fastrnn import kernels
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
 from peaks import CASE, FREE, PEAKS, SWEEPS
@@ -150,6 +153,11 @@ def test_bytes_of_every_kind():
     assert limits.row_bytes(Case("rnn", "forward", shape, "bidirectional")) == 4 * 20 * (3 + 8)
     # x y; gates and c, and their gradients, out and in; x y; dx
     assert limits.row_bytes(Case("lstm", "training", shape)) == 4 * 20 * (7 + 2 * 4 * (5 + 4) + 7 + 3)
+    # Of bfloat16 gates and c are kept in float32.
+    half = dataclasses.replace(Case("lstm", "training", shape), dtype="bfloat16")
+    assert limits.row_bytes(half) == 20 * (2 * (7 + 7 + 3) + 2 * 4 * (4 * 5 + 2 * 4))
+    assert limits.row_bytes(dataclasses.replace(half, mode="forward")) == 20 * 2 * 7
+    assert limits.row_bytes(Case("rnn", "forward", shape, dtype="int8")) == 20 * 4 * 7
     one, near = limits.Way(1, 1, 1), dataclasses.replace(FREE, gflops={"float32": 1e9}, read=[(1, 1e9)])
     count = limits.products(Case("rnn", "training", shape, "bidirectional"), near, one).count
     assert count.startswith("40 x 6.1e-05 MiB")  # steps, directions, there and back
@@ -166,6 +174,19 @@ def test_the_least_memory():
     found = limits.of_memory(Case("gru", "training", shape))
     assert found.ours == unit * 6 + 4 * 3 * 512 * (1024 + 2)
     assert found.count == "y 62.5 MiB + saved 250 MiB + dx 62.5 MiB + gradients of weights 6.01 MiB"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("cell", limits.SAVED)
+def test_what_is_saved_is_float32(cell, dtype):
+    T, B, I, H = 3, 2, 4, 8
+    name, states = {"rnn": "rnn_tanh"}.get(cell, cell), 2 if cell == "lstm" else 1
+    G = grid.GATES[cell]
+    params = [torch.zeros(G * H, width, dtype=dtype) for width in (I, H)]
+    x, firsts = torch.zeros(T, B, I, dtype=dtype), [torch.zeros(1, B, H, dtype=dtype)] * states
+    kept = kernels.call(kernels.Inputs(name, x, firsts, params, None, None, None), True, False)
+    tensors = [*kept.seq, *kept.saved]
+    assert sum(t.nbytes for t in tensors) == 4 * limits.SAVED[cell] * T * B * H
 
 
 def test_prefixes():
