@@ -402,3 +402,36 @@ def test_a_section_that_fails_loses_no_rows(monkeypatch):
 
     monkeypatch.setattr(sections, "SECTIONS", {"memory": fails, "scaling": lambda cells: [cells]})
     assert sections.measure(["memory", "scaling"], ("gru",)) == ([("gru",)], ["memory was not measured: no"])
+
+
+def test_scaling_is_measured_again_where_torch_gains_nothing(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(sections.os, "cpu_count", lambda: 2)
+    gains = {"lstm": [1.0, 1.9], "gru": [1.0, 1.1, 1.0]}
+    monkeypatch.setattr(
+        sections,
+        "one_beside_two",
+        lambda case, seconds: Probe("scaling", case, 1.1, gains[case.cell].pop(0)),
+    )
+    monkeypatch.setattr(sections, "MODES", ("forward",))
+    probes, failed = sections.measure(["scaling"], ("lstm", "gru"))
+    assert [(p.case.cell, p.theirs) for p in probes] == [("lstm", 1.9)]
+    assert failed == [
+        "scaling was measured in part: on two threads torch.nn gained nothing in 3 tries of "
+        "gru-forward-T100-B32-I512-H512 (torch.nn's 1.00)"
+    ]
+    assert gains == {"lstm": [], "gru": []}
+
+
+def test_threads_settle_before_a_call_of_one_beside_two_is_timed(monkeypatch):
+    monkeypatch.setattr(rivals, "SETTLE", 0.0)
+    monkeypatch.setattr(rivals, "WAKE", 0.0)
+    threads, settled = torch.get_num_threads(), []
+    settle = rivals.settle
+    monkeypatch.setattr(
+        rivals, "settle", lambda call: (settled.append(torch.get_num_threads()), settle(call))
+    )
+    probe = sections.one_beside_two(Case("gru", "forward", Shape(3, 2, 8, 8)), 0.0)
+    assert min(probe.ours, probe.theirs) > 0
+    assert sorted(settled) == [1] * 6 + [2] * 6
+    assert torch.get_num_threads() == threads
