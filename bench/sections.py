@@ -54,9 +54,9 @@ def medians(samples: dict[Any, list[float]]) -> dict[Any, float]:
 
 
 def crowded(cells: tuple[str, ...], seconds: float = SECONDS) -> list[Probe]:
-    """How many times as long a forward call takes with one busy neighbour process per core."""
+    """How many times as long a call takes with one busy neighbour process per core."""
     probes = []
-    for case in (Case(cell, "forward", shape) for cell, shape in product(cells, CROWDED)):
+    for case in (Case(*row) for row in product(cells, MODES, CROWDED)):
         calls = both(case)
         clock = CpuClock()
         quiet = medians(rivals.alternate(calls, seconds / 3))

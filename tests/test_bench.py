@@ -239,7 +239,7 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
     rows += [
         Probe(section, Case("dot" if section == "attention" else "gru", mode, shape), 1.0, 1.0)
         for section in shapes
-        for mode in (grid.MODES if section != "crowded" else ["forward"])
+        for mode in grid.MODES
         for shape in shapes[section]
     ]
     assert not [o.goal.text for o in goals.evaluate(rows, [], PEAKS) if o.met is None]
@@ -435,3 +435,11 @@ def test_threads_settle_before_a_call_of_one_beside_two_is_timed(monkeypatch):
     assert min(probe.ours, probe.theirs) > 0
     assert sorted(settled) == [1] * 6 + [2] * 6
     assert torch.get_num_threads() == threads
+
+
+def test_crowding_is_measured_in_both_modes(monkeypatch):
+    monkeypatch.setattr(sections, "CROWDED", (Shape(3, 2, 8, 8),))
+    monkeypatch.setattr(sections.os, "cpu_count", lambda: 1)
+    probes = sections.crowded(("rnn",), 0.0)
+    assert [p.case.mode for p in probes] == ["forward", "training"]
+    assert all(min(p.ours, p.theirs) > 0 for p in probes)
