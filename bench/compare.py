@@ -14,12 +14,10 @@ LEAST_NOISE = 0.03
 def noise(*records: Record) -> float:
     """How far two runs' ratios may lie apart by chance, as a share: the rule.
 
-    The root of the sum of the squares of both rows' spreads (interquartile range over median of the rounds'
-    ratios to torch.nn), and at least `LEAST_NOISE`. With 11 rounds that is some three standard errors of the
-    two medians' difference; two runs differ by more than one run's rounds do, so it is not divided by their
-    number.
+    Three standard errors of the difference of the two rows' ratios, and at least `LEAST_NOISE`: two processes
+    differ by some percent that the rounds of one do not show, as their memory lies elsewhere.
     """
-    return max(LEAST_NOISE, math.hypot(*(r.spread[TORCH] for r in records)))
+    return max(LEAST_NOISE, 3 * math.hypot(*(r.error[TORCH] for r in records)))
 
 
 def change(earlier: Record, now: Record) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ class Record:
     """A measured case: medians in seconds a call over alternating rounds.
 
     spread  a rival's: the interquartile range of its rounds' ratios (its time / ours) over their median
+    error   a rival's: the standard error of the ratio of the medians, as a share of it
     """
 
     case: Case
@@ -27,6 +29,7 @@ class Record:
     ours: float
     rivals: dict[str, float]
     spread: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
     conditions: Conditions = UNKNOWN
 
     @classmethod
@@ -44,6 +47,7 @@ class Record:
             statistics.median(ours) / case.calls,
             {name: statistics.median(values) / case.calls for name, values in rivals.items()},
             {name: relative_spread(values) for name, values in ratios.items()},
+            {name: standard_error(values, ours) for name, values in rivals.items()},
             conditions,
         )
 
@@ -95,6 +99,28 @@ def relative_spread(values: list[float]) -> float:
     return width / statistics.median(values)
 
 
+def standard_error(theirs: list[float], ours: list[float], resamples: int = 200) -> float:
+    """Of the ratio of their medians, as a share of it: by the bootstrap, of rounds with both their sides.
+
+    Rounds are drawn in runs of neighbours, which share what the machine was busy with (Künsch 1989).
+    """
+    n, rng = len(ours), random.Random(0)
+    run = math.isqrt(n)
+
+    def ratio_of_a_draw() -> float:
+        starts = (rng.randrange(n) for _ in range(-(-n // run)))
+        drawn = [(start + k) % n for start in starts for k in range(run)][:n]
+        a, b = (statistics.median(values[i] for i in drawn) for values in (theirs, ours))
+        return math.log(a / b)
+
+    return statistics.stdev(ratio_of_a_draw() for _ in range(resamples))
+
+
+def error_by_spread(spread: float, rounds: int) -> float:
+    """The standard error where the rounds are forgotten: as if they had been normal and independent."""
+    return math.sqrt(math.pi / 2 / rounds) * spread / 1.349
+
+
 def geometric_mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -138,7 +164,7 @@ def write_json(
         {
             **as_row(r.case),
             **{"rounds": r.rounds, "gflops": r.gflops, **asdict(r.conditions)},
-            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread},
+            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread, "error": r.error},
         }
         for r in records
     ]
@@ -166,7 +192,11 @@ def read_json(path: Path) -> tuple[list[Record], dict[str, Any]]:
             rivals = dict(row["seconds"])
             ours = rivals.pop(OURS)
             conditions = Conditions(row["load"], row["steal"], row["others"])
-            records.append(Record(as_case(row), row["rounds"], ours, rivals, row["spread"], conditions))
+            rounds, spread = row["rounds"], row["spread"]
+            # Files of before the errors were kept.
+            guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
+            error = row.get("error", guessed)
+            records.append(Record(as_case(row), rounds, ours, rivals, spread, error, conditions))
         return records, dict(content["machine"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {os_reason(error)}") from error
