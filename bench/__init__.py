@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [report.describe(about, peaks), report.table(run.records, peaks)]
     parts += [sections.table(probes), *failed, rivals.why_no_onnxruntime()]
     if earlier:
-        parts.append(compare.compare(*earlier, run.records, about))
+        parts.append(compare.compare(*earlier, [*run.records, *probes], about))
     parts.append(goals.report(outcomes))
     print("", *filter(None, parts), sep="\n")
     records.write_json(args.json, run.records, about, probes, goals.as_json(outcomes))

@@ -15,6 +15,8 @@ from fastrnn.bench.machine import UNKNOWN, Conditions
 from fastrnn.bench.rivals import OURS, TORCH
 from fastrnn.lm.errors import UserError, os_reason
 
+UNKNOWN_ERROR = 0.05  # of a section's figure in a file of before the errors were kept
+
 
 @dataclass
 class Record:
@@ -68,6 +70,9 @@ class Probe:
     crowded  how many times as long a call takes with one busy neighbour process per core
     scaling  how many times as fast a call is on two threads as on one
     trees    how many times as fast recursive cells are as a Python recursion (theirs: 1)
+    others   seconds of a call
+
+    error    the standard error of `merit`, as a share of it
     """
 
     section: str
@@ -75,6 +80,14 @@ class Probe:
     ours: float
     theirs: float
     conditions: Conditions = UNKNOWN
+    error: float = 0.0
+
+    @property
+    def merit(self) -> float:
+        """What is more where we are better."""
+        if self.section in ("scaling", "trees"):
+            return self.ours
+        return 1 / self.ours if self.section == "crowded" else self.theirs / self.ours
 
 
 @dataclass
@@ -114,6 +127,11 @@ def standard_error(theirs: list[float], ours: list[float], resamples: int = 200)
         return math.log(a / b)
 
     return statistics.stdev(ratio_of_a_draw() for _ in range(resamples))
+
+
+def median_error(samples: list[float]) -> float:
+    """The standard error of one median, as a share of it."""
+    return standard_error(samples, [1.0] * len(samples))
 
 
 def error_by_spread(spread: float, rounds: int) -> float:
@@ -169,7 +187,10 @@ def write_json(
         for r in records
     ]
     sections = [
-        {"section": p.section, **as_row(p.case), "ours": p.ours, TORCH: p.theirs, **asdict(p.conditions)}
+        {
+            **{"section": p.section, **as_row(p.case), "ours": p.ours, TORCH: p.theirs, "error": p.error},
+            **asdict(p.conditions),
+        }
         for p in probes
     ]
     content = {
@@ -183,21 +204,27 @@ def write_json(
     path.write_text(json.dumps(content, indent=1))
 
 
-def read_json(path: Path) -> tuple[list[Record], dict[str, Any]]:
-    """The rows of a run and its machine. Raises UserError where this version wrote no such file."""
+def read_conditions(row: dict[str, Any]) -> Conditions:
+    return Conditions(row["load"], row["steal"], row["others"])
+
+
+def read_json(path: Path) -> tuple[list[Record | Probe], dict[str, Any]]:
+    """The rows and sections of a run, and its machine. Raises UserError where no bench wrote such a file."""
     try:
         content = json.loads(path.read_text())
-        records = []
+        found: list[Record | Probe] = []
         for row in content["results"]:
             rivals = dict(row["seconds"])
             ours = rivals.pop(OURS)
-            conditions = Conditions(row["load"], row["steal"], row["others"])
             rounds, spread = row["rounds"], row["spread"]
             # Files of before the errors were kept.
             guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
-            error = row.get("error", guessed)
-            records.append(Record(as_case(row), rounds, ours, rivals, spread, error, conditions))
-        return records, dict(content["machine"])
+            errors = row.get("error", guessed)
+            found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, read_conditions(row)))
+        for row in content["sections"]:
+            figures, share = (row["ours"], row[TORCH]), row.get("error", UNKNOWN_ERROR)
+            found.append(Probe(row["section"], as_case(row), *figures, read_conditions(row), share))
+        return found, dict(content["machine"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {os_reason(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

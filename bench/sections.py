@@ -4,6 +4,7 @@ the decoder and attention."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import subprocess
@@ -18,7 +19,7 @@ import torch
 from fastrnn.bench import attention, memory, rivals, trees
 from fastrnn.bench.grid import LARGE, MODES, WIDE, Case
 from fastrnn.bench.machine import CpuClock
-from fastrnn.bench.records import Probe
+from fastrnn.bench.records import Probe, median_error, standard_error
 
 SECONDS = 3.0  # for one figure of ours and one of torch.nn's
 # A barrier a step, and a shape whose batch can be split.
@@ -59,12 +60,14 @@ def crowded(cells: tuple[str, ...], seconds: float = SECONDS) -> list[Probe]:
     for case in (Case(*row) for row in product(cells, MODES, CROWDED)):
         calls = both(case)
         clock = CpuClock()
-        quiet = medians(rivals.alternate(calls, seconds / 3))
+        quiet = rivals.alternate(calls, seconds / 3)
         conditions = clock.read()  # of the quiet part: the other is crowded on purpose
         with neighbours(os.cpu_count() or 1):
-            loaded = medians(rivals.alternate(calls, seconds))
-        times = {name: loaded[name] / quiet[name] for name in calls}
-        probes.append(Probe("crowded", case, times[rivals.OURS], times[rivals.TORCH], conditions))
+            loaded = rivals.alternate(calls, seconds)
+        then, now = medians(quiet), medians(loaded)
+        times = (now[name] / then[name] for name in (rivals.OURS, rivals.TORCH))
+        error = math.hypot(*(median_error(samples[rivals.OURS]) for samples in (quiet, loaded)))
+        probes.append(Probe("crowded", case, *times, conditions, error))
     return probes
 
 
@@ -89,11 +92,12 @@ def one_beside_two(case: Case, seconds: float) -> Probe:
     clock = CpuClock()
     try:
         runs = {(name, count): call for name, call in calls.items() for count in (1, 2)}
-        took = medians(rivals.alternate(runs, seconds, prepare))
+        samples = rivals.alternate(runs, seconds, prepare)
     finally:
         torch.set_num_threads(threads)
+    took, error = medians(samples), standard_error(samples[rivals.OURS, 1], samples[rivals.OURS, 2])
     gains = (took[name, 1] / took[name, 2] for name in (rivals.OURS, rivals.TORCH))
-    return Probe("scaling", case, *gains, clock.read())
+    return Probe("scaling", case, *gains, clock.read(), error)
 
 
 def scaling(cells: tuple[str, ...], seconds: float = 2 * SECONDS) -> list[Probe]:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
-import random
-import statistics
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,10 @@ import fastrnn
 from fastrnn import __main__ as cli
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from peaks import CASE, FREE, PEAKS
+from measured import CASE, FREE, MACHINE, NOISY, PEAKS, record
 
 from fastrnn.bench import (
     attention,
-    compare,
     goals,
     grid,
     limits,
@@ -37,14 +33,6 @@ from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.machine import Conditions
 from fastrnn.bench.records import Probe, Record
 from fastrnn.lm.errors import UserError
-
-MACHINE = {"cpu": "a CPU", "cpus": 2, "threads": 2, "torch": "2.13.0", "unquiet": False}
-NOISY = Conditions(3.0, 0.0, 0.5)
-
-
-def record(ratio=2.0, case=CASE, error=0.005, **more):
-    rivals = {"torch.nn": ratio * 1e-3}
-    return Record(case, 11, 1e-3, rivals, {"torch.nn": 4 * error}, {"torch.nn": error}, **more)
 
 
 @pytest.mark.parametrize("rows", [grid.rows, grid.quick_rows], ids=["full", "quick"])
@@ -252,74 +240,6 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
     assert len(texts) == len(set(texts))
 
 
-# Comparisons
-
-
-def test_compare_tells_changes_from_noise():
-    one, two = CASE, Case("gru", "forward", grid.SMALL)
-    earlier = [record(2.0, one), record(2.0, two)]
-    text = compare.compare(earlier, MACHINE, [record(1.7, one), record(1.96, two)], MACHINE)
-    assert "1 slower, 0 faster, 1 within the noise" in text
-    assert f"slower  -15.0% (noise 3.0%)  {one.id}: 2.00 -> 1.70, ours 1.0000 -> 1.0000 ms" in text
-    noisy = compare.compare(earlier, MACHINE, [record(1.7, one, error=0.1), record(2.0, two)], MACHINE)
-    assert "0 slower, 0 faster, 2 within the noise" in noisy
-
-
-def test_compare_counts_rows_of_one_run_only_and_marks_unquiet_ones():
-    now = [record(4.0, conditions=NOISY), record(case=Case("rnn", "last", grid.VANISHING))]
-    earlier = [record(2.0), record(case=Case("rnn", "training", grid.SMALL))]
-    text = compare.compare(earlier, MACHINE, now, MACHINE)
-    assert "1 faster, 0 within the noise; 1 rows only then, 1 only now" in text
-    assert "faster +100.0%" in text
-    assert text.endswith("*")
-
-
-def test_on_another_machine_only_ratios_count():
-    other = {**MACHINE, "cpu": "another"}
-    slow = Record(
-        CASE, 11, 1.0, {"torch.nn": 2.0}, {}, {"torch.nn": 0.0}
-    )  # 1000 times the time, the same ratio
-    text = compare.compare([record(2.0)], MACHINE, [slow], other)
-    assert "1 within the noise" in text
-    assert "not the same machine: a CPU" in text
-    assert " ms" not in compare.compare([record(3.0)], MACHINE, [slow], other)
-
-
-def test_the_noise_of_two_rows():
-    assert compare.noise(record(error=0.03), record(error=0.04)) == pytest.approx(0.15)
-    assert compare.noise(record(error=0.0), record(error=0.0)) == compare.LEAST_NOISE
-
-
-def test_the_error_of_a_ratio_of_medians():
-    rng = random.Random(1)
-
-    def error(n, wide, drift=0.0):
-        """Of so many rounds, beside how far as many such ratios really lie apart."""
-        errors, logs = [], []
-        for _ in range(60):
-            slow = [math.exp(drift * math.sin(6 * k / n)) for k in range(n)]
-            ours, theirs = ([s * math.exp(rng.gauss(0, wide)) for s in slow] for _ in range(2))
-            errors.append(records.standard_error(theirs, ours))
-            logs.append(math.log(statistics.median(theirs) / statistics.median(ours)))
-        return statistics.mean(errors), statistics.stdev(logs)
-
-    for n in (11, 100):
-        found, true = error(n, 0.1)
-        assert 0.7 < found / true < 1.5
-        assert 0.7 < found / records.error_by_spread(0.1 * math.sqrt(2) * 1.349, n) < 1.5
-    # A hundred rounds say what eleven cannot, and a drift that both share is none.
-    assert error(100, 0.1)[0] < 0.5 * error(11, 0.1)[0]
-    assert error(100, 0.02, 0.3)[0] < 0.1
-    assert records.standard_error([2.0] * 5, [1.0] * 5) == 0
-
-
-def test_many_short_calls_make_a_sample():
-    assert [rivals.repeats(s) for s in (1e-6, 1e-3, 0.009, 1.0)] == [50, 20, 2, 1]
-    calls = []
-    assert 0 <= rivals.repeated(lambda: calls.append(0), 5) < 1
-    assert len(calls) == 5
-
-
 # Files
 
 
@@ -328,8 +248,9 @@ def test_a_file_comes_back(tmp_path):
     rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
     rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="int8")))
     outcomes = goals.evaluate(rows, [], None)
-    records.write_json(path, rows, MACHINE, [Probe("memory", CASE, 1, 2)], goals.as_json(outcomes))
-    assert records.read_json(path) == (rows, MACHINE)
+    probes = [Probe("memory", CASE, 1, 2, NOISY, 0.1)]
+    records.write_json(path, rows, MACHINE, probes, goals.as_json(outcomes))
+    assert records.read_json(path) == ([*rows, *probes], MACHINE)
 
     def constant(name):
         raise AssertionError(f"{name} is not JSON")

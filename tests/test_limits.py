@@ -10,7 +10,7 @@ import torch
 from fastrnn import kernels
 
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
-from peaks import CASE, FREE, PEAKS, SWEEPS
+from measured import CASE, FREE, PEAKS, SWEEPS
 
 from fastrnn.bench import grid, limits, machine
 from fastrnn.bench.grid import Case, Shape
