@@ -62,8 +62,8 @@ def stack(
     states   [L, B, .], as h_n of a module
     params   those of each layer in one list, or the one packed tensor of each
     others   as of `layer`
-    returns  (y, last states), or None where the call is anything but inference by the CPU's kernels, or an
-             error, for which `layer` has the words
+    returns  (y, last states), or None where the call is anything but inference by the CPU's kernels
+    Raises what `layer` raises for the first layer that is wrong.
     """
     args = (cell, x, list(states), list(params), lengths, batch_sizes, reset)
     if torch.compiler.is_compiling():
@@ -80,9 +80,22 @@ def stack(
         return None
     try:
         y, last = kernels.stack(*args)
-    except (RuntimeError, IndexError):
-        return None
+    except kernels.REFUSALS:
+        _check_stack(*args)
+        raise
     return y, tuple(last)
+
+
+def _check_stack(
+    cell: str, x: Tensor, states: list[Tensor], params: list[Tensor], *masks: Tensor | None
+) -> None:
+    """`kernels.check` of each layer; of packed weights there is nothing to check here."""
+    layers, P = states[0].shape[0], states[0].shape[-1]
+    each = len(params) // layers
+    for k in range(layers if each > 1 else 0):
+        one, own = [s[k : k + 1] for s in states], params[k * each : (k + 1) * each]
+        kernels.check(kernels.Inputs(cell, x, one, own, *masks))
+        x = x.new_empty(()).expand(*x.shape[:-1], P)
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
