@@ -228,8 +228,8 @@ def of(case: Case, peaks: Peaks) -> Limit:
     seconds = {way: sum(part.seconds for part in found) for way, found in counted.items()}
     way = min(seconds, key=lambda way: seconds[way])
     told = [part for part in counted[way] if part.seconds > SMALL * seconds[way]]
-    left = seconds[way] - sum(part.seconds for part in told)
-    told += [Part("the other parts", left)] * (left > 0)
+    left = [part.seconds for part in counted[way] if part not in told]
+    told += [Part("the other parts", sum(left))] * bool(left)
     count = f"{way.threads} thread{'s' * (way.threads > 1)}, " + " + ".join(part.text for part in told)
     own = peaks.ours.get(f"{case.cell} {'training' if case.mode in TRAINING else case.mode}", 0)
     note = f" (our layer of one unit takes {si(own)}s in all)" if own > SMALL * seconds[way] else ""
