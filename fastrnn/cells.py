@@ -59,8 +59,7 @@ class _Cell(torch_rnn.RNNCellBase):
             _checks.same_dtype("hx", h, params[0])
         rows, firsts = x.unsqueeze(0), [h.unsqueeze(0) for h in states]
         if refused is not None:
-            kernels.check(kernels.Inputs(cell, rows, firsts, params, None, None, None))
-            raise refused
+            functional.refuse(refused, cell, rows, firsts, params)
         _, last, _ = functional.layer(cell, rows, firsts, params)
         # The leading 1 is the one direction.
         return tuple(h.squeeze(0) if batched else h.flatten() for h in last)

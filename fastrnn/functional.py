@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -81,21 +81,29 @@ def stack(
     try:
         y, last = kernels.stack(*args)
     except kernels.REFUSALS:
-        _check_stack(*args)
+        _check(*args)
         raise
     return y, tuple(last)
 
 
-def _check_stack(
-    cell: str, x: Tensor, states: list[Tensor], params: list[Tensor], *masks: Tensor | None
+def _check(
+    cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *masks: Tensor | None
 ) -> None:
-    """`kernels.check` of each layer; of packed weights there is nothing to check here."""
+    """`kernels.check` of a layer, or of a stack's [L, B, .]; packed weights only their kernel can check."""
     layers, P = states[0].shape[0], states[0].shape[-1]
-    each = len(params) // layers
+    each = len(params) // max(1, layers)
     for k in range(layers if each > 1 else 0):
         one, own = [s[k : k + 1] for s in states], params[k * each : (k + 1) * each]
-        kernels.check(kernels.Inputs(cell, x, one, own, *masks))
+        kernels.check(kernels.Inputs(cell, x, one, list(own), *masks))
         x = x.new_empty(()).expand(*x.shape[:-1], P)
+
+
+def refuse(
+    error: Exception, cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]
+) -> NoReturn:
+    """Raises what a check says of a layer of one direction whose kernel raised an error, or that error."""
+    _check(cell, x, states, params, None, None, None)
+    raise error
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

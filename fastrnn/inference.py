@@ -108,9 +108,6 @@ class Packed(_Layer):
     def _layer_weights(self, k: int, D: int) -> list[Tensor]:
         return [getattr(self, f"packed_l{k}")]
 
-    def _check_layer(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
-        """Nothing: the kernel alone knows what it packed."""
-
     def _call_layer(
         self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:

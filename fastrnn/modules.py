@@ -193,8 +193,7 @@ class _Layer(torch_rnn.RNNBase):
             unbatched = input.dim() == 2
             x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if self.batch_first else input
             if hx is None:
-                h, *others = self._zero_states(x, x.shape[1], 1)[0]
-                c = others[0] if others else None
+                h, c = (*self._zero_states(x, x.shape[1], 1)[0], None)[:2]
             else:
                 h, c = hx if two else (hx, None)
                 if unbatched:
@@ -215,10 +214,6 @@ class _Layer(torch_rnn.RNNBase):
     def _stream_weights(self) -> Sequence[Tensor | None]:
         """The only layer's, as `kernels.stream` takes them."""
         return kernels.stream_weights(self, self._all_weights[0], CELLS[self._cell].gates)
-
-    def _check_layer(self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor]) -> None:
-        """What `_call_layer` would check in Python."""
-        kernels.check(kernels.Inputs(self._cell, x, list(states), weights, None, None, None))
 
     def _call_layer(
         self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any
@@ -288,11 +283,9 @@ class _Layer(torch_rnn.RNNBase):
         lasts: list[tuple[Tensor, ...]] = []
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
         for k, start in enumerate(starts):
-            options = {**masks, "return_states": return_states}
             if refused is not None:
-                self._check_layer(x, start, weights[k])
-                raise refused
-            y, last, seq = self._call_layer(x, start, weights[k], **options)
+                functional.refuse(refused, self._cell, x, start, weights[k])
+            y, last, seq = self._call_layer(x, start, weights[k], **masks, return_states=return_states)
             lasts.append(last)
             if return_states:
                 for column, steps in zip(columns, (_by_direction(y, D), *seq), strict=True):
