@@ -62,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in (grid.quick_rows() if args.quick else grid.rows()) if case.cell in cells]
     run = records.Run(0.5, 7) if args.quick else records.Run(1.5, 11)
 
-    product, peaks = machine.product_peak(), limits.measure(torch.get_num_threads())
+    product, called = machine.product_peak(), (machine.least_calls(), machine.least_layers())
+    peaks = limits.measure(torch.get_num_threads(), *called)
     clock = machine.CpuClock()
     code = measure_rows(cases, run)
     if not run.records:
@@ -75,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [report.describe(about, peaks), report.table(run.records, peaks)]
     parts += [sections.table(probes), *failed, rivals.why_no_onnxruntime()]
     if earlier:
-        parts.append(compare.compare(*earlier, run.records, about))
+        parts.append(compare.compare(*earlier, [*run.records, *probes], about))
     parts.append(goals.report(outcomes))
     print("", *filter(None, parts), sep="\n")
     records.write_json(args.json, run.records, about, probes, goals.as_json(outcomes))

@@ -3,6 +3,7 @@ beside torch.nn.functional.scaled_dot_product_attention."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from itertools import product
 
@@ -13,7 +14,7 @@ import fastrnn
 from fastrnn.bench import rivals
 from fastrnn.bench.grid import MODES, Case, Shape
 from fastrnn.bench.machine import CpuClock
-from fastrnn.bench.records import Probe
+from fastrnn.bench.records import Probe, standard_error
 
 # As many queries, or steps, as there is memory; I is the memory's width too.
 DECODER, ATTENTION = Shape(50, 32, 256, 256), Shape(512, 8, 64, 64)
@@ -79,8 +80,9 @@ def probe(
 ) -> Probe:
     both, clock = calls(case, functions, leaves), CpuClock()
     samples = rivals.alternate(both, seconds)
-    ours, theirs = (sorted(samples[name])[len(samples[name]) // 2] for name in functions)
-    return Probe(section, case, ours, theirs, clock.read())
+    ours, theirs = (samples[name] for name in functions)
+    error = standard_error(theirs, ours)
+    return Probe(section, case, statistics.median(ours), statistics.median(theirs), clock.read(), error)
 
 
 def decoder(cells: tuple[str, ...], shape: Shape = DECODER, seconds: float = SECONDS) -> list[Probe]:

@@ -1,33 +1,48 @@
-"""`--compare EARLIER.json`: which rows became slower or faster by more than the noise."""
+"""`--compare EARLIER.json`: which rows and sections became better or worse by more than the noise."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from fastrnn.bench.records import Record
+from fastrnn.bench.grid import Case
+from fastrnn.bench.records import Probe, Record
 from fastrnn.bench.rivals import TORCH
 
 LEAST_NOISE = 0.03
 
 
-def noise(*records: Record) -> float:
-    """How far two runs' ratios may lie apart by chance, as a share: the rule.
+Row = Record | Probe
 
-    The root of the sum of the squares of both rows' spreads (interquartile range over median of the rounds'
-    ratios to torch.nn), and at least `LEAST_NOISE`. With 11 rounds that is some three standard errors of the
-    two medians' difference; two runs differ by more than one run's rounds do, so it is not divided by their
-    number.
+
+def figure(row: Row) -> float:
+    return row.merit if isinstance(row, Probe) else row.ratio(TORCH)
+
+
+def error(row: Row) -> float:
+    return row.error if isinstance(row, Probe) else row.error[TORCH]
+
+
+def key(row: Row) -> tuple[str, Case]:
+    return row.section if isinstance(row, Probe) else "", row.case
+
+
+def noise(*rows: Row) -> float:
+    """How far two runs' figures may lie apart by chance, as a share: the rule.
+
+    Three standard errors of the difference of the two, and at least `LEAST_NOISE`: two processes differ by
+    some percent that the rounds of one do not show, as their memory lies elsewhere.
     """
-    return max(LEAST_NOISE, math.hypot(*(r.spread[TORCH] for r in records)))
+    return max(LEAST_NOISE, 3 * math.hypot(*map(error, rows)))
 
 
-def change(earlier: Record, now: Record) -> float:
+def change(earlier: Row, now: Row) -> float:
     """By what share we became faster (above 0) or slower (below), as torch.nn in the same run sees it.
 
     Of ratios, not of times: the machine may be another one, and even the same one is faster on some days.
     """
-    return now.ratio(TORCH) / earlier.ratio(TORCH) - 1
+    return figure(now) / figure(earlier) - 1
 
 
 def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -35,11 +50,11 @@ def same_machine(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def compare(
-    earlier: list[Record], machine_then: dict[str, Any], now: list[Record], machine_now: dict[str, Any]
+    earlier: Sequence[Row], machine_then: dict[str, Any], now: Sequence[Row], machine_now: dict[str, Any]
 ) -> str:
-    """The rows that changed by more than the noise, worst first, and how many did not."""
-    known = {r.case: r for r in earlier}
-    pairs = [(known[r.case], r) for r in now if r.case in known]
+    """What changed by more than the noise, worst first, and how much did not; a section's by its `merit`."""
+    known = {key(r): r for r in earlier}
+    pairs = [(known[key(r)], r) for r in now if key(r) in known]
     same = same_machine(machine_then, machine_now)
     lines = []
     for then, r in sorted(pairs, key=lambda pair: change(*pair)):
@@ -47,9 +62,10 @@ def compare(
         # Faster by 25 % and slower by 20 % are the same step: the noise is one of logarithms.
         if abs(math.log1p(by)) <= math.log1p(beyond):
             continue
-        line = f"  {'slower' if by < 0 else 'faster'} {by:+7.1%} (noise {beyond:.1%})  {r.case.id}: "
-        line += f"{then.ratio(TORCH):.2f} -> {r.ratio(TORCH):.2f}"
-        if same:
+        name = f"{r.section} {r.case.id}" if isinstance(r, Probe) else r.case.id
+        line = f"  {'slower' if by < 0 else 'faster'} {by:+7.1%} (noise {beyond:.1%})  {name}: "
+        line += f"{figure(then):.2f} -> {figure(r):.2f}"
+        if same and isinstance(r, Record):
             line += f", ours {then.ours * 1e3:.4f} -> {r.ours * 1e3:.4f} ms"
         line += " *" * (then.conditions.unquiet or r.conditions.unquiet)
         lines.append(line)

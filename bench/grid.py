@@ -110,15 +110,20 @@ def quick_rows() -> list[Case]:
     return cases + [Case(cell, "step", STEPS[1]) for cell in GATES]
 
 
+def weights(case: Case) -> int:
+    """Elements of all weights; every step of a sequence multiplies each once."""
+    H, D, P = case.shape.H, case.directions, case.proj_size
+    out = P or H
+    found = 0
+    for layer in range(case.num_layers):
+        inputs = D * out if layer else case.shape.I
+        found += D * (GATES[case.cell] * H * (inputs + out) + P * H)
+    return found
+
+
 def flop(case: Case) -> int:
     """Operations of one call's matrix products, a multiply-add being two.
 
     Training has three of each: y's, and the gradients of its weights and of its inputs, x and h.
     """
-    H, D, P = case.shape.H, case.directions, case.proj_size
-    steps, out = sum(case.lengths), P or H
-    forward = 0
-    for layer in range(case.num_layers):
-        inputs = D * out if layer else case.shape.I
-        forward += 2 * steps * D * (GATES[case.cell] * H * (inputs + out) + P * H)
-    return forward * (3 if case.mode in TRAINING else 1)
+    return 2 * sum(case.lengths) * weights(case) * (3 if case.mode in TRAINING else 1)

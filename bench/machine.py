@@ -7,12 +7,16 @@ import os
 import platform
 import time
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import fastrnn
+from fastrnn.bench import rivals
+from fastrnn.bench.grid import GATES, Case, Shape
 from fastrnn.bench.limits import Peaks
 from fastrnn.kernels import instruction_set
 
@@ -99,6 +103,42 @@ def product_peak() -> float:
         torch.mm(a, b, out=c)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best / 1e9
+
+
+class Least(nn.Module):
+    """As little as a layer's call can be: one operation, its result as the state too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = x * self.weight
+        return y, y
+
+
+def least_seconds(case: Case, module: nn.Module) -> float:
+    """Of a call of one unit, one sequence and one step, the shortest of a hundred: what does not grow."""
+    call = rivals.Pass(case, module, torch.float32)
+    return min(rivals.timed(call) for _ in range(100)) / case.calls
+
+
+CALLS = ("forward", "step", "training")
+ONE = Shape(1, 1, 1, 1)
+
+
+def least_calls() -> dict[str, float]:
+    """Seconds of a call through Python and one operator, for each mode; in training with its gradients."""
+    return {mode: least_seconds(Case("rnn", mode, ONE), Least()) for mode in CALLS}
+
+
+def least_layers() -> dict[str, float]:
+    """The same of our layers: {"lstm step": 8e-6}."""
+    cases = [Case(cell, mode, ONE) for cell, mode in product(GATES, CALLS)]
+    return {
+        f"{case.cell} {case.mode}": least_seconds(case, rivals.layer(fastrnn, case, torch.float32))
+        for case in cases
+    }
 
 
 def about(conditions: Conditions, product: float, peaks: Peaks | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,12 +15,15 @@ from fastrnn.bench.machine import UNKNOWN, Conditions
 from fastrnn.bench.rivals import OURS, TORCH
 from fastrnn.lm.errors import UserError, os_reason
 
+UNKNOWN_ERROR = 0.05  # of a section's figure in a file of before the errors were kept
+
 
 @dataclass
 class Record:
     """A measured case: medians in seconds a call over alternating rounds.
 
     spread  a rival's: the interquartile range of its rounds' ratios (its time / ours) over their median
+    error   a rival's: the standard error of the ratio of the medians, as a share of it
     """
 
     case: Case
@@ -27,6 +31,7 @@ class Record:
     ours: float
     rivals: dict[str, float]
     spread: dict[str, float] = field(default_factory=dict)
+    error: dict[str, float] = field(default_factory=dict)
     conditions: Conditions = UNKNOWN
 
     @classmethod
@@ -44,6 +49,7 @@ class Record:
             statistics.median(ours) / case.calls,
             {name: statistics.median(values) / case.calls for name, values in rivals.items()},
             {name: relative_spread(values) for name, values in ratios.items()},
+            {name: standard_error(values, ours) for name, values in rivals.items()},
             conditions,
         )
 
@@ -64,6 +70,9 @@ class Probe:
     crowded  how many times as long a call takes with one busy neighbour process per core
     scaling  how many times as fast a call is on two threads as on one
     trees    how many times as fast recursive cells are as a Python recursion (theirs: 1)
+    others   seconds of a call
+
+    error    the standard error of `merit`, as a share of it
     """
 
     section: str
@@ -71,6 +80,14 @@ class Probe:
     ours: float
     theirs: float
     conditions: Conditions = UNKNOWN
+    error: float = 0.0
+
+    @property
+    def merit(self) -> float:
+        """What is more where we are better."""
+        if self.section in ("scaling", "trees"):
+            return self.ours
+        return 1 / self.ours if self.section == "crowded" else self.theirs / self.ours
 
 
 @dataclass
@@ -93,6 +110,33 @@ def relative_spread(values: list[float]) -> float:
         low, _, high = statistics.quantiles(values, n=4, method="inclusive")
         width = high - low
     return width / statistics.median(values)
+
+
+def standard_error(theirs: list[float], ours: list[float], resamples: int = 200) -> float:
+    """Of the ratio of their medians, as a share of it: by the bootstrap, of rounds with both their sides.
+
+    Rounds are drawn in runs of neighbours, which share what the machine was busy with (Künsch 1989).
+    """
+    n, rng = len(ours), random.Random(0)
+    run = math.isqrt(n)
+
+    def ratio_of_a_draw() -> float:
+        starts = (rng.randrange(n) for _ in range(-(-n // run)))
+        drawn = [(start + k) % n for start in starts for k in range(run)][:n]
+        a, b = (statistics.median(values[i] for i in drawn) for values in (theirs, ours))
+        return math.log(a / b)
+
+    return statistics.stdev(ratio_of_a_draw() for _ in range(resamples))
+
+
+def median_error(samples: list[float]) -> float:
+    """The standard error of one median, as a share of it."""
+    return standard_error(samples, [1.0] * len(samples))
+
+
+def error_by_spread(spread: float, rounds: int) -> float:
+    """The standard error where the rounds are forgotten: as if they had been normal and independent."""
+    return math.sqrt(math.pi / 2 / rounds) * spread / 1.349
 
 
 def geometric_mean(values: list[float]) -> float:
@@ -138,12 +182,15 @@ def write_json(
         {
             **as_row(r.case),
             **{"rounds": r.rounds, "gflops": r.gflops, **asdict(r.conditions)},
-            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread},
+            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread, "error": r.error},
         }
         for r in records
     ]
     sections = [
-        {"section": p.section, **as_row(p.case), "ours": p.ours, TORCH: p.theirs, **asdict(p.conditions)}
+        {
+            **{"section": p.section, **as_row(p.case), "ours": p.ours, TORCH: p.theirs, "error": p.error},
+            **asdict(p.conditions),
+        }
         for p in probes
     ]
     content = {
@@ -157,17 +204,27 @@ def write_json(
     path.write_text(json.dumps(content, indent=1))
 
 
-def read_json(path: Path) -> tuple[list[Record], dict[str, Any]]:
-    """The rows of a run and its machine. Raises UserError where this version wrote no such file."""
+def read_conditions(row: dict[str, Any]) -> Conditions:
+    return Conditions(row["load"], row["steal"], row["others"])
+
+
+def read_json(path: Path) -> tuple[list[Record | Probe], dict[str, Any]]:
+    """The rows and sections of a run, and its machine. Raises UserError where no bench wrote such a file."""
     try:
         content = json.loads(path.read_text())
-        records = []
+        found: list[Record | Probe] = []
         for row in content["results"]:
             rivals = dict(row["seconds"])
             ours = rivals.pop(OURS)
-            conditions = Conditions(row["load"], row["steal"], row["others"])
-            records.append(Record(as_case(row), row["rounds"], ours, rivals, row["spread"], conditions))
-        return records, dict(content["machine"])
+            rounds, spread = row["rounds"], row["spread"]
+            # Files of before the errors were kept.
+            guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
+            errors = row.get("error", guessed)
+            found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, read_conditions(row)))
+        for row in content["sections"]:
+            figures, share = (row["ours"], row[TORCH]), row.get("error", UNKNOWN_ERROR)
+            found.append(Probe(row["section"], as_case(row), *figures, read_conditions(row), share))
+        return found, dict(content["machine"])
     except OSError as error:
         raise UserError(f"cannot read {path}: {os_reason(error)}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:

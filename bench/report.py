@@ -44,7 +44,16 @@ def describe(about: dict[str, Any], peaks: Peaks | None) -> str:
         rates = ", ".join(f"{name} {gflops:.0f}" for name, gflops in peaks.gflops.items())
         reads = ", ".join(f"{size >> 10} KiB {gbps:.0f}" for size, gbps in peaks.read[::2])
         text += f"peaks of {threads} cores: multiply-adds in GFLOP/s, {rates};\n"
-        text += f"reads in GB/s by what each core sweeps, {reads}\n"
+        text += f"reads in GB/s by what each core sweeps, {reads};\n"
+        dots = ", ".join(f"{size >> 10} KiB {gbps:.0f}" for size, gbps in peaks.dot[::2])
+        text += f"the same of a matrix that meets a vector, {dots};\n"
+        gates = ", ".join(f"{name} {rate:.2g}" for name, rate in peaks.activations.items())
+        text += (
+            f"gates' functions in G/s, {gates}; copies in GB/s, {peaks.copy:.0f}; a meeting of the threads "
+        )
+        text += f"{limits.si(peaks.meet)}s, waking them {limits.si(peaks.wake)}s;\n"
+        calls = ", ".join(f"{mode} {limits.si(seconds)}s" for mode, seconds in peaks.call.items())
+        text += f"the least call of a module, {calls}\n" * bool(calls)
     else:
         text += "the machine's peaks are not known, for want of a compiler\n"
     text += f"best torch.mm of 2048 x 2048: {about['product_gflops']} GFLOP/s"

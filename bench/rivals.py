@@ -3,6 +3,7 @@ and int8 its own float32."""
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -110,10 +111,20 @@ def timed(call: Call) -> float:
     return time.perf_counter() - start
 
 
+def repeated(call: Call, count: int) -> float:
+    """Seconds of one call, the median of so many."""
+    return statistics.median(timed(call) for _ in range(count))
+
+
+def repeats(slowest: float) -> int:
+    """Of a call, once its threads have settled: what fits into the time that woke them; from 1 to 50."""
+    return int(min(50, max(1, WAKE / slowest)))
+
+
 def rounds(one: float, seconds: float, least: int) -> int:
-    """Of `one` second each: what fits into `seconds`, or `least` within 4 times that; from 3 to 200."""
+    """Of `one` second each: what fits into `seconds`, or `least` within 4 times that; from 3 to 1000."""
     fit = seconds / one
-    return int(min(200, max(3, fit, min(least, 4 * fit))))
+    return int(min(1000, max(3, fit, min(least, 4 * fit))))
 
 
 def alternate(

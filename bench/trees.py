@@ -15,7 +15,7 @@ import fastrnn
 from fastrnn.bench import rivals
 from fastrnn.bench.grid import MODES, Case, Shape
 from fastrnn.bench.machine import CpuClock
-from fastrnn.bench.records import Probe
+from fastrnn.bench.records import Probe, standard_error
 
 SHAPE = Shape(40, 256, 150, 150)  # nodes of a tree, trees
 CELLS = {"lstm": fastrnn.ChildSumTreeLSTM, "rnn": fastrnn.TreeRNN}
@@ -135,6 +135,7 @@ def measure(cells: tuple[str, ...], seconds: float = 12.0) -> list[Probe]:
         torch.testing.assert_close(made[rivals.OURS](), made[RECURSION](), rtol=1e-4, atol=1e-5)
         clock = CpuClock()
         took = rivals.alternate(made, seconds)
-        ours, theirs = (statistics.median(took[name]) for name in (rivals.OURS, RECURSION))
-        probes.append(Probe("trees", case, theirs / ours, 1.0, clock.read()))
+        ours, theirs = took[rivals.OURS], took[RECURSION]
+        gain = statistics.median(theirs) / statistics.median(ours)
+        probes.append(Probe("trees", case, gain, 1.0, clock.read(), standard_error(theirs, ours)))
     return probes

@@ -31,8 +31,15 @@ class _Cell(torch_rnn.RNNCellBase):
     def _cell(self) -> str:
         raise NotImplementedError
 
-    def _step(self, input: Tensor, hx: Sequence[Tensor] | None) -> tuple[Tensor, ...]:
-        """The new states, each [B, H], or [H] where the input is [I]."""
+    def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
+        raise NotImplementedError
+
+    def _step(
+        self, input: Tensor, hx: Sequence[Tensor] | None, refused: Exception | None = None
+    ) -> tuple[Tensor, ...]:
+        """The new states, each [B, H], or [H] where the input is [I]; with what a kernel raised already, the
+        checks and then that."""
+        self._check_ranks(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
         H, cell = self.hidden_size, self._cell
@@ -50,7 +57,10 @@ class _Cell(torch_rnn.RNNCellBase):
         _checks.same_dtype("input", x, params[0])
         for h in states:
             _checks.same_dtype("hx", h, params[0])
-        _, last, _ = functional.layer(cell, x.unsqueeze(0), [h.unsqueeze(0) for h in states], params)
+        rows, firsts = x.unsqueeze(0), [h.unsqueeze(0) for h in states]
+        if refused is not None:
+            functional.refuse(refused, cell, rows, firsts, params)
+        _, last, _ = functional.layer(cell, rows, firsts, params)
         # The leading 1 is the one direction.
         return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
 
@@ -68,9 +78,12 @@ class _Cell(torch_rnn.RNNCellBase):
                 states = [h.unsqueeze(0).unsqueeze(0) if one else h.unsqueeze(0) for h in hx]
             weights = kernels.stream_weights(self, _NAMES if self.bias else _NAMES[:2], spec.gates)
             h, c = states if spec.states == 2 else (*states, None)
-            _, h, c = kernels.stream(self._cell, x, h, c, *weights)
-        except (AttributeError, RuntimeError, TypeError, ValueError, LookupError):
+        except (AttributeError, TypeError, ValueError, LookupError):
             return None
+        try:
+            _, h, c = kernels.stream(self._cell, x, h, c, *weights)
+        except kernels.REFUSALS as error:
+            return list(self._step(input, hx, refused=error))
         return [s.flatten() if one else s.squeeze(0) for s in (h, c) if s is not None]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
@@ -120,11 +133,13 @@ class LSTMCell(_Cell):
         streamed = self._streamed(input, hx)
         if streamed is not None:
             return tuple(streamed)
+        h, c = self._step(input, hx)
+        return h, c
+
+    def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
         _checks.cell_ranks("LSTMCell", input, hx, ("hx[0]", "hx[1]"))
         if hx is not None:
             _checks.two_states(hx, "lstm_cell")
-        h, c = self._step(input, hx)
-        return h, c
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         return _TORCH_LSTM_CELL
@@ -170,8 +185,10 @@ class GRUCell(_Cell):
         streamed = self._streamed(input, states)
         if streamed is not None:
             return streamed[0]
-        _checks.cell_ranks("GRUCell", input, states, ("hidden",))
         return self._step(input, states)[0]
+
+    def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
+        _checks.cell_ranks("GRUCell", input, hx, ("hidden",))
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         if not self.reset_after:
@@ -219,10 +236,12 @@ class RNNCell(_Cell):
         streamed = self._streamed(input, states)
         if streamed is not None:
             return streamed[0]
-        _checks.cell_ranks("RNNCell", input, states, ("hidden",))
+        return self._step(input, states)[0]
+
+    def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
+        _checks.cell_ranks("RNNCell", input, hx, ("hidden",))
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-        return self._step(input, states)[0]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         return _TORCH_RNN_CELL

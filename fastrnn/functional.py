@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -62,8 +62,8 @@ def stack(
     states   [L, B, .], as h_n of a module
     params   those of each layer in one list, or the one packed tensor of each
     others   as of `layer`
-    returns  (y, last states), or None where the call is anything but inference by the CPU's kernels, or an
-             error, for which `layer` has the words
+    returns  (y, last states), or None where the call is anything but inference by the CPU's kernels
+    Raises what `layer` raises for the first layer that is wrong.
     """
     args = (cell, x, list(states), list(params), lengths, batch_sizes, reset)
     if torch.compiler.is_compiling():
@@ -80,9 +80,30 @@ def stack(
         return None
     try:
         y, last = kernels.stack(*args)
-    except (RuntimeError, IndexError):
-        return None
+    except kernels.REFUSALS:
+        _check(*args)
+        raise
     return y, tuple(last)
+
+
+def _check(
+    cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *masks: Tensor | None
+) -> None:
+    """`kernels.check` of a layer, or of a stack's [L, B, .]; packed weights only their kernel can check."""
+    layers, P = states[0].shape[0], states[0].shape[-1]
+    each = len(params) // max(1, layers)
+    for k in range(layers if each > 1 else 0):
+        one, own = [s[k : k + 1] for s in states], params[k * each : (k + 1) * each]
+        kernels.check(kernels.Inputs(cell, x, one, list(own), *masks))
+        x = x.new_empty(()).expand(*x.shape[:-1], P)
+
+
+def refuse(
+    error: Exception, cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]
+) -> NoReturn:
+    """Raises what a check says of a layer of one direction whose kernel raised an error, or that error."""
+    _check(cell, x, states, params, None, None, None)
+    raise error
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -190,6 +190,12 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+# What the operators raise: for arguments that their checks refuse, before they begin, but also where there is
+# no memory, say, which looks alike. So whoever looks for better words, by checks in Python, raises it where
+# these find nothing, and runs nothing twice.
+REFUSALS = (RuntimeError, TypeError, ValueError, IndexError)
+
+
 def call(inputs: Inputs, save: bool, return_states: bool, backend: str = "cpu") -> Outputs:
     """The kernel, past the registered autograd rule: that is Python, and takes 15 us to do nothing."""
     with torch._C._AutoDispatchBelowAutograd():

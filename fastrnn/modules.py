@@ -181,8 +181,8 @@ class _Layer(torch_rnn.RNNBase):
     def _streamed(self, input: Any, hx: Any) -> Any:
         """Inference by one layer without masks: above all the step of a program that generates or controls.
 
-        None where the call is any other, or an error: then `_run` does it all, or finds the words. Its checks
-        in Python would take more time than such a step; the kernel makes the same before it begins.
+        None where the call is any other: then `_run` does it all. Its checks in Python would take more time
+        than such a step; the kernel makes the same before it begins; `_run` has words for what it refuses.
         """
         two = self.mode == "LSTM"
         if self.bidirectional or not functional.plain(input):
@@ -193,15 +193,18 @@ class _Layer(torch_rnn.RNNBase):
             unbatched = input.dim() == 2
             x = input.unsqueeze(1) if unbatched else input.transpose(0, 1) if self.batch_first else input
             if hx is None:
-                h, *others = self._zero_states(x, x.shape[1], 1)[0]
-                c = others[0] if others else None
+                h, c = (*self._zero_states(x, x.shape[1], 1)[0], None)[:2]
             else:
                 h, c = hx if two else (hx, None)
                 if unbatched:
                     h, c = h.unsqueeze(1), c.unsqueeze(1) if c is not None else None
-            y, h, c = kernels.stream(self._cell, x, h, c, *self._stream_weights())
-        except (AttributeError, RuntimeError, TypeError, ValueError, LookupError):
+            weights = self._stream_weights()
+        except (AttributeError, TypeError, ValueError, LookupError):
             return None
+        try:
+            y, h, c = kernels.stream(self._cell, x, h, c, *weights)
+        except kernels.REFUSALS as error:
+            return self._run(input, hx, None, None, False, refused=error)
         if unbatched:
             y, h, c = y.squeeze(1), h.squeeze(1), c.squeeze(1) if c is not None else None
         elif self.batch_first:
@@ -225,7 +228,9 @@ class _Layer(torch_rnn.RNNBase):
         lengths: Tensor | None,
         reset: Tensor | None,
         return_states: bool,
+        refused: Exception | None = None,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...], States | None]:
+        """The usual way; with what a kernel raised already, its checks and then that, not the call again."""
         L, D = self.num_layers, 2 if self.bidirectional else 1
         H, P = self.hidden_size, self.proj_size or self.hidden_size
         two = self.mode == "LSTM"
@@ -278,8 +283,9 @@ class _Layer(torch_rnn.RNNBase):
         lasts: list[tuple[Tensor, ...]] = []
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
         for k, start in enumerate(starts):
-            options = {**masks, "return_states": return_states}
-            y, last, seq = self._call_layer(x, start, weights[k], **options)
+            if refused is not None:
+                functional.refuse(refused, self._cell, x, start, weights[k])
+            y, last, seq = self._call_layer(x, start, weights[k], **masks, return_states=return_states)
             lasts.append(last)
             if return_states:
                 for column, steps in zip(columns, (_by_direction(y, D), *seq), strict=True):

@@ -22,6 +22,7 @@ from ._checks import same_device
 from .kernels import (
     LOADED,
     PREFIXES,
+    REFUSALS,
     Inputs,
     Outputs,
     Plan,
@@ -179,8 +180,7 @@ def layer(
                 last, seq = rest[: len(states)], rest[len(states) :]
             else:
                 y, last, seq, _ = call(inputs, False, return_states, backend)
-        except (RuntimeError, IndexError):
-            # The kernel has checked all before it began; the words are better here.
+        except REFUSALS:
             check(inputs, heads)
             raise
     if not return_states:

@@ -220,7 +220,25 @@ def test_errors_are_the_layers(stacked):
     module.weight_hh_l1.data = module.weight_hh_l1.data.double()
     with pytest.raises(RuntimeError, match=r"w_hh must be torch\.float32 like the input, got torch\.float64"):
         module(x)
-    assert stacked == [None]
+    assert stacked == []  # the layers were not run
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [lambda module: module, fastrnn.freeze], ids=["plain", "frozen"])
+def test_what_no_check_explains_is_raised_as_it_is(make, monkeypatch):
+    """Rather than hidden behind the layers one by one, at twice the cost."""
+
+    def fails(*args):
+        raise RuntimeError("no memory")
+
+    module, x = make(stack("lstm")), torch.randn(T, B, I)
+    expected = module(x)[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(kernels, "stack", fails)
+        patch.setattr(kernels, "call", lambda *args: pytest.fail("a layer was run"))
+        with pytest.raises(RuntimeError, match="no memory"):
+            module(x)
+    assert_same_bits([module(x)[0]], [expected])
 
 
 def operator_arguments(layers=2):
