@@ -18,7 +18,7 @@ SHAPES = ((1, 1, 1, 1), (5, 3, 4, 3), (7, 13, 5, 33), (3, 2, 3, 257), (300, 9, 6
 
 def run(backend, cell, x, states, params, masks, weights):
     """Every output, and the gradients of their weighted sum."""
-    leaves = [t.detach().clone().requires_grad_() for t in (x, *states, *params)]
+    leaves = [t.detach().requires_grad_() for t in (x, *states, *params)]  # with the strides that they have
     S = len(states)
     with fastrnn.backend(backend):
         y, last, seq = functional.layer(
@@ -271,6 +271,49 @@ def test_gradients_of_y_that_are_not_contiguous(cell, mask):
         ours = torch.autograd.grad(y, leaves, dy, retain_graph=True)
         dense = torch.autograd.grad(y, leaves, dy.contiguous(), retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(ours, dense, strict=True))
+
+
+def beside_nan(x, dim):
+    return torch.stack([x, torch.full_like(x, torch.nan)], dim)
+
+
+# The same values elsewhere in memory; "columns" are copied whole, the others a chunk of steps at a time.
+LAYOUTS = {
+    "batch first": lambda x: x.transpose(0, -2).contiguous().transpose(0, -2),
+    "part of each row": lambda x: beside_nan(x, -2).flatten(-2)[..., : x.shape[-1]],
+    "every other row": lambda x: beside_nan(x, -2).flatten(-3, -2)[..., ::2, :],
+    "columns": lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_an_input_that_is_not_contiguous(cell, mask, isa, monkeypatch):
+    """Read where it lies: over chunks of steps, by threads that share out rows or units, with x and h in one
+    product or two, the bits are those of the contiguous one."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    before = torch.get_num_threads()
+    for threads, dtype, D, shape in (
+        (1, torch.float64, 2, (130, 9, 6, 17)),
+        (2, torch.float32, 1, (50, 24, 24, 64)),
+        (1, torch.bfloat16, 2, (20, 7, 40, 64)),
+        (2, torch.float32, 1, (20, 3, 32, 64)),
+    ):
+        x, states, params = random_case(cell, *shape, D=D, dtype=dtype)
+        x, masks = random_masks(mask, x)
+        try:
+            torch.set_num_threads(threads)
+            expected = run("cpu", cell, x, states, params, masks, 1)
+            for name, layout in LAYOUTS.items():
+                other = layout(x)
+                assert torch.equal(other, x)
+                assert other.is_contiguous() == (mask == "packed" and name == "batch first")
+                found = run("cpu", cell, other, states, params, masks, 1)
+                for a, b in zip((*expected[0], *expected[1]), (*found[0], *found[1]), strict=True):
+                    assert torch.equal(a, b), name
+        finally:
+            torch.set_num_threads(before)
 
 
 def poisoned():

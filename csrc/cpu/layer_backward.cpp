@@ -94,6 +94,7 @@ class BackwardPass {
     const bool bf16 = a_.dtype == ScalarType::BFloat16;
     scan_.rows = {a_.T, B, table_.active, table_.offset,
                   table_.outside.empty() ? nullptr : table_.outside.data()};
+    scan_.x = input_of<E>(a_);
     scan_.directions = static_cast<int>(D);
     scan_.H = H_;
     scan_.P = P_;
@@ -284,7 +285,7 @@ class BackwardPass {
   void weight_gradients(int64_t d) {
     const int64_t rows = rows_[d], I = a_.I;
     if (rows == 0) return;
-    gather(d, I, x_panels_, [&](int64_t row) { return at(a_.x, scan_.rows.at(row) * I); });
+    gather(d, I, x_panels_, [&](int64_t row) { return scan_.x.row(scan_.rows.at(row)); });
     pair_rows(d, I, x_panels_);
     pair_rows(d, P_, h_prev_[d]);
     if (cell_.stages == 2) pair_rows(d, H_, mid_out_[d]);
