@@ -334,17 +334,40 @@ def test_every_element_is_written():
     Fresh("test_kernels.poisoned", seconds=300, MALLOC_PERTURB_="128").finish()
 
 
+TINY = {torch.float32: 1e-40, torch.float64: 1e-310}  # denormal
+
+
+def denormals_count():
+    """On this thread, and on every other one of torch's pool."""
+    return all(bool((torch.full((1 << 20,), tiny, dtype=dtype) * 1).all()) for dtype, tiny in TINY.items())
+
+
+@pytest.mark.parametrize("dtype", TINY, ids=str)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_denormals_are_flushed_only_inside(threads):
-    """h = relu(x) hands a denormal on unless it is flushed; the caller's own arithmetic keeps it."""
-    tiny, before = 1e-40, torch.get_num_threads()
-    x = torch.full((3, 40, 64), tiny)
-    eye, zero = torch.eye(64), torch.zeros(64, 64)
+def test_denormals_are_flushed_only_inside(threads, dtype):
+    """h = relu(x + h) hands a denormal on unless it is flushed, and so does its derivative; the threads' own
+    arithmetic keeps it."""
+    before, shape = torch.get_num_threads(), (3, 40, 64)
+    eye = torch.eye(64, dtype=dtype)
+    x, h = (torch.full(size, TINY[dtype], dtype=dtype) for size in (shape, (1, *shape[1:])))
     try:
         torch.set_num_threads(threads)
         with torch.no_grad():
-            y = functional.layer("rnn_relu", x, [torch.full((1, 40, 64), tiny)], [zero, eye])[0]
+            assert not functional.layer("rnn_relu", x, [h], [eye, eye])[0].any()
+        assert denormals_count()
+        leaves = [t.requires_grad_() for t in (torch.ones_like(x), torch.ones_like(h), eye, eye.clone())]
+        y, _, _ = functional.layer("rnn_relu", leaves[0], leaves[1:2], leaves[2:])
+        assert y.all()  # the derivative is 1
+        assert not any(g.any() for g in torch.autograd.grad(y, leaves, x))
+        assert denormals_count()
     finally:
         torch.set_num_threads(before)
-    assert not y.any()
-    assert float(torch.tensor(tiny) * 1.0) > 0
+
+
+def test_denormals_count_after_an_error():
+    """Of a call that is refused, and of one that finds no memory."""
+    eye = torch.eye(64)
+    for x in (torch.ones(2, 3, 63), torch.ones(1, 1, 64).expand(2, 1 << 44, 64)):
+        with pytest.raises((ValueError, RuntimeError)):
+            functional.layer("rnn_relu", x, [torch.ones(1, 1, 64).expand(1, x.shape[1], 64)], [eye, eye])
+        assert denormals_count()
