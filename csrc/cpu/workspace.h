@@ -100,6 +100,14 @@ inline bool multiplies_bf16(const Tensor& x) {
   return dtype_of(x) == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
 }
 
+// Of the backward scan; the products after it are shared out by themselves.
+template <class E, class A>
+Plan backward_plan(const LayerArgs& a, int64_t G) {
+  const int64_t step = a.B * G * a.H * a.P;
+  return Plan(a, step, a.D * a.T * step, G * a.H * a.P * static_cast<int64_t>(sizeof(A)),
+              ceil_div(a.H, kernels<E, A>().width));
+}
+
 // Where x lies. (The strides of a contiguous tensor say nothing where it has one step or one sequence.)
 template <class E>
 Input<E> input_of(const LayerArgs& a) {
