@@ -24,7 +24,7 @@ class Case:
 
     mode   forward; training (forward, and backward to the parameters and the input); last (training whose
            loss sees the last step alone: gradients vanish); step (one step of a stream, the state carried)
-    kind   plain, bidirectional, two layers, projection (P = H/2) or packed (a PackedSequence)
+    kind   plain, bidirectional, two layers, projection (P = H/2), packed (a PackedSequence) or batch first
     dtype  of weights and input; int8: `fastrnn.quantize` of a float32 layer, whose input is float32
     """
 

@@ -1,5 +1,5 @@
 """Peak memory of one call, ours beside torch.nn's, each in a process of its own:
-`python -m fastrnn.bench.memory PACKAGE CELL MODE T B I H` prints bytes."""
+`python -m fastrnn.bench.memory PACKAGE CELL MODE T B I H KIND` prints bytes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from fastrnn.bench.records import Probe
 
 SHAPE = Shape(1000, 32, 512, 512)
 TINY = Shape(2, 1, 4, 4)
+KINDS = ("plain", "batch first")
 PACKAGES = {rivals.OURS: fastrnn, rivals.TORCH: nn}
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -49,7 +51,7 @@ def peak_bytes(package: str, case: Case) -> int:
         dtype = rivals.dtype(case)
         return rivals.Pass(case, rivals.layer(PACKAGES[package], case, dtype), dtype)
 
-    prepared(Case(case.cell, case.mode, TINY))()
+    prepared(replace(case, shape=TINY))()
     call = prepared(case)
     before = STATUS.read_text()
     with contextlib.suppress(OSError):
@@ -63,7 +65,7 @@ def peak_bytes(package: str, case: Case) -> int:
 def in_a_process(package: str, case: Case) -> int:
     """peak_bytes in a fresh process with the threads in force here. Raises RuntimeError where that fails."""
     s = case.shape
-    words = [package, case.cell, case.mode, *map(str, (s.T, s.B, s.I, s.H))]
+    words = [package, case.cell, case.mode, *map(str, (s.T, s.B, s.I, s.H)), case.kind]
     threads = str(torch.get_num_threads())
     environment = dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path), OMP_NUM_THREADS=threads)
     command = [sys.executable, "-m", "fastrnn.bench.memory", *words]
@@ -74,13 +76,13 @@ def in_a_process(package: str, case: Case) -> int:
 
 
 def measure(cells: tuple[str, ...], shape: Shape = SHAPE) -> list[Probe]:
-    """Every cell, forward and in training; nothing where the system has no /proc."""
+    """Every cell, forward and in training, of both kinds; nothing where the system has no /proc."""
     if not STATUS.exists():
         return []
-    cases = [Case(cell, mode, shape) for cell, mode in product(cells, MODES)]
+    cases = [Case(*row) for row in product(cells, MODES, [shape], KINDS)]
     return [Probe("memory", case, *(in_a_process(package, case) for package in PACKAGES)) for case in cases]
 
 
 if __name__ == "__main__":
-    package, cell, mode, *sizes = sys.argv[1:]
-    print(peak_bytes(package, Case(cell, mode, Shape(*map(int, sizes)))))
+    package, cell, mode, *sizes, kind = sys.argv[1:]
+    print(peak_bytes(package, Case(cell, mode, Shape(*map(int, sizes)), kind)))

@@ -32,7 +32,9 @@ def dtype(case: Case) -> torch.dtype:
 
 def layer(package: Any, case: Case, dtype: torch.dtype) -> nn.Module:
     """The case's layer of a package, torch.nn or fastrnn, with the weights of seed 0."""
-    options = {"proj_size": case.proj_size} if case.proj_size else {}
+    options: dict[str, Any] = {"proj_size": case.proj_size} if case.proj_size else {}
+    if case.kind == "batch first":
+        options["batch_first"] = True
     torch.manual_seed(0)
     module: nn.Module = getattr(package, case.cell.upper())(
         *(case.shape.I, case.shape.H, case.num_layers), bidirectional=case.directions == 2, **options
@@ -41,9 +43,10 @@ def layer(package: Any, case: Case, dtype: torch.dtype) -> nn.Module:
 
 
 def numbers(case: Case) -> Tensor:
-    """Everybody's input: [T, B, I], float32."""
+    """Everybody's input: [T, B, I], batch first [B, T, I]; float32."""
     torch.manual_seed(1)
-    return torch.randn(case.shape.T, case.shape.B, case.shape.I)
+    T, B, I = case.shape.T, case.shape.B, case.shape.I
+    return torch.randn(B, T, I) if case.kind == "batch first" else torch.randn(T, B, I)
 
 
 def inputs(case: Case, dtype: torch.dtype) -> Tensor | PackedSequence:

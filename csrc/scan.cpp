@@ -21,11 +21,15 @@ const int64_t* check_indices(const char* name, const Tensor& t, int64_t count) {
 
 }  // namespace
 
-Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
+Tensor checked(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
   STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(t.sizes()));
   STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have the input's dtype");
   STD_TORCH_CHECK(t.is_cpu() == on_cpu, name, " must be on the input's device");
-  return dense(t);
+  return t;
+}
+
+Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
+  return dense(checked(name, t, shape, dtype, on_cpu));
 }
 
 bool has_shape(const Tensor& t, const Shape& shape) {
@@ -126,8 +130,8 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
   }
   STD_TORCH_CHECK(a.T > 0, "Expected sequence length to be larger than 0");
   const bool on_cpu = x.is_cpu();
-  a.x = a.packed() ? expect("input", x, {a.N, a.I}, a.dtype, on_cpu)
-                   : expect("input", x, {a.T, a.B, a.I}, a.dtype, on_cpu);
+  a.x = checked("input", x, a.row_shape(a.I), a.dtype, on_cpu);
+  if (a.I > 1 && a.x.stride(-1) != 1) a.x = dense(a.x);
   if (lengths) {
     a.lengths = dense(*lengths);
     check_indices("lengths", *a.lengths, a.B);

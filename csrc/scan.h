@@ -47,7 +47,9 @@ class Shape {
 
 bool has_shape(const Tensor& t, const Shape& shape);
 
-// The tensor, contiguous; raises where it is of another shape, type or device.
+// The tensor; raises where it is of another shape, type or device.
+Tensor checked(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu);
+// The same, contiguous.
 Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu);
 
 // t's type. Tensor::scalar_type() asks torch about one type after another, which a short call would notice.
@@ -68,7 +70,8 @@ struct LayerSizes {
   bool projected;
 };
 
-// The arguments of a layer, checked and contiguous. Shapes: T time, B batch, N rows (T*B, or a
+// The arguments of a layer, checked and contiguous; of x its rows alone, since a batch-first one is the
+// transposed of what its caller has, and as large as the call. Shapes: T time, B batch, N rows (T*B, or a
 // PackedSequence's), I input, H hidden, P the width of h (H without projection), G gates, D directions.
 struct LayerArgs {
   struct Direction {

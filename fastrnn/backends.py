@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -268,8 +268,16 @@ def _sizes(layer: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[int,
     return T, B
 
 
-def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, int8: bool) -> str:
-    """How the first layer's forward pass falls into threads; docs/cpu.md says why."""
+def _parts(threads: int, parts: Sequence[int], more: str = "") -> str:
+    """A pass whose directions, rows and units fall into these parts."""
+    names = ("directions", "rows of the batch", "units")
+    shares = [f"{name} in {n} parts" for name, n in zip(names, parts, strict=True) if n > 1]
+    return "1 thread" if threads == 1 else f"{threads} threads ({', '.join(shares)}{more})"
+
+
+def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, packed: str) -> str:
+    """How the first layer's passes fall into threads; docs/cpu.md says why. packed: of a frozen or quantized
+    layer, which has no backward pass, its kernel's note."""
     H = layer.hidden_size
     D = 2 if getattr(layer, "bidirectional", False) else 1
     T, B = _sizes(layer, input)
@@ -277,17 +285,17 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, in
     P = getattr(layer, "proj_size", 0) or H
     stacks = x.dtype in kernels.KERNEL_DTYPES and not torch._C._is_any_autocast_enabled()
     L = getattr(layer, "num_layers", 1) if stacks else 1  # as functional.stack has it
-    found = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, int8, L)
-    threads, *parts, cache, groups, units, steps, joint = found
-    each = f"; {cache >> 10} KB of second-level cache each)"
-    names = ("directions", "rows of the batch", "units")
-    shares = [f"{name} in {n} parts" for name, n in zip(names, parts, strict=True) if n > 1]
-    split = "1 thread" if threads == 1 else f"{threads} threads ({', '.join(shares)}{each}"
+    found = torch.ops.fastrnn.plan(layer._cell, x, T, B, rows, H, P, D, "int8" in packed, L)
+    forward, cache, joint, backward = found[:4], found[4], found[8], found[9:]
+    groups, units, steps = found[5:8]
+    each = f"; {cache >> 10} KB of second-level cache each"
+    split = _parts(forward[0], forward[1:], each)
     if groups > 1:
         of_units = f", units in {units} parts" if units > 1 else ""
-        wave = f"{groups * units} threads (layers in {groups} groups, {steps} steps apart{of_units}{each}"
+        wave = f"{groups * units} threads (layers in {groups} groups, {steps} steps apart{of_units}{each})"
         split = f"in inference {wave}, else {split}"
-    return f"{split}; x and h in one product" if joint else split
+    split += "; x and h in one product" * joint
+    return split if packed else f"{split}; training: backward by {_parts(backward[0], backward[1:])}"
 
 
 def explained(
@@ -357,5 +365,5 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
     said = explained(decision, x, cell, "scan", multiplies_bf16=True)
     if said.backend != "cpu":
         return said
-    split = _split(layer, input, x, "int8" in packed)
+    split = _split(layer, input, x, packed)
     return replace(said, kernel=f"{said.kernel}{packed}", split=split)

@@ -178,10 +178,13 @@ def test_transforms_are_right(cell):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell):
+def test_opcheck(cell, batch_first):
     """The fakes and the registered autograd rule, as torch itself tests operators."""
     x, states, params = random_case(cell, 3, 2, 2, 3, D=2)
+    if batch_first:
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
     for t in (x, *states, *params):
         t.requires_grad_()
     args = (cell, x, states, params, None, None, None, True, True)
@@ -226,15 +229,17 @@ def test_registered_rules_gradgradcheck(cell, outputs):
     assert torch.autograd.gradgradcheck(f, leaves)
 
 
+@pytest.mark.parametrize("batch_first", [False, True], ids=["TB", "BT"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_compiles_whole(kind):
+def test_compiles_whole(kind, batch_first):
     """Forward and backward in one graph, with no break."""
-    layer = getattr(fastrnn, kind)(4, 6, num_layers=2, bidirectional=True)
-    x = torch.randn(5, 3, 4)
+    layer = getattr(fastrnn, kind)(4, 6, num_layers=2, bidirectional=True, batch_first=batch_first)
+    x = torch.randn(5, 3, 4, requires_grad=True)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     y, expected = compiled(x)[0], layer(x)[0]
     torch.testing.assert_close(y, expected)
-    ours = torch.autograd.grad(y.square().sum(), list(layer.parameters()))
-    theirs = torch.autograd.grad(expected.square().sum(), list(layer.parameters()))
+    leaves = [x, *layer.parameters()]
+    ours = torch.autograd.grad(y.square().sum(), leaves)
+    theirs = torch.autograd.grad(expected.square().sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)

@@ -295,6 +295,14 @@ def test_the_output_is_among_the_bytes():
     assert 2000 * 4 * 512 * 4 * 0.9 < found < 100 * 2**20
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.parametrize("kind", memory.KINDS)
+def test_inference_holds_no_copy_of_the_input(kind):
+    """y takes 2 MiB, x 62: a chunk of steps of it is copied at a time, and it may lie batch first."""
+    found = memory.in_a_process("fastrnn", Case("rnn", "forward", Shape(1000, 32, 512, 16), kind))
+    assert found < 16 * 2**20
+
+
 def proc(folder, ticks):
     folder.joinpath("stat").write_text("cpu " + " ".join(map(str, ticks)) + "\ncpu0 1 2 3\n")
     folder.joinpath("loadavg").write_text("1.50 0.70 0.30 2/90 3\n")

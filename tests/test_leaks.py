@@ -77,3 +77,21 @@ def test_nothing_is_left_behind(name, calls):
     # Python's and malloc's own tables move by some 10 KB; the leak that there once was took 48 bytes a call.
     assert allocated < (32 << 10) + 8 * calls, f"{allocated / calls:.0f} bytes a call"
     assert resident < 4 << 20
+
+
+def scratch(batch):
+    """Prints what malloc has given out since before a step of `batch` sequences, after one and after two."""
+    layer, x = fastrnn.GRU(8, 64), torch.zeros(1, batch, 8)
+    before = allocated_bytes()
+    for _ in range(2):
+        forward(layer, x)
+        print(allocated_bytes() - before)
+
+
+@pytest.mark.skipif(not allocated_bytes(), reason="the C library does not tell")
+@pytest.mark.parametrize(("batch", "kept"), [(1000, True), (37_000, True), (60_000, False)])
+def test_scratch_is_kept_up_to_a_limit(batch, kept):
+    """A call's scratch, some 1.5 KB a sequence, is the next one's: up to 64 MB, and no block is larger."""
+    first, second = map(int, Fresh("test_leaks.scratch", batch).finish().split())
+    assert abs(second - first) < 1 << 20
+    assert (1400 * batch < first < (65 << 20)) if kept else first < 1 << 20

@@ -135,7 +135,7 @@ class DecoderForward : DecoderCall<E> {
                   : arena_.template get<E>(N * columns);
     };
     scan.I = a.I;
-    scan.x = {k ? scans_[k - 1].dir[0].y.data : in_.x.mutable_data_ptr(), a.I, false};
+    scan.x = {{k ? scans_[k - 1].dir[0].y.data : in_.x.mutable_data_ptr(), a.I, false}, 0, 0};
     scan.steps = k ? 1 : input_steps(a, G * H, sizeof(E));
     for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
       const int64_t gates = cell_.stage_gates[stage], from = gate0 * H * width;

@@ -180,11 +180,11 @@ struct Forward {
     for (int64_t t = c.t0 + share.part; t < c.t1; t += share.parts) {
       const int64_t row1 = at_most(share.row1, p.rows.active[t]);
       for (int64_t i = share.row0; i < row1; ++i) {
-        const int64_t from = p.rows.at(p.rows.offset[t] + i);
+        const Border<E> from = p.x.row(p.rows.at(p.rows.offset[t] + i));
         A* to = d.x_rows + (slot(p, share, c, t) + i) * d.ld_x;
         for (int64_t k = 0; k < p.I || k % cpu::kDepth<A> != 0; k += S::W) {
           const int lanes = static_cast<int>(at_most(p.I - k, S::W));
-          store_row(lanes > 0 ? load(p.x, from, k, lanes) : S(0), to + k, S::W);
+          store_row(lanes > 0 ? load(from, 0, k, lanes) : S(0), to + k, S::W);
         }
       }
     }

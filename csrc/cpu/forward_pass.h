@@ -65,12 +65,13 @@ class ForwardPass {
     const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
     const int64_t ld_gx = padded<E>(columns);
     const int64_t few = Weights<E, A>::few(a);
-    const bool direct = bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty();
+    const bool direct =
+        bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty() && a.x.is_contiguous();
     // The cache may still hold where the call before left off.
     static std::atomic<unsigned> sweeps{0};
     scan.sweeps = sweeps.fetch_add(static_cast<unsigned>(a.T), std::memory_order_relaxed);
     scan.I = a.I;
-    scan.x = {a.x.mutable_data_ptr(), a.I, bf16};
+    scan.x = input_of<E>(a);
     scan.steps = steps ? steps : input_steps(a, columns, sizeof(E));
     scan.k1 = a.T;
     scan.joint = joint_of(a, cell, int8_);

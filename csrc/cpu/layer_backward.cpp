@@ -57,8 +57,7 @@ class BackwardPass {
 
   Gradients run() {
     prepare();
-    const int64_t step = a_.B * cell_.gates * H_ * P_;
-    Plan plan(a_, step, a_.D * a_.T * step, weight_bytes_, ceil_div(H_, kernels_.width));
+    const Plan plan = backward_plan<E, A>(a_, cell_.gates);
     for (scan_.k0 = 0; scan_.k0 < a_.T; scan_.k0 = scan_.k1) {
       scan_.k1 = std::min(scan_.k0 + steps_, a_.T);
       for (int64_t d = 0; d < a_.D; ++d) {
@@ -94,6 +93,7 @@ class BackwardPass {
     const bool bf16 = a_.dtype == ScalarType::BFloat16;
     scan_.rows = {a_.T, B, table_.active, table_.offset,
                   table_.outside.empty() ? nullptr : table_.outside.data()};
+    scan_.x = input_of<E>(a_);
     scan_.directions = static_cast<int>(D);
     scan_.H = H_;
     scan_.P = P_;
@@ -117,7 +117,6 @@ class BackwardPass {
         const int64_t rows = cell_.stage_gates[stage] * H_;
         s.w[stage] = w_.get(p.w_hh, gate0 * H_ * P_, {nullptr, false, 1, 0, P_, 1, rows, P_});
       }
-      weight_bytes_ = G * H_ * P_ * sizeof(A);
       if (projected_) s.w_proj = w_.get(*p.w_hr, 0, {nullptr, false, 1, 0, H_, 1, P_, H_});
       for (int j = 1; j < cell_.states; ++j) {
         s.seq[j - 1] = static_cast<E*>(seq_[j - 1].mutable_data_ptr()) + d * N * H_;
@@ -284,7 +283,7 @@ class BackwardPass {
   void weight_gradients(int64_t d) {
     const int64_t rows = rows_[d], I = a_.I;
     if (rows == 0) return;
-    gather(d, I, x_panels_, [&](int64_t row) { return at(a_.x, scan_.rows.at(row) * I); });
+    gather(d, I, x_panels_, [&](int64_t row) { return scan_.x.row(scan_.rows.at(row)); });
     pair_rows(d, I, x_panels_);
     pair_rows(d, P_, h_prev_[d]);
     if (cell_.stages == 2) pair_rows(d, H_, mid_out_[d]);
@@ -384,7 +383,7 @@ class BackwardPass {
   Weight<A> w_ih_[2];
   A *h_prev_[2], *mid_out_[2];
   WeightGradients<E> weights_[2]{};
-  int64_t weight_bytes_ = 0, t0_[2], t1_[2], first_[2], rows_[2];
+  int64_t t0_[2], t1_[2], first_[2], rows_[2];
   bool direct_x_ = false;
   A *x_panels_ = nullptr, *raw_panels_ = nullptr;
   Border<E> dx_rows_{};

@@ -94,16 +94,18 @@ std::vector<int64_t> plan(StringHandle cell, Tensor x, int64_t T, int64_t B, int
   a.projected = P != H;
   const auto of = [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& cell = cell_kernels<E, A>(name);
-    return std::tuple(forward_plan<E, A>(a, cell.gates, int8), input_steps(a, cell.gates * H, sizeof(E)),
-                      joint_of(a, cell, int8));
+    return std::tuple(forward_plan<E, A>(a, cell.gates, int8), backward_plan<E, A>(a, cell.gates),
+                      input_steps(a, cell.gates * H, sizeof(E)), joint_of(a, cell, int8));
   };
-  const auto [plan, cached, joint] = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
-                                     : multiplies_bf16(x)              ? of(float{}, Bf16{})
-                                                                       : of(float{}, float{});
+  const auto [plan, back, cached, joint] = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
+                                           : multiplies_bf16(x)              ? of(float{}, Bf16{})
+                                                                             : of(float{}, float{});
   const Plan::Split split = plan.split(plan.threads());
+  const Plan::Split backward = back.split(back.threads());
   const Plan::Wave wave = plan.wave(layers, cached);
-  return {plan.threads(), split.directions, split.rows, split.units, second_level_cache(),
-          wave.groups,    wave.units,       wave.steps, joint};
+  return {plan.threads(),      split.directions, split.rows,    split.units, second_level_cache(),
+          wave.groups,         wave.units,       wave.steps,    joint,       back.threads(),
+          backward.directions, backward.rows,    backward.units};
 }
 
 std::vector<std::string> instruction_set_names() {

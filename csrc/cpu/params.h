@@ -44,6 +44,18 @@ struct Border {
   bool bf16;
 };
 
+// x where its caller has it: its rows, ld apart where all are in order; else row t*B + b of them at t*step +
+// b*ld.
+template <class E>
+struct Input : Border<E> {
+  int64_t B, step;  // B = 0: in order
+
+  Border<E> row(int64_t row) const {
+    const int64_t at = B ? row / B * step + row % B * this->ld : row * this->ld;
+    return {static_cast<char*>(this->data) + at * (this->bf16 ? sizeof(Bf16) : sizeof(E)), 0, this->bf16};
+  }
+};
+
 // The weight of a product, element (gate g, unit u, k): packed by Kernels::pack where many rows will use it,
 // else where torch keeps it.
 template <class A>
@@ -74,7 +86,7 @@ struct Direction {
 
   // Forward.
   Weight<A> w_x[2];  // the input's, of each stage
-  A* x_rows;         // [chunk rows][ld_x] the chunk's rows of x; null: x is read where it lies
+  A* x_rows;         // [chunk rows][ld_x] the chunk's rows of x; null: x is read where it lies, in order
   int64_t ld_x;
   const E* bx;  // [G][padded H] input bias, zeros where there is none
   const E* bh;  // [G][padded H] recurrent bias
@@ -120,8 +132,9 @@ struct Scan {
   // Backward, where they are one chunk.
   int64_t panel_rows;  // of a chunk, at most
 
+  Input<E> x;
+
   // Forward.
-  Border<E> x;
   int64_t I;
   int64_t steps;    // of a chunk
   bool joint;       // one product of x and h, by weights that lie in one: there is no gx

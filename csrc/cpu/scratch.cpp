@@ -74,8 +74,9 @@ Arena::~Arena() {
     for (const Block& b : blocks_) std::free(b.data);
     blocks_.clear();
     if (all <= kMostKept) {
-      void* p = std::aligned_alloc(kLine, round_up(all + all / 4, kLine));
-      if (p) blocks_.push_back({p, all + all / 4});
+      const size_t size = std::min(round_up(all + all / 4, kLine), kMostKept);
+      void* p = std::aligned_alloc(kLine, size);
+      if (p) blocks_.push_back({p, size});
     }
   }
   if (blocks_.empty()) return;

@@ -81,24 +81,29 @@ class Stack {
     const int64_t T = passes[0]->args().T, B = passes[0]->args().B, chunks = ceil_div(T, wave.steps);
     const int threads = wave.groups * wave.units;
     float* scratch = arena.get<float>(threads * quantized);
+    // Of each member, which moves them from chunk to chunk; made here, as a team's body must not throw.
+    std::vector<Scan<E, A>> scans;
+    scans.reserve(threads * layers_);
+    for (int member = 0; member < threads; ++member) {
+      for (const auto& pass : passes) scans.push_back(pass->scan());
+    }
     run_team(threads, [&](const Team& team) {
       for (auto& pass : passes) pass->pack(team);
       // Of the threads that came, perhaps fewer than were asked for.
       const int groups = std::min(wave.groups, team.size), units = team.size / groups;
       const int group = std::min(team.member / units, groups - 1), part = team.member - group * units;
       // Where they do not divide, the last ones only meet.
-      std::vector<Scan<E, A>> own;
-      for (int64_t k = layers_ * group / groups; part < units && k < layers_ * (group + 1) / groups; ++k)
-        own.push_back(passes[k]->scan());
+      Scan<E, A>* own = scans.data() + team.member * layers_;
+      const int64_t begin = layers_ * group / groups;
+      const int64_t end = part < units ? layers_ * (group + 1) / groups : begin;
       const Share share{
           0, 1, 0, B, part, units, team.group(team.member - part), scratch + team.member * quantized};
       for (int64_t turn = 0; turn < chunks + groups - 1; ++turn) {
         const int64_t chunk = turn - group;
-        for (Scan<E, A>& scan : own) {
-          if (chunk < 0 || chunk >= chunks) break;
-          scan.k0 = chunk * wave.steps;
-          scan.k1 = std::min(scan.k0 + wave.steps, T);
-          cell_.forward(scan, share);
+        for (int64_t k = begin; k < end && chunk >= 0 && chunk < chunks; ++k) {
+          own[k].k0 = chunk * wave.steps;
+          own[k].k1 = std::min(own[k].k0 + wave.steps, T);
+          cell_.forward(own[k], share);
         }
         team.meet();
       }

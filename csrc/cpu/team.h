@@ -35,12 +35,14 @@ struct Team {
 };
 
 // Runs body(context, team) on up to `want` threads; every member runs at once, so they may meet. The size is
-// derived from the threads that really arrive: one inside another parallel region or a forked child.
+// derived from the threads that really arrive: one inside another parallel region or a forked child. The body
+// must not throw, nor allocate: the others would wait for ever where it is to meet them. So that ends the
+// program.
 void run_team(int want, void (*body)(void*, const Team&), void* context);
 
 template <class F>
 void run_team(int want, F&& f) {
-  run_team(want, [](void* context, const Team& team) { (*static_cast<F*>(context))(team); }, &f);
+  run_team(want, [](void* context, const Team& team) noexcept { (*static_cast<F*>(context))(team); }, &f);
 }
 
 // While it lives, denormal numbers count as zero in this thread: vanishing gradients become denormals, which

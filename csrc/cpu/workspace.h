@@ -100,6 +100,24 @@ inline bool multiplies_bf16(const Tensor& x) {
   return dtype_of(x) == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
 }
 
+// Of the backward scan; the products after it are shared out by themselves.
+template <class E, class A>
+Plan backward_plan(const LayerArgs& a, int64_t G) {
+  const int64_t step = a.B * G * a.H * a.P;
+  return Plan(a, step, a.D * a.T * step, G * a.H * a.P * static_cast<int64_t>(sizeof(A)),
+              ceil_div(a.H, kernels<E, A>().width));
+}
+
+// Where x lies. (The strides of a contiguous tensor say nothing where it has one step or one sequence.)
+template <class E>
+Input<E> input_of(const LayerArgs& a) {
+  void* data = a.x.mutable_data_ptr();
+  const bool bf16 = a.dtype == ScalarType::BFloat16;
+  if (a.x.is_contiguous()) return {{data, a.I, bf16}, 0, 0};
+  if (a.packed()) return {{data, a.x.stride(0), bf16}, 0, 0};
+  return {{data, a.x.stride(1), bf16}, a.B, a.x.stride(0)};
+}
+
 // keep [N] of one direction: 0 where a reset cuts the state that enters the step. `cut` [T, B]; in reverse
 // the boundary that a sequence crosses on entering step t is the one before t + 1.
 inline void fill_keep(const RowTable& table, const LayerArgs& a, bool reverse, const bool* cut,
