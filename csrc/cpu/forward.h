@@ -96,9 +96,9 @@ struct Forward {
   }
 
   FASTRNN_HD void joint_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
-    const int64_t I = round_up(p.I, cpu::kDepth<A>);
-    const InBoth<A> source{{x_in, d.x_rows ? d.ld_x : p.I}, {h_in, d.ld_ring}, I};
-    new_states<true>(row0, row1, block0, block1, source, d.w_x[0], I + p.P, d.b, Reads<E>{});
+    const int64_t P = round_up(p.P, cpu::kDepth<A>);
+    const InBoth<A> source{{h_in, d.ld_ring}, {x_in, d.x_rows ? d.ld_x : p.I}, P};
+    new_states<true>(row0, row1, block0, block1, source, d.w[0], P + p.I, d.b, Reads<E>{});
   }
 
   // The last product of a step, or where kJoint its only one, and the cell.

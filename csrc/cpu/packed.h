@@ -9,7 +9,7 @@
 namespace fastrnn::cpu {
 
 struct PackedHead {
-  static constexpr uint64_t kMagic = 0x336b6361706e7266;  // "frnpack3"
+  static constexpr uint64_t kMagic = 0x346b6361706e7266;  // "frnpack4"
   uint64_t magic;
   int64_t bytes, vector_bytes;  // of all, head included; of the instruction set's registers
   LayerSizes sizes;

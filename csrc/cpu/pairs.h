@@ -70,7 +70,7 @@ FASTRNN_HD InPanels<Pair> in_pairs(const InPanels<Bf16>& in, int64_t K) {
 }
 
 FASTRNN_HD InBoth<Pair> in_pairs(const InBoth<Bf16>& in, int64_t K) {
-  return {in_pairs(in.x, K), in_pairs(in.h, K), in.I / 2};
+  return {in_pairs(in.h, K), in_pairs(in.x, K), in.P / 2};
 }
 
 // As the product of product.h.

@@ -55,7 +55,8 @@ template <class F>
 inline constexpr int64_t kPanelRow = kWidth<F>;
 
 // Of a longer K a tile's weights and the next one's would not lie in the second-level cache together, nor its
-// rows in the first: it is walked in pieces, the sums waiting in memory.
+// rows in the first: it is walked in pieces, the sums waiting in memory. Each piece sums up its own products
+// before it is added to them.
 template <class F>
 inline constexpr int64_t kLongest = 4096 / sizeof(F);
 
@@ -82,58 +83,66 @@ struct InRows {
   }
 };
 
-// Rows of x [rows][I] and then of h, as if they stood in one row.
+// Rows of h [rows][P] and then of x, as if they stood in one row. h's sums are the smaller ones: they are
+// rounded less where they come first.
 template <class F>
 struct InBoth {
-  InRows<F> x, h;
-  int64_t I;
+  InRows<F> h, x;
+  int64_t P;
   FASTRNN_HD InBoth from(int64_t row, int64_t k) const {
-    const int64_t of_x = k < I ? k : I;
-    return {x.from(row, of_x), h.from(row, k - of_x), I - of_x};
+    const int64_t of_h = k < P ? k : P;
+    return {h.from(row, of_h), x.from(row, k - of_h), P - of_h};
   }
   FASTRNN_HD int64_t piece(int64_t K) const { return h.piece(K); }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
-    const int64_t of_x = I < K ? I : K;
-    x.each(of_x, ahead, add);
-    h.each(K - of_x, ahead + of_x * kWidth<F>,
+    const int64_t of_h = P < K ? P : K;
+    h.each(of_h, ahead, add);
+    x.each(K - of_h, ahead + of_h * kWidth<F>,
            [&](int64_t k, const F* at, int64_t row)
-               __attribute__((always_inline)) { add(of_x + k, at, row); });
+               __attribute__((always_inline)) { add(of_h + k, at, row); });
   }
 };
 
-// Panels [gates][units/W][...][W] of rows, `panel` apart: k counts a gate's units, then the gates.
+// Panels [gates][units/W][...][W] of rows, `panel` apart: k counts a gate's units, from `unit` on, then the
+// gates.
 template <class F>
 struct InPanels {
   const F* data;
-  int64_t panel, units;
+  int64_t panel, units, unit = 0;
+  FASTRNN_HD int64_t panel_of(int64_t k) const {
+    constexpr int64_t W = kWidth<F>;
+    return k / units * ((units + W - 1) / W) + k % units / W;
+  }
   FASTRNN_HD InPanels from(int64_t row, int64_t k) const {
-    const int64_t panels = (units + kWidth<F> - 1) / kWidth<F>;
-    return {data + (k ? k / units * panels * panel : 0) + row * kWidth<F>, panel, units};
+    const F* const here = data + row * kWidth<F>;
+    if (k == 0) return {here, panel, units, unit};
+    return {here + (panel_of(unit + k) - panel_of(unit)) * panel, panel, units, (unit + k) % units};
   }
-  FASTRNN_HD int64_t piece(int64_t K) const {  // whole gates
-    return K <= kLongest<F> ? K : units >= kLongest<F> ? units : kLongest<F> / units * units;
-  }
+  // Gradients of gates have no order of size: one long sum of them would err more than twice as much as
+  // those of libraries that split K.
+  FASTRNN_HD int64_t piece(int64_t K) const { return K < kLongest<F> / 8 ? K : kLongest<F> / 8; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+    constexpr int64_t W = kWidth<F>;
     const F* at = data;
-    for (int64_t k = 0, unit = 0; k < K; at += panel) {
-      const int64_t left = units - unit;
-      if (left > kWidth<F>) {
+    for (int64_t k = 0, u = unit; k < K;) {
+      const int64_t lane0 = u % W, of_gate = units - u, of_panel = of_gate < W - lane0 ? of_gate : W - lane0;
+      const int64_t count = of_panel < K - k ? of_panel : K - k;
+      if (count == W && of_gate > W) {
 #pragma GCC unroll 2
-        for (int lane = 0; lane < kWidth<F>; ++lane) {
+        for (int lane = 0; lane < W; ++lane) {
           // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
-          __builtin_prefetch(at + 2 * panel + lane * kWidth<F>);
-          __builtin_prefetch(ahead + (k + lane) * kWidth<F>, 0, 2);
-          add(k + lane, at + lane, int64_t{kWidth<F>});
+          __builtin_prefetch(at + 2 * panel + lane * W);
+          __builtin_prefetch(ahead + (k + lane) * W, 0, 2);
+          add(k + lane, at + lane, W);
         }
-        k += kWidth<F>;
-        unit += kWidth<F>;
       } else {
-        for (int lane = 0; lane < left; ++lane) add(k + lane, at + lane, int64_t{kWidth<F>});
-        k += left;
-        unit = 0;
+        for (int64_t lane = 0; lane < count; ++lane) add(k + lane, at + lane0 + lane, W);
       }
+      k += count;
+      u = count == of_gate ? 0 : u + count;
+      at += panel;
     }
   }
 };
@@ -167,7 +176,8 @@ struct InLanes {
   }
 };
 
-// What a tile's sums begin with: a bias, or the sums so far, a row apart. Null: zeros.
+// What a tile's sums begin with, a bias, a row apart; or, where that is `out`, what they are added to: the
+// sums of the pieces before. Null: zeros.
 template <class E>
 struct From {
   const E* data;
@@ -175,12 +185,13 @@ struct From {
 };
 
 // out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + from, the blocks `block` apart and the k `step`.
-// One sum adds up its K in order, so the bits do not depend on how rows and units were shared out. `ahead`: K
-// vectors of weights to bring into the second-level cache meanwhile.
+// A sum's order is that of K alone, so the bits do not depend on how rows and units were shared out. `ahead`:
+// K vectors of weights to bring into the second-level cache meanwhile.
 template <class F, int G, int U, int M, class A>
 __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block, int64_t K,
                                     const From<Sum<F>>& from, const F* ahead, Sum<F>* out) {
   using S = Simd<Sum<F>>;
+  const bool more = from.data == out;
   S acc[M][U][G];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -188,7 +199,8 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        acc[m][u][g] = from.data ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
+        acc[m][u][g] =
+            from.data && !more ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
       }
   a.each(K, ahead, [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
     Terms<F> wk[U][G];
@@ -210,7 +222,10 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) acc[m][u][g].store(out + ((m * U + u) * G + g) * S::W);
+      for (int g = 0; g < G; ++g) {
+        Sum<F>* const to = out + ((m * U + u) * G + g) * S::W;
+        (more ? S::load(to) + acc[m][u][g] : acc[m][u][g]).store(to);
+      }
 }
 
 // By reference: a struct that is copied right after it was written waits for all stores before it.
@@ -391,7 +406,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                         : int8 ? cpu::int8_block(K, G, S::W)
                         : dots ? S::W * weight.ld
                                : S::W;
-  const int64_t piece = packed && tiles > 1 ? a.piece(K) : K, group = piece < K ? kGroup : 1;
+  const int64_t piece = packed ? a.piece(K) : K, group = piece < K ? kGroup : 1;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
     int U = wide;
@@ -439,9 +454,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
               weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
             }
           } else if (rows == 1) {
-            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, K, from, ahead, out);
+            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, k1 - k, from, ahead, out);
           } else {
-            tile_of<F, G, Tile::kUnits, Tile::kRows>(U, M, factor, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, Tile::kUnits, Tile::kRows>(U, M, factor, w_k, step, block, k1 - k, from, ahead,
+                                                     out);
           }
           if (k1 < K) continue;
 #pragma GCC unroll 1

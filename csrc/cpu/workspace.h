@@ -148,7 +148,7 @@ inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t unit
 template <class A>
 std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width) {
   const int64_t all = deep<A>(I) + deep<A>(P);
-  return {{w, Weight<A>::kPacked, all}, {w + deep<A>(I) * gates * width, Weight<A>::kPacked, all}};
+  return {{w + deep<A>(P) * gates * width, Weight<A>::kPacked, all}, {w, Weight<A>::kPacked, all}};
 }
 
 // The weights of a call as its products want them: where they lie when few rows use them, else packed, by the
