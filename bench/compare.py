@@ -80,4 +80,6 @@ def compare(
             for m in (machine_then, machine_now)
         )
         summary += f"\n  not the same machine: {then}; now {here}"
-    return "\n".join([f"compared by {TORCH}'s time over ours in the same run: {summary}", *lines])
+    return "\n".join(
+        [f"compared, rows by {TORCH}'s time over ours, sections by their own figure: {summary}", *lines]
+    )

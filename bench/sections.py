@@ -118,7 +118,9 @@ def scaling(cells: tuple[str, ...], seconds: float = 2 * SECONDS) -> list[Probe]
         else:
             rejected.append(f"{case.id} (torch.nn's {probe.theirs:.2f})")
     if rejected:
-        text = f"on two threads torch.nn gained nothing in {TRIES} tries of {', '.join(rejected)}"
+        text = (
+            f"on two threads torch.nn gained less than {LEAST_GAIN} in {TRIES} tries of {', '.join(rejected)}"
+        )
         raise Incomplete(text, probes)
     return probes
 

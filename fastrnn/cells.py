@@ -35,10 +35,9 @@ class _Cell(torch_rnn.RNNCellBase):
         raise NotImplementedError
 
     def _step(
-        self, input: Tensor, hx: Sequence[Tensor] | None, refused: Exception | None = None
+        self, input: Tensor, hx: Sequence[Tensor] | None, only_check: bool = False
     ) -> tuple[Tensor, ...]:
-        """The new states, each [B, H], or [H] where the input is [I]; with what a kernel raised already, the
-        checks and then that."""
+        """The new states, each [B, H], or [H] where the input is [I]."""
         self._check_ranks(input, hx)
         batched = input.dim() == 2
         x = input if batched else input.unsqueeze(0)
@@ -58,8 +57,9 @@ class _Cell(torch_rnn.RNNCellBase):
         for h in states:
             _checks.same_dtype("hx", h, params[0])
         rows, firsts = x.unsqueeze(0), [h.unsqueeze(0) for h in states]
-        if refused is not None:
-            functional.refuse(refused, cell, rows, firsts, params)
+        if only_check:
+            functional.check(cell, rows, firsts, params)
+            return ()
         _, last, _ = functional.layer(cell, rows, firsts, params)
         # The leading 1 is the one direction.
         return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
@@ -80,10 +80,7 @@ class _Cell(torch_rnn.RNNCellBase):
             h, c = states if spec.states == 2 else (*states, None)
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
-        try:
-            _, h, c = kernels.stream(self._cell, x, h, c, *weights)
-        except kernels.REFUSALS as error:
-            return list(self._step(input, hx, refused=error))
+        _, h, c = kernels.streamed(lambda: self._step(input, hx, True), self._cell, x, h, c, *weights)
         return [s.flatten() if one else s.squeeze(0) for s in (h, c) if s is not None]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +63,8 @@ def stack(
     params   those of each layer in one list, or the one packed tensor of each
     others   as of `layer`
     returns  (y, last states), or None where the call is anything but inference by the CPU's kernels
-    Raises what `layer` raises for the first layer that is wrong.
+    Raises what `layer` raises for the first layer that is wrong; and where there is no memory for all layers'
+    outputs at once.
     """
     args = (cell, x, list(states), list(params), lengths, batch_sizes, reset)
     if torch.compiler.is_compiling():
@@ -81,29 +82,27 @@ def stack(
     try:
         y, last = kernels.stack(*args)
     except kernels.REFUSALS:
-        _check(*args)
+        check(*args)
         raise
     return y, tuple(last)
 
 
-def _check(
-    cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *masks: Tensor | None
+def check(
+    cell: str,
+    x: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    lengths: Tensor | None = None,
+    batch_sizes: Tensor | None = None,
+    reset: Tensor | None = None,
 ) -> None:
     """`kernels.check` of a layer, or of a stack's [L, B, .]; packed weights only their kernel can check."""
     layers, P = states[0].shape[0], states[0].shape[-1]
     each = len(params) // max(1, layers)
     for k in range(layers if each > 1 else 0):
         one, own = [s[k : k + 1] for s in states], params[k * each : (k + 1) * each]
-        kernels.check(kernels.Inputs(cell, x, one, list(own), *masks))
+        kernels.check(kernels.Inputs(cell, x, one, list(own), lengths, batch_sizes, reset))
         x = x.new_empty(()).expand(*x.shape[:-1], P)
-
-
-def refuse(
-    error: Exception, cell: str, x: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]
-) -> NoReturn:
-    """Raises what a check says of a layer of one direction whose kernel raised an error, or that error."""
-    _check(cell, x, states, params, None, None, None)
-    raise error
 
 
 def _cast(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -367,11 +367,15 @@ def _attention_backward_flops(dcontext: Any, dweights: Any, *inputs: Any, **opti
     return int(2 * query[0] * query[1] * keys[0] * (of_keys * keys[2] + of_values * values[2]))
 
 
+def _matrices(params: Any, w_h: Any, w_q: Any) -> int:
+    """The elements of all weights' shapes."""
+    return sum(math.prod(shape) for shape in (*params, w_h, w_q or ()) if len(shape) == 2)
+
+
 def _decoder_flops(cell: Any, *args: Any, **options: Any) -> int:
     """Of the products, for torch.utils.flop_counter."""
     (T, B, _), _, _, params, w_h, keys, values, w_q = args[:8]
-    weights = sum(math.prod(shape) for shape in (*params, w_h, w_q or ()) if len(shape) == 2)
-    return int(2 * T * B * (weights + keys[0] * (keys[2] + values[2])))
+    return int(2 * T * B * (_matrices(params, w_h, w_q) + keys[0] * (keys[2] + values[2])))
 
 
 def _decoder_backward_flops(
@@ -380,8 +384,7 @@ def _decoder_backward_flops(
     """As of a layer and of attention; the gradients of the queries and of what was fed always are needed."""
     need_x, need_params, need_keys, need_values = inputs[-4:]
     (T, B, width), _, _, params, w_h, keys, values, w_q = inputs[:8]
-    weights = sum(math.prod(shape) for shape in (*params, w_h, w_q or ()) if len(shape) == 2)
-    products = (1 + need_params) * weights - (not need_x) * params[0][0] * width
+    products = (1 + need_params) * _matrices(params, w_h, w_q) - (not need_x) * params[0][0] * width
     products += keys[0] * ((1 + need_keys) * keys[2] + (1 + need_values) * values[2])
     return int(2 * T * B * products)
 

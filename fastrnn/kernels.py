@@ -7,7 +7,7 @@ backend but the CPU's has a pair of its own with the same arguments, named after
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -205,6 +205,20 @@ def call(inputs: Inputs, save: bool, return_states: bool, backend: str = "cpu") 
 # (y, h_n, c_n or None) of (cell, x, h, c or None, *params): one direction, no masks, no gradient. Past the
 # overload's own __call__, a tenth of what is left of Python.
 stream: Any = torch.ops.fastrnn.stream.default._op if LOADED else None
+
+
+def streamed(check: Callable[[], object], *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`stream`; where that raises, what `check` raises, else the same."""
+    refused: Exception | None = None
+    try:
+        return stream(*args)  # type: ignore[no-any-return]
+    except REFUSALS as error:
+        refused = error  # out of this block: the check's words are no consequence
+    try:
+        check()
+        raise refused
+    finally:
+        del refused  # whose traceback has this frame: a cycle would keep the call's tensors
 
 
 def stack(*args: Any) -> tuple[Tensor, list[Tensor]]:

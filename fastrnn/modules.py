@@ -11,6 +11,7 @@ without one), G gates, L layers, D directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -201,10 +202,8 @@ class _Layer(torch_rnn.RNNBase):
             weights = self._stream_weights()
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
-        try:
-            y, h, c = kernels.stream(self._cell, x, h, c, *weights)
-        except kernels.REFUSALS as error:
-            return self._run(input, hx, None, None, False, refused=error)
+        check = partial(self._run, input, hx, None, None, False, True)
+        y, h, c = kernels.streamed(check, self._cell, x, h, c, *weights)
         if unbatched:
             y, h, c = y.squeeze(1), h.squeeze(1), c.squeeze(1) if c is not None else None
         elif self.batch_first:
@@ -228,9 +227,8 @@ class _Layer(torch_rnn.RNNBase):
         lengths: Tensor | None,
         reset: Tensor | None,
         return_states: bool,
-        refused: Exception | None = None,
+        only_check: bool = False,
     ) -> tuple[Tensor | PackedSequence, tuple[Tensor, ...], States | None]:
-        """The usual way; with what a kernel raised already, its checks and then that, not the call again."""
         L, D = self.num_layers, 2 if self.bidirectional else 1
         H, P = self.hidden_size, self.proj_size or self.hidden_size
         two = self.mode == "LSTM"
@@ -283,8 +281,9 @@ class _Layer(torch_rnn.RNNBase):
         lasts: list[tuple[Tensor, ...]] = []
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
         for k, start in enumerate(starts):
-            if refused is not None:
-                functional.refuse(refused, self._cell, x, start, weights[k])
+            if only_check:
+                functional.check(self._cell, x, start, weights[k])
+                return x, (), None
             y, last, seq = self._call_layer(x, start, weights[k], **masks, return_states=return_states)
             lasts.append(last)
             if return_states:

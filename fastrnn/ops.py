@@ -375,16 +375,28 @@ def layer_flops(cell: Any, x: Any, states: Any, params: Any, *rest: Any, **optio
 
 
 def _backward_flops(
-    cell: Any, dy: Any, dlast: Any, dseq: Any, x: Any, states: Any, params: Any, *rest: Any, **options: Any
+    cell: Any,
+    dy: Any,
+    dlast: Any,
+    dseq: Any,
+    x: Any,
+    states: Any,
+    params: Any,
+    lengths: Any,
+    batch_sizes: Any,
+    reset: Any,
+    y: Any,
+    seq: Any,
+    saved: Any,
+    need_x: bool,
+    need_params: bool,
+    **options: Any,
 ) -> int:
     """Each weight's product once for its own gradient and once for what it was multiplied with, where these
     are needed: the states' gradients always are."""
-    need_x, need_params = rest[-2:]
-    per = len(params) // states[0][0]
-    own, passed_on = need_params * layer_flops(cell, x, states, params), layer_flops(cell, x, states, params)
-    if not need_x:
-        passed_on -= layer_flops(cell, x, states, params[::per])
-    return own + passed_on
+    whole, per = layer_flops(cell, x, states, params), len(params) // states[0][0]
+    of_input = layer_flops(cell, x, states, params[::per])
+    return (1 + need_params) * whole - (not need_x) * of_input
 
 
 def register_flops(name: str, formula: Any) -> None:

@@ -96,8 +96,10 @@ RIVALS = {
     "shape",
     [
         *((60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40)),
-        # Long sums: of a weight's gradient over 1600 rows, of a step's product over 772 terms.
+        # Long sums: of a weight's gradient over 1600 rows, of a step's product over 772 terms; of an input's
+        # gradient over 2048, from weights packed and where they lie.
         *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((400, 4, 16, 256), (12, 33, 260, 512))),
+        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 8, 64, 512), (16, 1, 64, 256))),
     ],
     ids=str,
 )

@@ -406,7 +406,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                         : int8 ? cpu::int8_block(K, G, S::W)
                         : dots ? S::W * weight.ld
                                : S::W;
-  const int64_t piece = packed ? a.piece(K) : K, group = piece < K ? kGroup : 1;
+  const int64_t piece = dots || int8 ? K : a.piece(K), group = piece < K ? kGroup : 1;
   for (int64_t j = 0; j < sweeps; ++j) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
     int U = wide;

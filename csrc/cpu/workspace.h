@@ -144,7 +144,7 @@ inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t unit
   return {src, dtype_of(w) == ScalarType::BFloat16, gates, units * K, units, K, K, 1, 0, all};
 }
 
-// The parts of a weight [units/W][I + P][gates][W] that x [I] and h [P] meet.
+// The parts of a weight [units/W][P + I][gates][W] that x [I] and h [P] meet.
 template <class A>
 std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width) {
   const int64_t all = deep<A>(I) + deep<A>(P);
@@ -183,7 +183,7 @@ class Weights {
     return {dst, Weight<A>::kPacked};
   }
 
-  // The weights of x and of h, [gates * units][I] and [gates * units][P], packed as one of K = I + P.
+  // The weights of x and of h, [gates * units][I] and [gates * units][P], packed as one of K = P + I, h first.
   std::pair<Weight<A>, Weight<A>> both(const Tensor& w_x, const Tensor& w_h, int64_t gates, int64_t units) {
     const int64_t I = w_x.size(1), P = w_h.size(1), blocks = ceil_div(units, kernels_.width);
     A* dst = arena_.get<A>(blocks * (deep<A>(I) + deep<A>(P)) * gates * kernels_.width);
