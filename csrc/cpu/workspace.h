@@ -183,7 +183,8 @@ class Weights {
     return {dst, Weight<A>::kPacked};
   }
 
-  // The weights of x and of h, [gates * units][I] and [gates * units][P], packed as one of K = P + I, h first.
+  // The weights of x and of h, [gates * units][I] and [gates * units][P], packed as one of K = P + I, h
+  // first.
   std::pair<Weight<A>, Weight<A>> both(const Tensor& w_x, const Tensor& w_h, int64_t gates, int64_t units) {
     const int64_t I = w_x.size(1), P = w_h.size(1), blocks = ceil_div(units, kernels_.width);
     A* dst = arena_.get<A>(blocks * (deep<A>(I) + deep<A>(P)) * gates * kernels_.width);
