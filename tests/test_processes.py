@@ -232,7 +232,7 @@ def call_until_interrupted(training, times):
                 else:
                     layer(x)
         except KeyboardInterrupt:
-            torch.set_grad_enabled(True)  # one that comes on the way into or out of torch.no_grad leaves it off
+            torch.set_grad_enabled(True)  # which one on the way into torch.no_grad, or out, leaves off
         layer.requires_grad_()
         assert same(train(layer, x), expected)
 
