@@ -58,7 +58,7 @@ class _Cell(torch_rnn.RNNCellBase):
             _checks.same_dtype("hx", h, params[0])
         rows, firsts = x.unsqueeze(0), [h.unsqueeze(0) for h in states]
         if only_check:
-            functional.check(cell, rows, firsts, params)
+            functional.check(kernels.Inputs(cell, rows, firsts, params, None, None, None))
             return ()
         _, last, _ = functional.layer(cell, rows, firsts, params)
         # The leading 1 is the one direction.

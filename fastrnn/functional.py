@@ -82,26 +82,19 @@ def stack(
     try:
         y, last = kernels.stack(*args)
     except kernels.REFUSALS:
-        check(*args)
+        check(kernels.Inputs(*args))
         raise
     return y, tuple(last)
 
 
-def check(
-    cell: str,
-    x: Tensor,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    lengths: Tensor | None = None,
-    batch_sizes: Tensor | None = None,
-    reset: Tensor | None = None,
-) -> None:
+def check(inputs: kernels.Inputs) -> None:
     """`kernels.check` of a layer, or of a stack's [L, B, .]; packed weights only their kernel can check."""
+    _, x, states, params, *_ = inputs
     layers, P = states[0].shape[0], states[0].shape[-1]
     each = len(params) // max(1, layers)
     for k in range(layers if each > 1 else 0):
-        one, own = [s[k : k + 1] for s in states], params[k * each : (k + 1) * each]
-        kernels.check(kernels.Inputs(cell, x, one, list(own), lengths, batch_sizes, reset))
+        one, own = [s[k : k + 1] for s in states], list(params[k * each : (k + 1) * each])
+        kernels.check(inputs._replace(x=x, states=one, params=own))
         x = x.new_empty(()).expand(*x.shape[:-1], P)
 
 

@@ -211,7 +211,8 @@ def streamed(check: Callable[[], object], *args: Any) -> tuple[Tensor, Tensor, T
     """`stream`; where that raises, what `check` raises, else the same."""
     refused: Exception | None = None
     try:
-        return stream(*args)  # type: ignore[no-any-return]
+        found: tuple[Tensor, Tensor, Tensor | None] = stream(*args)
+        return found
     except REFUSALS as error:
         refused = error  # out of this block: the check's words are no consequence
     try:

@@ -282,7 +282,7 @@ class _Layer(torch_rnn.RNNBase):
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
         for k, start in enumerate(starts):
             if only_check:
-                functional.check(self._cell, x, start, weights[k])
+                functional.check(kernels.Inputs(self._cell, x, list(start), weights[k], None, None, None))
                 return x, (), None
             y, last, seq = self._call_layer(x, start, weights[k], **masks, return_states=return_states)
             lasts.append(last)

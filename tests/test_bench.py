@@ -295,7 +295,9 @@ def test_the_output_is_among_the_bytes():
     assert 2000 * 4 * 512 * 4 * 0.9 < found < 100 * 2**20
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc/self/status"
+)
 @pytest.mark.parametrize("kind", memory.KINDS)
 def test_inference_holds_no_copy_of_the_input(kind):
     """y takes 2 MiB, x 62: a chunk of steps of it is copied at a time, and it may lie batch first."""
