@@ -196,11 +196,15 @@ def decide_tree(x: Tensor) -> Decision:
     return decide(x)
 
 
+def takes_cpu() -> bool:
+    """Whether the backend of a CPU tensor of a type that the kernels know is "cpu"."""
+    return kernels.LOADED and current_backend() in ("auto", "cpu")
+
+
 def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
     """The backend's name; raises BackendError where the one asked for cannot serve the call."""
     # The usual case first, without the words: they would take 5 us of a step's 20.
-    usual = x.is_cpu and x.dtype in CPU_DTYPES and kernels.LOADED and current_backend() in ("auto", "cpu")
-    if usual:
+    if x.is_cpu and x.dtype in CPU_DTYPES and takes_cpu():
         return "cpu"
     decision = decide(x)
     if decision.backend is None:

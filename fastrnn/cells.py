@@ -80,7 +80,7 @@ class _Cell(torch_rnn.RNNCellBase):
             h, c = states if spec.states == 2 else (*states, None)
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
-        _, h, c = kernels.streamed(lambda: self._step(input, hx, True), self._cell, x, h, c, *weights)
+        _, h, c = kernels.streamed(self._step, (input, hx, True), self._cell, x, h, c, *weights)
         return [s.flatten() if one else s.squeeze(0) for s in (h, c) if s is not None]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:

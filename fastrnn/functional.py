@@ -11,10 +11,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_dispatch_stack
+from torch.compiler import is_compiling
 
 from . import _checks, fused, kernels, ops, reference, transforms
-from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused, decide_attention
+from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused, decide_attention, takes_cpu
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
@@ -32,17 +34,17 @@ def plain(x: Tensor) -> bool:
     """True where a call with x is one of the operator in eager mode and nothing else: no gradient, no
     transform, trace, cast or other backend."""
     return (
-        not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        not is_compiling()
+        and not is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype in KERNEL_DTYPES
         and not transforms.active()
-        and not torch._C._is_any_autocast_enabled()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
+        and not _is_any_autocast_enabled()
+        and _len_torch_dispatch_stack() == 0
+        and _get_tracing_state() is None
         and RECORDER.take is None
-        and choose(x) == "cpu"
+        and takes_cpu()
     )
 
 

@@ -207,8 +207,10 @@ def call(inputs: Inputs, save: bool, return_states: bool, backend: str = "cpu") 
 stream: Any = torch.ops.fastrnn.stream.default._op if LOADED else None
 
 
-def streamed(check: Callable[[], object], *args: Any) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`stream`; where that raises, what `check` raises, else the same."""
+def streamed(
+    check: Callable[..., object], asked: Sequence[Any], *args: Any
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`stream`; where that raises, what `check(*asked)` raises, else the same."""
     refused: Exception | None = None
     try:
         found: tuple[Tensor, Tensor, Tensor | None] = stream(*args)
@@ -216,7 +218,7 @@ def streamed(check: Callable[[], object], *args: Any) -> tuple[Tensor, Tensor, T
     except REFUSALS as error:
         refused = error  # out of this block: the check's words are no consequence
     try:
-        check()
+        check(*asked)
         raise refused
     finally:
         del refused  # whose traceback has this frame: a cycle would keep the call's tensors
@@ -236,7 +238,7 @@ def stream_weights(module: Any, names: Sequence[str], gates: int) -> list[Tensor
     the first is of other sizes than the module's: its forward then reads them with all its checks.
     """
     own = module._parameters
-    params = [own[name] for name in names]
+    params = list(map(own.__getitem__, names))
     if params[-1] is None or params[0].shape != (gates * module.hidden_size, module.input_size):
         raise LookupError
     return params

@@ -11,7 +11,6 @@ without one), G gates, L layers, D directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -202,8 +201,8 @@ class _Layer(torch_rnn.RNNBase):
             weights = self._stream_weights()
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
-        check = partial(self._run, input, hx, None, None, False, True)
-        y, h, c = kernels.streamed(check, self._cell, x, h, c, *weights)
+        asked = (input, hx, None, None, False, True)
+        y, h, c = kernels.streamed(self._run, asked, self._cell, x, h, c, *weights)
         if unbatched:
             y, h, c = y.squeeze(1), h.squeeze(1), c.squeeze(1) if c is not None else None
         elif self.batch_first:

@@ -22,7 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
 from torch._C._functorch import TransformType
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from . import kernels, reference
 from .kernels import Plan
@@ -35,9 +38,9 @@ MASKS = 3
 
 def active() -> bool:
     """True inside a transform of torch.func, or a dual_level of torch.autograd.forward_ad."""
-    if torch._C._are_functorch_transforms_active():
+    if _are_functorch_transforms_active():
         return True
-    return not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level >= 0
+    return not is_compiling() and forward_ad._current_level >= 0
 
 
 def _nested_forward_modes() -> bool:

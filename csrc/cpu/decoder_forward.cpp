@@ -146,7 +146,7 @@ class DecoderForward : DecoderCall<E> {
             weights_.get(p.w_ih, from + a.I, {nullptr, false, gates, H * width, H, width, H, 1});
       }
     }
-    s.ld_state = padded<E>(H);
+    s.ld_state = s.ld_b = padded<E>(H);
     s.ld_ring = s.ld_mid = padded<E>(H);
     E* bx = arena_.template zeros<E>(G * s.ld_state);
     E* bh = arena_.template zeros<E>(G * s.ld_state);

@@ -73,7 +73,7 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
     product<kFirst>(row0, row1, block0, block1, p.H, operand(share, d.w[0], row0, row1, h_in, d.ld_ring, p.H),
-                    d.w[0], p.H, d.bh, d.ld_state, backwards, gx_of(0, kFirst),
+                    d.w[0], p.H, d.bh, d.ld_b, backwards, gx_of(0, kFirst),
                     [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
                       Vec<S, kFirst> gx, first;
                       Vec<S, Cell::kStates> s;
@@ -91,8 +91,7 @@ struct Forward {
     const int64_t K = kTwo ? p.H : p.P;
     const cpu::Weight<A>& w = d.w[Cell::kStages - 1];
     const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K);
-    new_states<false>(row0, row1, block0, block1, source, w, K, d.bh + kFirst * d.ld_state,
-                      gx_of(kFirst, kLast));
+    new_states<false>(row0, row1, block0, block1, source, w, K, d.bh + kFirst * d.ld_b, gx_of(kFirst, kLast));
   }
 
   FASTRNN_HD void joint_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
@@ -105,7 +104,7 @@ struct Forward {
   template <bool kJoint, class Source>
   FASTRNN_HD void new_states(int64_t row0, int64_t row1, int64_t block0, int64_t block1, const Source& source,
                              const cpu::Weight<A>& w, int64_t K, const E* bias, const Reads<E>& reads) const {
-    product<kLast>(row0, row1, block0, block1, p.H, source, w, K, bias, d.ld_state, backwards, reads,
+    product<kLast>(row0, row1, block0, block1, p.H, source, w, K, bias, d.ld_b, backwards, reads,
                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
                      Vec<S, Cell::kStates> s, s_new;
@@ -208,8 +207,8 @@ struct Forward {
     const A* x = x_of(p, d, share, c, t) + row0 * ld_x;
     E* to = d.gates + (d.save ? first : place) * d.ld_gates + gate0 * p.H;
     const auto rows = operand(share, d.w_x[stage], 0, count, x, ld_x, p.I);
-    product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_state, d.ld_state,
-               false, Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
+    product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_b, d.ld_b, false,
+               Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
                  for (int g = 0; g < N; ++g) gx[g].store(to + i * d.ld_gates + g * p.H + unit, lanes);
                });
   }

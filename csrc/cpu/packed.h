@@ -82,6 +82,7 @@ class PackedLayer {
       if (n.projected) s.w_proj = weight(1, n.P, n.H);
       s.bx = get(E{}, cell_.gates * ld);
       s.bh = get(E{}, cell_.gates * ld);
+      s.ld_b = ld;
     }
     return at;
   }

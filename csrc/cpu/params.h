@@ -88,10 +88,11 @@ struct Direction {
   Weight<A> w_x[2];  // the input's, of each stage
   A* x_rows;         // [chunk rows][ld_x] the chunk's rows of x; null: x is read where it lies, in order
   int64_t ld_x;
-  const E* bx;  // [G][padded H] input bias, zeros where there is none
-  const E* bh;  // [G][padded H] recurrent bias
+  const E* bx;  // [G][ld_b] input bias, whole vectors; zeros where there is none
+  const E* bh;  // [G][ld_b] recurrent bias
   const E* b;   // their sum, where the scan is joint
-  E* gates;     // gx first, the cell's saved values after: [N][ld_gates] where save, else [chunk rows]
+  int64_t ld_b;
+  E* gates;  // gx first, the cell's saved values after: [N][ld_gates] where save, else [chunk rows]
   int64_t ld_gates;
   bool save;               // all of kSaved is wanted
   bool stream;             // it and seq past the caches, where the scan is joint; whole lines of them

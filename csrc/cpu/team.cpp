@@ -118,7 +118,10 @@ void run_team(int want, void (*body)(void*, const Team&), void* context) {
   // Each thread gets one range of [0, want). How many there are is known once the ranges cover it all; a
   // member's number is the rank of its range, so that from call to call a thread, and the caches of the core
   // that it runs on, keep the same share of the weights.
-  const std::unique_ptr<Place[]> places(new Place[2 * want]());
+  constexpr int kFew = 8;  // on the stack: the heap aligns slowly
+  Place few[kFew]{};
+  const std::unique_ptr<Place[]> many(2 * want > kFew ? new Place[2 * want]() : nullptr);
+  Place* const places = many ? many.get() : few;
   std::atomic<unsigned> covered{0}, asleep{0};
   torch::stable::parallel_for(0, want, 1, [&](int64_t begin, int64_t end) {
     const FlushDenormals flush;
@@ -127,7 +130,7 @@ void run_team(int want, void (*body)(void*, const Team&), void* context) {
     wake(covered, asleep);
     wait_until(
         covered, asleep, [&](unsigned n) { return n == static_cast<unsigned>(want); }, [] { return true; });
-    Team team{0, 0, places.get()};
+    Team team{0, 0, places};
     for (int i = 0; i < want; ++i) {
       team.member += places[i].first && i < begin;
       team.size += places[i].first;

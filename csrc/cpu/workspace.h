@@ -72,11 +72,14 @@ void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
   }
 }
 
-// Rows of scratch: whole vectors of any instruction set, and never a power of two.
+// A vector of any instruction set divides it.
+template <class E>
+inline constexpr int64_t kWidest = 64 / sizeof(E);
+
+// Rows of scratch: whole vectors, and never a power of two.
 template <class E>
 int64_t padded(int64_t width) {
-  constexpr int64_t kWidest = 64 / sizeof(E);
-  return ceil_div(width, kWidest) * kWidest + std::max<int64_t>(kWidest, 16);
+  return ceil_div(width, kWidest<E>) * kWidest<E> + std::max<int64_t>(kWidest<E>, 16);
 }
 
 // The biases of one direction as [G][padded H]; left alone where there are none.
