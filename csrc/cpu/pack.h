@@ -14,10 +14,10 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
   const int64_t step = (p.to_gates ? p.to_gates : p.gates) * W, all_K = p.to_K ? p.to_K : p.K;
   for (int64_t b = block0; b < block1; ++b) {
     const int lanes = static_cast<int>(at_most(p.units - b * W, W));
-    // All gates of a few k before the next ones: what is written lies together.
-    for (int64_t k = 0; k < p.K; k += W) {
-      const int columns = static_cast<int>(at_most(p.K - k, W));
-      for (int64_t g = 0; g < p.gates; ++g) {
+    for (int64_t g = 0; g < p.gates; ++g) {
+      // One gate's rows to their ends: all gates' are more than the hardware's prefetching follows.
+      for (int64_t k = 0; k < p.K; k += W) {
+        const int columns = static_cast<int>(at_most(p.K - k, W));
         const int64_t from = g * p.gate_stride + b * W * p.unit_stride + k * p.k_stride;
         E* to = dst + (b * all_K + k) * step + g * W;
         if (p.unit_stride == 1) {
