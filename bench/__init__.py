@@ -62,9 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [case for case in (grid.quick_rows() if args.quick else grid.rows()) if case.cell in cells]
     run = records.Run(0.5, 7) if args.quick else records.Run(1.5, 11)
 
+    clock = machine.CpuClock()
     product, called = machine.product_peak(), (machine.least_calls(), machine.least_layers())
     peaks = limits.measure(torch.get_num_threads(), *called)
-    clock = machine.CpuClock()
     code = measure_rows(cases, run)
     if not run.records:
         return code

@@ -162,6 +162,11 @@ def limit(row: Record | Probe, peaks: limits.Peaks | None) -> limits.Limit | Non
     return limits.of(row.case, peaks) if peaks else None
 
 
+def limit_of_float32(row: Record | Probe, peaks: limits.Peaks | None) -> float | None:
+    best = limit(replace(row, case=replace(row.case, dtype="float32")), peaks)
+    return best and best.ours
+
+
 def find(goal: Goal, row: Record | Probe, peaks: limits.Peaks | None) -> Found | None:
     measured = goal.of(row, peaks)
     if measured is None:
@@ -169,6 +174,8 @@ def find(goal: Goal, row: Record | Probe, peaks: limits.Peaks | None) -> Found |
     found = Found(row.case.id, measured, row.conditions.unquiet)
     if best := limit(row, peaks):
         at_limit = goal.of(replace(row, ours=best.ours), peaks)
+        if goal.figure == FLOAT32 and (rival := limit_of_float32(row, peaks)):
+            at_limit = rival / best.ours  # else what float32 itself falls short of would be to gain here
         return replace(found, at_limit=at_limit, count=best.explain(row.ours))
     return found
 
@@ -208,16 +215,24 @@ def lines(o: Outcome) -> list[str]:
     for f in o.unmet:
         best = ""
         if f.at_limit is not None:
-            reach = "within reach" if o.goal.holds(f.at_limit) else "out of reach on this machine"
-            best = f"{number(f.at_limit)} by the count, {reach}: "
+            if o.goal.holds(f.at_limit):
+                reach = "which does not explain the miss"
+            else:
+                reach = "the goal is beyond this machine"
+            best = f"{number(f.at_limit)} by the count at best, {reach}: "
         found.append(f"    {f.row}: {number(f.measured)}{' *' * f.unquiet}; {best}{f.count}")
     return found
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Each goal beside what was measured."""
+    beyond = sum(
+        o.met is False and all(f.at_limit is not None and not o.goal.holds(f.at_limit) for f in o.unmet)
+        for o in outcomes
+    )
     count = {met: sum(o.met is met for o in outcomes) for met in (True, False, None)}
-    head = f"goals: {count[True]} met, {count[False]} not met, {count[None]} not measured"
+    unmet = f"{count[False]} not met (each row beyond this machine by its count: {beyond})"
+    head = f"goals: {count[True]} met, {unmet}, {count[None]} not measured"
     return "\n".join([head, *(line for o in outcomes for line in lines(o))])
 
 

@@ -34,9 +34,10 @@ class Peaks:
     dot          the same of a matrix whose rows meet a vector
     activations  sigmoids and hyperbolic tangents in 10^9 a second; bfloat16's need fewer digits
     copy         GB/s that are read and written again
-    meet, wake   seconds of a barrier of all threads, and of a parallel region with nothing to do
+    meet, wake   seconds of a barrier of all threads, after which each reads 512 bytes that every other one
+                 wrote before it, and of a parallel region with nothing to do
     call         seconds of a call of the least module there is, by mode: `machine.least_calls`
-    ours         the same of our layers of one unit, by cell and mode: `machine.least_layers`; not counted
+    ours         the same of our layers of one unit, by cell and mode: `machine.least_layers`; no limit
     """
 
     threads: int
@@ -83,23 +84,28 @@ class Limit:
     """The best that a row's figure of ours could be, and the count that says so.
 
     unit  s, B (bytes), or "" where the count is of no parts that a rest would be beside
-    note  on the rest
+    call  seconds that our call of the least layer takes more than the least module's: known, but no limit
     """
 
     ours: float
     count: str
     unit: str = ""
-    note: str = ""
+    call: float = 0
 
     def explain(self, measured: float) -> str:
         """What was measured, what of it is counted, and the rest."""
         if not self.unit:
             return self.count
-        whole, counted, rest = (
-            mib(value) if self.unit == "B" else f"{si(value)}s"
-            for value in (measured, self.ours, measured - self.ours)
+        rest = measured - self.ours - self.call
+        call = f"; our call's own part {si(self.call)}s" * (self.call > SMALL * self.ours)
+        if rest < 0:
+            call += "; LESS than was counted: a peak or the row was disturbed"
+        whole, counted, left = (
+            mib(value) if self.unit == "B" else f"{si(value)}s" for value in (measured, self.ours, rest)
         )
-        return f"measured {whole}, counted {counted}: {self.count}; the rest {rest}{self.note}"
+        return (
+            f"measured {whole}, counted {counted}: {self.count}{call}; the rest {left}, {rest / measured:.0%}"
+        )
 
 
 def si(value: float) -> str:
@@ -231,9 +237,9 @@ def of(case: Case, peaks: Peaks) -> Limit:
     left = [part.seconds for part in counted[way] if part not in told]
     told += [Part("the other parts", sum(left))] * bool(left)
     count = f"{way.threads} thread{'s' * (way.threads > 1)}, " + " + ".join(part.text for part in told)
-    own = peaks.ours.get(f"{case.cell} {'training' if case.mode in TRAINING else case.mode}", 0)
-    note = f" (our layer of one unit takes {si(own)}s in all)" if own > SMALL * seconds[way] else ""
-    return Limit(seconds[way], count, "s", note)
+    mode = "training" if case.mode in TRAINING else case.mode
+    call = peaks.ours.get(f"{case.cell} {mode}", 0.0) - peaks.call.get(mode, 0.0)
+    return Limit(seconds[way], count, "s", max(call, 0.0))
 
 
 def of_memory(case: Case) -> Limit:

@@ -210,12 +210,14 @@ auto copies() {
   };
 }
 
-// Seconds of a barrier in which member m tells the one 2^r after it, in round r.
+// Seconds of a barrier in which member m tells the one 2^r after it, in round r. As in a step, each then reads
+// what the others wrote before it.
 double meeting(int threads) {
   if (threads < 2) return 0;
-  constexpr int most = 16, meetings = 50;
+  constexpr int most = 16, meetings = 50, vectors = 512 / sizeof(V);
   struct Place {
     alignas(64) std::atomic<int> told[most];
+    alignas(64) V written[2][vectors];  // in turns: another may still read those before
   };
   auto places = std::make_unique<Place[]>(threads);
   for (int t = 0; t < threads; ++t)
@@ -225,14 +227,18 @@ double meeting(int threads) {
   const auto member = [&](int t) {
     take_core(t);
     int met = 0;
+    V sum{};
     const auto meet = [&] {
       ++met;
+      for (V& v : places[t].written[met % 2]) v = V{} + float(met);
       for (int r = 0, far = 1; far < threads; ++r, far *= 2) {
         places[(t + far) % threads].told[r].store(met, std::memory_order_release);
         // It yields, as others may have the core that it waits for.
         for (int spins = 0; places[t].told[r].load(std::memory_order_acquire) < met; ++spins)
           if (spins > 10000) std::this_thread::yield();
       }
+      for (int other = 1; other < threads; ++other)
+        for (const V& v : places[(t + other) % threads].written[met % 2]) sum += v;
     };
     // Others may have one of the cores for a while.
     for (double spent = 0;;) {
@@ -245,6 +251,7 @@ double meeting(int threads) {
       if (t == 0) best = std::min(best, took / (meetings + 1));
       spent += took;
     }
+    use(sum);
   };
   std::vector<std::thread> team;
   for (int t = 0; t < threads; ++t) team.emplace_back(member, t);

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from fastrnn.bench import attention, memory, rivals, trees
-from fastrnn.bench.grid import LARGE, MODES, WIDE, Case
+from fastrnn.bench.grid import LARGE, MODES, SMALL, WIDE, Case
 from fastrnn.bench.machine import CpuClock
 from fastrnn.bench.records import Probe, median_error, standard_error
 
 SECONDS = 3.0  # for one figure of ours and one of torch.nn's
-# A barrier a step, and a shape whose batch can be split.
-CROWDED, SCALING = (WIDE, LARGE), LARGE
+# A barrier a step, in short steps and long ones, and a shape whose batch can be split.
+CROWDED, SCALING = (SMALL, WIDE, LARGE), LARGE
 # torch.nn gained 1.4 to 2.1 there on two cores; 1.0 in a probe whose threads had shared one.
 LEAST_GAIN, TRIES = 1.2, 3
 # It ends by itself where the benchmark was killed.

@@ -288,7 +288,7 @@ def test_explain_tells_the_split():
             assert said.split.startswith(expected), (layer, said)
             assert f", {said.split}: " in str(said)
         # Backward without the input's product; not where no gradients flow.
-        layer, x = fastrnn.LSTM(500, 96), torch.zeros(2, 1, 500)
+        layer, x = fastrnn.LSTM(500, 96), torch.zeros(3, 1, 500)
         said = fastrnn.explain(layer, x).split
         assert said.startswith("2 threads (units in 2 parts; ")
         assert said.endswith("; training: backward by 1 thread")

@@ -143,13 +143,16 @@ def test_a_count_and_its_rest():
     text = limit.explain(1e-3)
     assert text.startswith(f"measured 1 ms, counted {limits.si(limit.ours)}s: 2 threads, products 262 us (")
     assert " + meetings 100 us (100 of 1 us) + the other parts " in text
-    assert text.endswith(f"; the rest {limits.si(1e-3 - limit.ours)}s")
+    rest = 1e-3 - limit.ours
+    assert text.endswith(f"; the rest {limits.si(rest)}s, {rest / 1e-3:.0%}")
+    assert "; LESS than was counted: a peak or the row was disturbed; the rest -" in limit.explain(1e-5)
     lonely = dataclasses.replace(PEAKS, meet=1e-3)
     assert limits.of(CASE, lonely).count.startswith("1 thread, products 524 us (")
     step = limits.of(Case("lstm", "step", grid.STEPS[0]), PEAKS)
-    assert step.explain(3e-5).endswith("us (our layer of one unit takes 9 us in all)")
+    # Of its 9 us a module's 3 are counted.
+    assert "; our call's own part 6 us; the rest " in step.explain(3e-5)
     assert limits.Limit(2**20, "y 1 MiB", "B").explain(3 * 2**20) == (
-        "measured 3 MiB, counted 1 MiB: y 1 MiB; the rest 2 MiB"
+        "measured 3 MiB, counted 1 MiB: y 1 MiB; the rest 2 MiB, 67%"
     )
 
 

@@ -50,6 +50,18 @@ def test_values(cell, bias, T, B, direct):
     compare(ours, theirs, randn(T, B, 5), hidden(ours, B), direct)
 
 
+@pytest.mark.parametrize(("T", "B"), [(1, 1), (1, 4), (20, 2), (2, 40)])
+@cells
+def test_biases_are_read_where_they_lie(cell, T, B, direct):
+    """64 units are whole vectors of any instruction set: no padded copy is made, at any alignment."""
+    ours, theirs = pair(cell, 5, 64)
+    for module in (ours, theirs):
+        for name in ("bias_ih_l0", "bias_hh_l0"):
+            bias = getattr(module, name)
+            bias.data = torch.cat([bias.new_full((1,), torch.nan), bias.detach()])[1:]
+    compare(ours, theirs, randn(T, B, 5), hidden(ours, B), direct)
+
+
 @cells
 def test_values_of_other_forms(cell, direct):
     """One sequence alone, the batch first, and no states given."""

@@ -18,7 +18,7 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
   const int64_t row_work = G * a.H / (int8 ? 4 : 1);
   const int64_t weight_bytes = (G + a.projected) * a.H * a.P * (int8 ? 1 : sizeof(A));
   return Plan(a, a.B * row_work * a.P, a.D * a.N * row_work * (a.I + a.P), weight_bytes,
-              ceil_div(a.H, kernels<E, A>().width));
+              ceil_div(a.H, kernels<E, A>().width), a.B == 1 ? Plan::kLeastCallOfOne : Plan::kLeastCall);
 }
 
 // Whether x and h of this layer's steps enter one product: its weights are then packed.

@@ -26,9 +26,7 @@ int64_t ask_system(int level) {
   return std::max<int64_t>(kilobytes << 10, 0);
 }
 
-// Multiplications of a thread. One sequence waits for its weights, so that its call's take longer.
-constexpr int64_t kLeastStep = 16384;
-int64_t least_call(int64_t B) { return B == 1 ? 45000 : 100000; }
+constexpr int64_t kLeastStep = 16384;  // multiplications, of a thread
 
 int64_t steps_of(const LayerArgs& a, int64_t rows) {
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
@@ -64,7 +62,8 @@ int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
   return steps_of(a, bytes / std::max<int64_t>((a.I + columns) * static_cast<int64_t>(element), 1));
 }
 
-Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks)
+Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks,
+           int64_t least_call)
     : D_(a.D),
       T_(a.T),
       B_(a.B),
@@ -76,7 +75,7 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
       weight_bytes_(weight_bytes),
       blocks_(blocks) {
   // A step shorter than its barrier, or a call shorter than waking a team, is better run alone.
-  const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / least_call(B_)));
+  const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / least_call));
   threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
   // More parts of the units than vectors of them would have nothing to do but meet.
   while (threads_ > 1 && split(threads_).units > std::max<int64_t>(blocks_, 1)) --threads_;
@@ -121,7 +120,7 @@ Plan::Wave Plan::wave(int64_t layers, int64_t cached) const {
   // Of a chunk: few meetings, a short way for the first steps through all layers, and gx in the cache.
   const int64_t steps = std::clamp(ceil_div(T_, kChunks), kLeastSteps, std::max(cached, kLeastSteps));
   Wave best{1, 1, steps};
-  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), layers * call_ / least_call(B_));
+  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), layers * call_ / kLeastCall);
   // Parts of the rows need no barrier that a wave could save.
   if (D_ > 1 || split(threads_).rows > 1) return best;
   const double waking = kWaking / static_cast<double>(T_);

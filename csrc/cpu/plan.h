@@ -42,9 +42,13 @@ class Plan {
     int directions, rows, units;  // parts of each
   };
 
+  // Multiplications of a thread, of a call. One sequence waits for its weights: its own take longer.
+  static constexpr int64_t kLeastCall = 100000, kLeastCallOfOne = 45000;
+
   // step, call: multiplications of one step's recurrent product in one direction, and of all. weight_bytes,
   // of one direction's recurrent weights; blocks, vectors of units.
-  Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks);
+  Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks,
+       int64_t least_call = kLeastCall);
 
   // Layers of a stack side by side, each some steps behind the one below it: `groups` of neighbours, the
   // units of whose layers fall into `units` parts. They meet once in `steps` steps, where the parts of one
