@@ -67,7 +67,7 @@ void pack_pairs(const cpu::Pack& p, int64_t block0, int64_t block1, To&& to) {
   const int64_t steps = (p.K + 31) / 32;
   for (int64_t b = block0; b < block1; ++b) {
     const int lanes = static_cast<int>(at_most(p.units - b * W, W));
-    for (int64_t g = 0; g < p.gates; ++g) {  // outside, as in pack.h
+    for (int64_t g = 0; g < p.gates; ++g) {  // the outer loop, as in pack.h
       for (int64_t step = 0; step < steps; ++step) {
         const Bf16* from = src + g * p.gate_stride + b * W * p.unit_stride + step * 32 * p.k_stride;
         const int64_t left = at_most(p.K - step * 32, 32);
