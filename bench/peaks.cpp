@@ -210,8 +210,8 @@ auto copies() {
   };
 }
 
-// Seconds of a barrier in which member m tells the one 2^r after it, in round r. As in a step, each then reads
-// what the others wrote before it.
+// Seconds of a barrier in which member m tells the one 2^r after it, in round r. As in a step, each then
+// reads what the others wrote before it.
 double meeting(int threads) {
   if (threads < 2) return 0;
   constexpr int most = 16, meetings = 50, vectors = 512 / sizeof(V);
