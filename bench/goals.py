@@ -163,6 +163,7 @@ def limit(row: Record | Probe, peaks: limits.Peaks | None) -> limits.Limit | Non
 
 
 def limit_of_float32(row: Record | Probe, peaks: limits.Peaks | None) -> float | None:
+    """The seconds that a count gives the row's own call in float32."""
     best = limit(replace(row, case=replace(row.case, dtype="float32")), peaks)
     return best and best.ours
 
