@@ -91,19 +91,25 @@ RIVALS = {
 }
 
 
+# Long sums: of a weight's gradient over 1600 rows, of a step's product over 772 terms; of an input's gradient
+# over 2048, from weights packed and where they lie. Many steps, and many units, of float32 alone.
+SHORT = ((60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40))
+LONG = ((400, 4, 16, 256), (12, 33, 260, 512), (2, 8, 64, 512), (16, 1, 64, 256))
+LONGEST = ((1000, 2, 16, 64), (12, 8, 64, 1024))
+
+
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize(
-    "shape",
+    ("dtype", "shape"),
     [
-        *((60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40)),
-        # Long sums: of a weight's gradient over 1600 rows, of a step's product over 772 terms; of an input's
-        # gradient over 2048, from weights packed and where they lie.
-        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((400, 4, 16, 256), (12, 33, 260, 512))),
-        *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 8, 64, 512), (16, 1, 64, 256))),
+        pytest.param(dtype, shape, marks=[pytest.mark.slow] * (shape not in SHORT), id=f"{name}-{shape}")
+        for name, dtype, shapes in (
+            ("float32", torch.float32, (*SHORT, *LONG, *LONGEST)),
+            ("bfloat16", torch.bfloat16, (*SHORT, *LONG)),
+        )
+        for shape in shapes
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", RIVALS)
 def test_error_is_at_most_twice_torchs(name, dtype, shape, isa, monkeypatch):
     """Root mean square against float64, over the output and every gradient; the median of three draws."""

@@ -10,7 +10,7 @@ namespace fastrnn::FASTRNN_ISA {
 // The rows that a product takes: those given, or, where w is of int8, the same quantized.
 template <class E>
 FASTRNN_HD InRows<E> operand(const Share& share, const cpu::Weight<E>& w, int64_t row0, int64_t row1,
-                             const E* rows, int64_t ld, int64_t K) {
+                             const E* rows, int64_t ld, int64_t K, int64_t longest = kLongest<E>) {
   if constexpr (sizeof(E) == sizeof(float)) {
     if (w.layout == cpu::Weight<E>::kInt8) {
       const int64_t to = cpu::int8_row(K);
@@ -18,7 +18,7 @@ FASTRNN_HD InRows<E> operand(const Share& share, const cpu::Weight<E>& w, int64_
       return {share.quantized, to};
     }
   }
-  return {rows, ld};
+  return {rows, ld, longest};
 }
 
 template <class Cell, class E, class A = E>
@@ -27,6 +27,8 @@ struct Forward {
   static constexpr int kLast = last_stage_gates<Cell>();
   static constexpr int kFirst = Cell::kGates - kLast;  // gates of the stage before, if there is one
   static constexpr bool kTwo = Cell::kStages == 2, kJoins = Cell::kSums && kTakesBoth<A>;
+  // Of a step's sums: h itself, an Elman network's or a projection's, has their error whole; gates dampen it.
+  static constexpr int64_t kPiece = kLast == 1 ? kShortSum<A> : kLongest<A>;
 
   const Scan<E, A>& p;
   const Direction<E, A>& d;
@@ -90,13 +92,14 @@ struct Forward {
   FASTRNN_HD void last_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
     const int64_t K = kTwo ? p.H : p.P;
     const cpu::Weight<A>& w = d.w[Cell::kStages - 1];
-    const auto source = operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K);
+    const auto source =
+        operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K, kPiece);
     new_states<false>(row0, row1, block0, block1, source, w, K, d.bh + kFirst * d.ld_b, gx_of(kFirst, kLast));
   }
 
   FASTRNN_HD void joint_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
     const int64_t P = round_up(p.P, cpu::kDepth<A>);
-    const InBoth<A> source{{h_in, d.ld_ring}, {x_in, d.x_rows ? d.ld_x : p.I}, P};
+    const InBoth<A> source{{h_in, d.ld_ring, kPiece}, {x_in, d.x_rows ? d.ld_x : p.I}, P};
     new_states<true>(row0, row1, block0, block1, source, d.w[0], P + p.I, d.b, Reads<E>{});
   }
 
@@ -152,8 +155,9 @@ struct Forward {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
     product<1>(
-        row0, row1, block0, block1, p.P, operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H), d.w_proj,
-        p.H, static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
+        row0, row1, block0, block1, p.P,
+        operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H, kShortSum<A>), d.w_proj, p.H,
+        static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
         [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
     end_phase(share);
   }

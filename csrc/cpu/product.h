@@ -59,6 +59,9 @@ inline constexpr int64_t kPanelRow = kWidth<F>;
 // before it is added to them.
 template <class F>
 inline constexpr int64_t kLongest = 4096 / sizeof(F);
+// Or, where a longer sum would be rounded too often: its error grows with its length, and libraries split K.
+template <class F>
+inline constexpr int64_t kShortSum = kLongest<F> / 8;
 
 // The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
 // row lies, the way from there to the next row's), and `piece` is how many k are walked at a time.
@@ -68,9 +71,10 @@ template <class F>
 struct InRows {
   const F* data;
   int64_t ld;
-  FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld}; }
+  int64_t longest = kLongest<F>;  // of a piece
+  FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld, longest}; }
   FASTRNN_HD int64_t piece(int64_t K) const {
-    const int64_t pieces = (K + kLongest<F> - 1) / kLongest<F>;
+    const int64_t pieces = (K + longest - 1) / longest;
     return pieces > 1 ? (K + pieces - 1) / pieces : K;
   }
   template <class Add>
@@ -119,9 +123,8 @@ struct InPanels {
     if (k == 0) return {here, panel, units, unit};
     return {here + (panel_of(unit + k) - panel_of(unit)) * panel, panel, units, (unit + k) % units};
   }
-  // Gradients of gates have no order of size: one long sum of them would err more than twice as much as
-  // those of libraries that split K.
-  FASTRNN_HD int64_t piece(int64_t K) const { return K < kLongest<F> / 8 ? K : kLongest<F> / 8; }
+  // Gradients of gates have no order of size.
+  FASTRNN_HD int64_t piece(int64_t K) const { return K < kShortSum<F> ? K : kShortSum<F>; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
     constexpr int64_t W = kWidth<F>;
