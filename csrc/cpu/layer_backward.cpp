@@ -14,8 +14,23 @@ template <class E>
 struct WeightGradients {
   E *w_ih, *w_hh, *w_hr;  // [G*H, I], [G*H, P], [P, H]
   double* bias;           // [kGrads][H, whole vectors]
-  bool begun;             // something has been written to them
 };
+
+// [0, n) shared out over a team: what falls to this member.
+struct Part {
+  int64_t begin, end;
+  Part(const Team& team, int64_t n)
+      : begin(n * team.member / team.size), end(n * (team.member + 1) / team.size) {}
+};
+
+// n elements, `stride` apart.
+template <class T>
+void copy_strided(const char* from, int64_t n, int64_t stride, char* to) {
+  if (stride == 1) return static_cast<void>(std::memcpy(to, from, n * sizeof(T)));
+  const T* const src = reinterpret_cast<const T*>(from);
+  T* const dst = reinterpret_cast<T*>(to);
+  for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
+}
 
 template <class E, class A = E>
 class BackwardPass {
@@ -46,7 +61,7 @@ class BackwardPass {
                     "dseq must be empty or one for each state after h");
     const Shape y_shape = a_.row_shape(D * P_), seq_shape = a_.seq_shape();
     y_ = expect("y", y, y_shape, a_.dtype);
-    if (dy) dy_ = (steps_ < a_.T ? checked : expect)("dy", *dy, y_shape, a_.dtype);
+    if (dy) dy_ = checked("dy", *dy, y_shape, a_.dtype);
     if (cell_.saved) saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>));
     if (projected_) saved_.push_back(expect("saved", saved[1], {D, N, H_}, kScalar<E>));
     for (const Tensor& t : seq) seq_.push_back(expect("seq", t, seq_shape, kScalar<E>));
@@ -55,26 +70,41 @@ class BackwardPass {
     for (const Tensor& t : dseq) dseq_.push_back(expect("dseq", t, seq_shape, kScalar<E>));
   }
 
+  // One team from the first chunk to the last: where other processes take the cores in turns, each region of
+  // its own may wait for a thread that has lost its core.
   Gradients run() {
     prepare();
     const Plan plan = backward_plan<E, A>(a_, cell_.gates);
-    for (scan_.k0 = 0; scan_.k0 < a_.T; scan_.k0 = scan_.k1) {
-      scan_.k1 = std::min(scan_.k0 + steps_, a_.T);
-      for (int64_t d = 0; d < a_.D; ++d) {
-        chunk(d);
-        if (dy_.defined()) chunk_dy(d);
-        gather_h_prev(d);
+    const int64_t of_weights = need_params_ ? cell_.grads * H_ * (a_.I + P_) : 0;
+    const int64_t of_input = need_x_ ? cell_.gates * H_ * a_.I : 0;
+    const int threads = std::max(plan.threads(), product_threads(a_.D * a_.N * (of_weights + of_input)));
+    run_team(threads, [&](const Team& team) {
+      w_.pack(team);
+      const Share share = plan.share(team);
+      Scan<E, A> scan = scan_;
+      for (scan.k0 = 0; scan.k0 < a_.T; scan.k0 = scan.k1) {
+        scan.k1 = std::min(scan.k0 + steps_, a_.T);
+        for (int64_t d = 0; d < a_.D; ++d) {
+          const Chunk c(*this, scan, d);
+          gather_h_prev(team, c);
+          if (dy_.defined()) place_dy(team, c, scan.dir[d]);
+        }
+        team.meet();
+        cell_.backward(scan, share);
+        for (int64_t d = 0; d < a_.D; ++d) {
+          // The scan's end is the first meeting's; the panels of x may then be the other direction's.
+          const Chunk c(*this, scan, d);
+          if (d > 0) team.meet();
+          if (need_params_) gather_factors(team, c);
+          team.meet();
+          if (need_params_) weight_gradients(team, c);
+          if (need_x_) input_gradient(team, c);
+        }
+        team.meet();
       }
-      run_team(plan.threads(), [&](const Team& team) {
-        if (scan_.k0 == 0) w_.pack(team);
-        cell_.backward(scan_, plan.share(team));
-      });
-      for (int64_t d = 0; d < a_.D; ++d) {
-        if (need_params_) weight_gradients(d);
-        if (need_x_) input_gradient(d);
-      }
-    }
-    run_team(plan.threads(), [&](const Team& team) { cell_.finish(scan_, plan.share(team)); });
+      cell_.finish(scan, share);
+      finish(team);
+    });
     return results();
   }
 
@@ -129,6 +159,13 @@ class BackwardPass {
         s.keep = keep;
       }
       s.y = {static_cast<char*>(y_.mutable_data_ptr()) + d * P_ * y_.element_size(), D * P_, bf16};
+      if (dy_.defined() && dy_.is_contiguous()) {
+        s.dy = at(dy_, d * P_);
+        s.dy.ld = D * P_;
+      } else if (dy_.defined()) {
+        dy_rows_[d] = arena_.get<char>(steps_ * B * P_ * dy_.element_size());
+        s.dy = {dy_rows_[d], P_, bf16};
+      }
       if (cell_.saved) s.saved = static_cast<const E*>(saved_[0].const_data_ptr()) + d * N * cell_.saved * H_;
       s.h_prev = h_prev_[d] = arena_.get<A>(most * wide_p);
       // What pads a gate's columns is multiplied by zeros.
@@ -158,7 +195,7 @@ class BackwardPass {
       if (need_params_) {
         const auto of = [&](const Tensor& w) { return gradient(w, d); };
         weights_[d] = {of(p.w_ih), of(p.w_hh), projected_ ? of(*p.w_hr) : nullptr,
-                       arena_.zeros<double>(cell_.grads * wide), false};
+                       arena_.zeros<double>(cell_.grads * wide)};
       }
     }
     if (need_params_) x_panels_ = arena_.get<A>(most * ceil_div(a_.I, W_) * W_);
@@ -169,61 +206,72 @@ class BackwardPass {
       dx_ = a_.lengths ? zeros(a_.x, shape, a_.dtype) : empty(shape, a_.dtype);
       E* rows = direct_x_ ? nullptr : arena_.get<E>(table_.rows() * a_.I);
       dx_rows_ = direct_x_ ? Border<E>{dx_.mutable_data_ptr(), a_.I, bf16} : Border<E>{rows, a_.I, false};
-      if (D > 1) std::fill_n(static_cast<E*>(dx_rows_.data), table_.rows() * a_.I, E(0));
     }
   }
 
   // Where a weight's gradient is summed: in the result, where that is of E.
   E* gradient(const Tensor& w, int64_t d) {
-    Tensor& out = dparams_[d].emplace_back(torch::stable::empty_like(w));
+    Tensor& out = dparams_[d].emplace_back(empty({w.size(0), w.size(1)}, a_.dtype));
     return dtype_of(w) == kScalar<E> ? static_cast<E*>(out.mutable_data_ptr()) : arena_.get<E>(w.numel());
   }
 
-  // The rows of the chunk of steps k0 .. k1, which are counted from the end of the forward scan.
-  void chunk(int64_t d) {
-    const bool reverse = scan_.dir[d].reverse;
-    const int64_t t0 = reverse ? scan_.k0 : a_.T - scan_.k1, t1 = reverse ? scan_.k1 : a_.T - scan_.k0;
-    t0_[d] = t0;
-    t1_[d] = t1;
-    first_[d] = table_.offset[t0];
-    rows_[d] = table_.offset[t1] - first_[d];
-  }
+  // Of one direction, the steps [t0, t1) and rows of the scan's chunk, which is counted from the end of the
+  // forward scan.
+  struct Chunk {
+    int64_t d, t0, t1, first, rows;
+    bool begun;  // a chunk before it had rows
+    Chunk(const BackwardPass& pass, const Scan<E, A>& scan, int64_t d) : d(d) {
+      const bool reverse = scan.dir[d].reverse;
+      const int64_t T = pass.a_.T, *offset = pass.table_.offset;
+      t0 = reverse ? scan.k0 : T - scan.k1;
+      t1 = reverse ? scan.k1 : T - scan.k0;
+      first = offset[t0];
+      rows = offset[t1] - first;
+      begun = reverse ? first > 0 : offset[t1] < offset[T];
+    }
+  };
 
-  // A dy that is not contiguous, as an expanded or a transposed one, is made so a chunk at a time.
-  void chunk_dy(int64_t d) {
-    const bool whole = dy_.is_contiguous();
-    if (whole && scan_.k0 > 0) return;
-    const int64_t begin = a_.packed() ? first_[d] : t0_[d];
-    const int64_t count = a_.packed() ? rows_[d] : t1_[d] - t0_[d];
-    dy_chunk_[d] = whole ? dy_ : dense(torch::stable::narrow(dy_, 0, begin, count));
-    Direction<E, A>& s = scan_.dir[d];
-    s.dy = at(dy_chunk_[d], d * P_);
-    s.dy.ld = a_.D * P_;
-    s.dy_first = whole ? 0 : begin * (a_.packed() ? 1 : a_.B);
+  // A dy that is not contiguous, as an expanded or a transposed one, is copied a chunk at a time.
+  void place_dy(const Team& team, const Chunk& c, Direction<E, A>& s) const {
+    char* const to = dy_rows_[c.d];
+    if (!to) return;
+    const int64_t each = a_.packed() ? 1 : a_.B;  // rows of a step, or of a packed row
+    const int64_t size = dy_.element_size(), last = dy_.stride(dy_.dim() - 1);
+    const int64_t of_step = dy_.stride(0) * size, of_row = a_.packed() ? 0 : dy_.stride(1) * size;
+    const auto copy = size == 2   ? copy_strided<uint16_t>
+                      : size == 4 ? copy_strided<uint32_t>
+                                  : copy_strided<uint64_t>;
+    s.dy_first = a_.packed() ? c.first : c.t0 * each;
+    const char* const from = static_cast<const char*>(at(dy_, c.d * P_ * last).data);
+    const Part rows(team, a_.packed() ? c.rows : (c.t1 - c.t0) * each);
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const int64_t row = s.dy_first + r;
+      copy(from + row / each * of_step + row % each * of_row, P_, last, to + r * P_ * size);
+    }
   }
 
   // The h that entered each step of the chunk: what left the step before, the first state, or 0 after a
   // reset.
-  void gather_h_prev(int64_t d) {
+  void gather_h_prev(const Team& team, const Chunk& c) const {
+    const int64_t d = c.d;
     const Direction<E, A>& s = scan_.dir[d];
-    for_rows(t1_[d] - t0_[d], std::max<int64_t>(a_.B, 1) * P_, [&](int64_t begin, int64_t end) {
-      for (int64_t t = t0_[d] + begin; t < t0_[d] + end; ++t) {
-        const int64_t before = s.reverse ? t + 1 : t - 1;
-        const int64_t known = before >= 0 && before < a_.T ? table_.active[before] : 0;
-        for (int64_t i = 0; i < table_.active[t]; ++i) {
-          const int64_t row = table_.offset[t] + i;
-          Border<E> h{};
-          if (s.keep && !s.keep[row]) {
-            // stays null: zeros
-          } else if (i < known) {
-            h = at(y_, scan_.rows.at(table_.offset[before] + i) * a_.D * P_ + d * P_);
-          } else {
-            h = at(a_.states[0], (d * a_.B + table_.caller(i)) * P_);
-          }
-          kernels_.to_panels(h, P_, h_prev_[d] + (row - first_[d]) * W_, panel());
+    const Part steps(team, c.t1 - c.t0);
+    for (int64_t t = c.t0 + steps.begin; t < c.t0 + steps.end; ++t) {
+      const int64_t before = s.reverse ? t + 1 : t - 1;
+      const int64_t known = before >= 0 && before < a_.T ? table_.active[before] : 0;
+      for (int64_t i = 0; i < table_.active[t]; ++i) {
+        const int64_t row = table_.offset[t] + i;
+        Border<E> h{};
+        if (s.keep && !s.keep[row]) {
+          // stays null: zeros
+        } else if (i < known) {
+          h = at(y_, scan_.rows.at(table_.offset[before] + i) * a_.D * P_ + d * P_);
+        } else {
+          h = at(a_.states[0], (d * a_.B + table_.caller(i)) * P_);
         }
+        kernels_.to_panels(h, P_, h_prev_[d] + (row - c.first) * W_, panel());
       }
-    });
+    }
   }
 
   int64_t panel() const { return scan_.panel_rows * W_; }
@@ -235,93 +283,111 @@ class BackwardPass {
 
   // The chunk's rows of a matrix, into panels.
   template <class Row>
-  void gather(int64_t d, int64_t columns, A* to, Row&& row) {
-    for_rows(rows_[d], columns, [&](int64_t begin, int64_t end) {
-      for (int64_t r = begin; r < end; ++r)
-        kernels_.to_panels(row(first_[d] + r), columns, to + r * W_, panel());
-    });
+  void gather(const Team& team, const Chunk& c, int64_t columns, A* to, Row&& row) const {
+    const Part part(team, c.rows);
+    for (int64_t r = part.begin; r < part.end; ++r)
+      kernels_.to_panels(row(c.first + r), columns, to + r * W_, panel());
   }
 
   // Panels that an outer product is to read as its second factor.
-  void pair_rows(int64_t d, int64_t columns, A* panels) {
-    if (!kernels_.pair_rows) return;
-    for_rows(ceil_div(columns, W_), rows_[d] * W_, [&](int64_t begin, int64_t end) {
-      for (int64_t j = begin; j < end; ++j) kernels_.pair_rows(panels + j * panel(), rows_[d]);
-    });
+  void pair_rows(const Team& team, const Chunk& c, int64_t columns, A* panels) const {
+    const Part part(team, ceil_div(columns, W_));
+    for (int64_t j = part.begin; j < part.end; ++j) kernels_.pair_rows(panels + j * panel(), c.rows);
   }
 
-  // Panels [j0, j1) of gradients by all that their gates were multiplied with.
-  void weight_gradients(int64_t d, int64_t j0, int64_t j1) {
-    const Direction<E, A>& s = scan_.dir[d];
-    WeightGradients<E>& w = weights_[d];
+  // What the gradients of the gates will be multiplied with.
+  void gather_factors(const Team& team, const Chunk& c) const {
+    const int64_t from = c.d * a_.N;
+    gather(team, c, a_.I, x_panels_, [&](int64_t row) { return scan_.x.row(scan_.rows.at(row)); });
+    if (projected_) {
+      gather(team, c, H_, raw_panels_, [&](int64_t row) { return at(saved_[1], (from + row) * H_); });
+    }
+    if (!kernels_.pair_rows || c.rows == 0) return;
+    team.meet();
+    pair_rows(team, c, a_.I, x_panels_);
+    pair_rows(team, c, P_, h_prev_[c.d]);
+    if (cell_.stages == 2) pair_rows(team, c, H_, mid_out_[c.d]);
+    if (projected_) pair_rows(team, c, H_, raw_panels_);
+  }
+
+  // Of all that the gates were multiplied with, by this member's panels of their gradients.
+  void weight_gradients(const Team& team, const Chunk& c) const {
+    if (c.rows == 0) return;
+    const Direction<E, A>& s = scan_.dir[c.d];
+    const WeightGradients<E>& w = weights_[c.d];
     const int64_t G = cell_.gates, blocks = ceil_div(H_, W_), first_stage = cell_.stage_gates[0];
+    const Part panels(team, cell_.grads * blocks);
+    const Outer<E, A> outer{kernels_, scan_.panel_rows, c.rows, G};
     const auto sweep = [&](const A* b, int64_t columns, E* out, int64_t g0, int64_t g1, bool recurrent) {
-      const int64_t share = Outer<E, A>{kernels_, scan_.panel_rows, rows_[d], G}.columns_at_once(columns);
-      for (int64_t c = 0; c < columns; c += share) {
-        for (int64_t j = j0; j < j1; ++j) {
+      const int64_t share = outer.columns_at_once(columns);
+      for (int64_t k = 0; k < columns; k += share) {
+        for (int64_t j = panels.begin; j < panels.end; ++j) {
           const int64_t column = j / blocks, block = j % blocks;
           for (int64_t g = g0; g < g1; ++g) {
             if ((recurrent ? cell_.hidden_grad[g] : g) != column) continue;
-            outer(d, s.dg + j * panel(), block, H_, b + c * scan_.panel_rows, std::min(share, columns - c),
-                  out + g * H_ * columns + c, columns);
+            outer(s.dg + j * panel(), block, H_, b + k * scan_.panel_rows, std::min(share, columns - k),
+                  out + g * H_ * columns + k, columns, c.begun);
           }
         }
       }
     };
     sweep(x_panels_, a_.I, w.w_ih, 0, G, false);
-    sweep(h_prev_[d], P_, w.w_hh, 0, first_stage, true);
-    if (cell_.stages == 2) sweep(mid_out_[d], P_, w.w_hh, first_stage, G, true);
-    for (int64_t j = j0; j < j1; ++j) kernels_.add_rows(s.dg + j * panel(), rows_[d], w.bias + j * W_);
-  }
-
-  void outer(int64_t d, const A* a, int64_t block, int64_t units, const A* b, int64_t columns, E* out,
-             int64_t ld_out) {
-    const Outer<E, A> product{kernels_, scan_.panel_rows, rows_[d], cell_.gates};
-    product(a, block, units, b, columns, out, ld_out, weights_[d].begun);
-  }
-
-  void weight_gradients(int64_t d) {
-    const int64_t rows = rows_[d], I = a_.I;
-    if (rows == 0) return;
-    gather(d, I, x_panels_, [&](int64_t row) { return scan_.x.row(scan_.rows.at(row)); });
-    pair_rows(d, I, x_panels_);
-    pair_rows(d, P_, h_prev_[d]);
-    if (cell_.stages == 2) pair_rows(d, H_, mid_out_[d]);
-    for_rows(cell_.grads * ceil_div(H_, W_), rows * W_ * (I + P_),
-             [&](int64_t begin, int64_t end) { weight_gradients(d, begin, end); });
+    sweep(h_prev_[c.d], P_, w.w_hh, 0, first_stage, true);
+    if (cell_.stages == 2) sweep(mid_out_[c.d], P_, w.w_hh, first_stage, G, true);
+    for (int64_t j = panels.begin; j < panels.end; ++j)
+      kernels_.add_rows(s.dg + j * panel(), c.rows, w.bias + j * W_);
     if (projected_) {
-      const int64_t from = d * a_.N;
-      gather(d, H_, raw_panels_, [&](int64_t row) { return at(saved_[1], (from + row) * H_); });
-      pair_rows(d, H_, raw_panels_);
-      for_rows(ceil_div(P_, W_), rows * W_ * H_, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j)
-          outer(d, scan_.dir[d].dh_out + j * panel(), j, P_, raw_panels_, H_, weights_[d].w_hr, H_);
-      });
+      const Part own(team, ceil_div(P_, W_));
+      for (int64_t j = own.begin; j < own.end; ++j)
+        outer(s.dh_out + j * panel(), j, P_, raw_panels_, H_, w.w_hr, H_, c.begun);
     }
-    weights_[d].begun = true;
   }
 
-  void input_gradient(int64_t d) {
+  // The rows that the other direction has been to are added to.
+  void input_gradient(const Team& team, const Chunk& c) const {
     Border<E> out = dx_rows_;
-    const int64_t before = first_[d] * a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
+    const int64_t before = c.first * a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
     out.data = static_cast<char*>(out.data) + before;
-    const InputGradient<E, A> p{scan_.dir[d].dg, panel(), cell_.gates, H_, w_ih_[d], a_.I, out, a_.D > 1};
-    for_rows(rows_[d], cell_.gates * H_ * a_.I,
-             [&](int64_t begin, int64_t end) { kernels_.input_gradient(p, begin, end); });
+    InputGradient<E, A> p{scan_.dir[c.d].dg, panel(), cell_.gates, H_, w_ih_[c.d], a_.I, out, false};
+    const Part part(team, c.rows);
+    const auto rows = [&](int64_t begin, int64_t end, bool add) {
+      p.add = add;
+      kernels_.input_gradient(p, std::max(begin, part.begin), std::min(end, part.end));
+    };
+    if (a_.D == 1) return rows(0, c.rows, false);
+    // Both are as far: the other one's steps begin, or end, where this one's would by its own way.
+    const int64_t edge = table_.offset[std::clamp(a_.T - c.t1, c.t0, c.t1)] - c.first;
+    rows(0, edge, c.d == 0);
+    rows(edge, c.rows, c.d == 1);
+  }
+
+  // What is not summed where it is wanted.
+  void finish(const Team& team) const {
+    if (need_x_ && !direct_x_) {
+      const E* rows = static_cast<const E*>(dx_rows_.data);
+      const Part part(team, table_.rows());
+      for (int64_t r = part.begin; r < part.end; ++r)
+        write(rows + r * a_.I, a_.I, dx_, scan_.rows.at(r) * a_.I);
+    }
+    for (int64_t d = 0; d < a_.D && need_params_; ++d) {
+      const WeightGradients<E>& w = weights_[d];
+      E* const sums[] = {w.w_ih, w.w_hh, w.w_hr};
+      for (size_t j = 0; j < dparams_[d].size(); ++j) {
+        const Tensor& out = dparams_[d][j];
+        const Part part(team, out.numel());
+        if (table_.rows() == 0) std::fill(sums[j] + part.begin, sums[j] + part.end, E(0));
+        if (sums[j] != out.const_data_ptr())
+          write(sums[j] + part.begin, part.end - part.begin, out, part.begin);
+      }
+    }
   }
 
   Gradients results() {
     Gradients out;
-    if (need_x_ && !direct_x_) {
-      const E* rows = static_cast<const E*>(dx_rows_.data);
-      for_rows(table_.rows(), a_.I, [&](int64_t begin, int64_t end) {
-        for (int64_t r = begin; r < end; ++r) write(rows + r * a_.I, a_.I, dx_, scan_.rows.at(r) * a_.I);
-      });
-    }
     out.dx = need_x_ ? dx_ : empty({0}, a_.dtype);
     for (int j = 0; j < cell_.states; ++j) {
       const int64_t width = j ? H_ : P_;
-      Tensor ds = torch::stable::empty_like(a_.states[j]);
+      Tensor ds = empty({a_.D, a_.B, width}, a_.dtype);
       for (int64_t d = 0; d < a_.D; ++d) {
         for (int64_t i = 0; i < a_.B; ++i) {
           write(scan_.dir[d].state[j] + i * scan_.dir[d].ld_state, width, ds,
@@ -333,9 +399,6 @@ class BackwardPass {
     for (int64_t d = 0; d < a_.D && need_params_; ++d) {
       const LayerArgs::Direction& p = a_.params[d];
       const WeightGradients<E>& w = weights_[d];
-      finish_gradient(dparams_[d][0], w.w_ih, w.begun);
-      finish_gradient(dparams_[d][1], w.w_hh, w.begun);
-      if (p.w_hr) finish_gradient(dparams_[d][2], w.w_hr, w.begun);
       out.dparams.insert(out.dparams.end(), dparams_[d].begin(), dparams_[d].begin() + 2);
       if (p.b_ih) {
         out.dparams.push_back(bias_gradient(*p.b_ih, w.bias, [](int64_t g) { return g; }));
@@ -347,17 +410,9 @@ class BackwardPass {
     return out;
   }
 
-  void finish_gradient(const Tensor& out, E* sums, bool begun) {
-    const int64_t n = out.numel();
-    if (!begun) std::fill_n(sums, n, E(0));
-    if (sums != out.const_data_ptr()) {
-      for_rows(n, 1, [&](int64_t begin, int64_t end) { write(sums + begin, end - begin, out, begin); });
-    }
-  }
-
   template <class Column>
   Tensor bias_gradient(const Tensor& bias, const double* sums, Column&& column) {
-    Tensor out = torch::stable::empty_like(bias);
+    Tensor out = empty({bias.size(0)}, a_.dtype);
     std::vector<E> row(H_);
     for (int64_t g = 0; g < cell_.gates; ++g) {
       const double* from = sums + column(g) * ceil_div(H_, W_) * W_;
@@ -378,12 +433,12 @@ class BackwardPass {
   Arena arena_;
   Weights<E, A> w_{arena_, a_};
   Scan<E, A> scan_{};
-  Tensor y_, dy_, dy_chunk_[2], dx_;
+  Tensor y_, dy_, dx_;
   TensorList dlast_, dseq_, seq_, saved_, dparams_[2];
   Weight<A> w_ih_[2];
   A *h_prev_[2], *mid_out_[2];
   WeightGradients<E> weights_[2]{};
-  int64_t t0_[2], t1_[2], first_[2], rows_[2];
+  char* dy_rows_[2]{};  // the chunk's, where dy is not contiguous
   bool direct_x_ = false;
   A *x_panels_ = nullptr, *raw_panels_ = nullptr;
   Border<E> dx_rows_{};

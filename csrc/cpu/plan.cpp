@@ -62,6 +62,11 @@ int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
   return steps_of(a, bytes / std::max<int64_t>((a.I + columns) * static_cast<int64_t>(element), 1));
 }
 
+int product_threads(int64_t multiplications) {
+  const int64_t most = std::max<int64_t>(1, multiplications / Plan::kLeastCall);
+  return static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+}
+
 Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks,
            int64_t least_call)
     : D_(a.D),
@@ -150,7 +155,8 @@ Plan::Wave Plan::wave(int64_t layers, int64_t cached) const {
 }
 
 Share Plan::share(const Team& team) const {
-  const Split parts = split(team.size);
+  if (team.member >= threads_) return {};
+  const Split parts = split(std::min(team.size, threads_));
   const int each = parts.rows * parts.units, index = team.member % each;
   const int direction = team.member / each, row = index / parts.units;
   Share s{};

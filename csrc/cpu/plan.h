@@ -32,6 +32,9 @@ int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element);
 // they would hold no more than its end, and a line written in part is first read.
 bool keeps_past_caches(int64_t bytes);
 
+// Threads for products of so many multiplications, which meet but once in a while.
+int product_threads(int64_t multiplications);
+
 // How many threads, and how they share out (directions, rows, units). Directions need nothing of each other;
 // rows no barrier, but each thread streams the whole of R, which should then fit in its own second-level
 // cache, or be met by many rows, and in a short call is half of the time in that of the thread that packed
@@ -60,6 +63,7 @@ class Plan {
 
   int threads() const { return threads_; }
   Split split(int threads) const;
+  // Of a team that may have more members than threads(): these have no share.
   Share share(const Team& team) const;
   // Of a stack of `layers`, whose first is this one; cached: its input_steps.
   Wave wave(int64_t layers, int64_t cached) const;
