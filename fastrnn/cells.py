@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.modules import rnn as torch_rnn
 
-from . import _checks, functional, kernels
+from . import _checks, functional, kernels, ops
 from ._fx import leaf_call
 from .modules import as_torch
 from .reference import CELLS
@@ -80,7 +80,7 @@ class _Cell(torch_rnn.RNNCellBase):
             h, c = states if spec.states == 2 else (*states, None)
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
-        _, h, c = kernels.streamed(self._step, (input, hx, True), self._cell, x, h, c, *weights)
+        _, h, c = ops.streamed(self._step, (input, hx, True), self._cell, x, h, c, *weights)
         return [s.flatten() if one else s.squeeze(0) for s in (h, c) if s is not None]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:

@@ -31,11 +31,10 @@ RECORDER = _Recorder()
 
 
 def plain(x: Tensor) -> bool:
-    """True where a call with x is one of the operator in eager mode and nothing else: no gradient, no
-    transform, trace, cast or other backend."""
+    """True where a call with x is one of the operator in eager mode and nothing else: no transform, trace,
+    cast or other backend."""
     return (
         not is_compiling()
-        and not is_grad_enabled()
         and type(x) is Tensor
         and x.is_cpu
         and x.dtype in KERNEL_DTYPES
@@ -79,7 +78,7 @@ def stack(
             return None
         y, last = torch.ops.fastrnn.stack.default(*args)
         return y, tuple(last)
-    if not plain(x):
+    if is_grad_enabled() or not plain(x):
         return None
     try:
         y, last = kernels.stack(*args)

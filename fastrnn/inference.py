@@ -113,7 +113,9 @@ class Packed(_Layer):
     ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         return packed.layer(self.cell, x, states, weights[0], **options)
 
-    def _stream_weights(self) -> Sequence[Tensor | None]:
+    def _stream_weights(self) -> Sequence[Any]:
+        if torch.is_grad_enabled():
+            raise LookupError  # `_run` says what cannot be trained
         return [self._buffers["packed_l0"]]
 
 

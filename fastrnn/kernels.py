@@ -7,7 +7,7 @@ backend but the CPU's has a pair of its own with the same arguments, named after
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -207,23 +207,6 @@ def call(inputs: Inputs, save: bool, return_states: bool, backend: str = "cpu") 
 stream: Any = torch.ops.fastrnn.stream.default._op if LOADED else None
 
 
-def streamed(
-    check: Callable[..., object], asked: Sequence[Any], *args: Any
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`stream`; where that raises, what `check(*asked)` raises, else the same."""
-    refused: Exception | None = None
-    try:
-        found: tuple[Tensor, Tensor, Tensor | None] = stream(*args)
-        return found
-    except REFUSALS as error:
-        refused = error  # out of this block: the check's words are no consequence
-    try:
-        check(*asked)
-        raise refused
-    finally:
-        del refused  # whose traceback has this frame: a cycle would keep the call's tensors
-
-
 def stack(*args: Any) -> tuple[Tensor, list[Tensor]]:
     """`torch.ops.fastrnn.stack`, past the search for an autograd rule."""
     with torch._C._AutoDispatchBelowAutograd():
@@ -232,15 +215,18 @@ def stack(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def stream_weights(module: Any, names: Sequence[str], gates: int) -> list[Tensor]:
-    """A module's parameters of these names, for `stream`, which refuses holes among them.
+    """A module's parameters of these names, for `ops.streamed`.
 
-    Raises LookupError where one is no Parameter of its own, as under a parametrization, the last is None, or
-    the first is of other sizes than the module's: its forward then reads them with all its checks.
+    Raises LookupError where one is no Parameter of its own, as under a parametrization, or None, or the first
+    is of other sizes than the module's: its forward then reads them with all its checks.
     """
     own = module._parameters
     params = list(map(own.__getitem__, names))
-    if params[-1] is None or params[0].shape != (gates * module.hidden_size, module.input_size):
+    if params[0].shape != (gates * module.hidden_size, module.input_size):
         raise LookupError
+    for p in params:
+        if p is None:
+            raise LookupError
     return params
 
 

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
-from . import _checks, functional, kernels
+from . import _checks, functional, kernels, ops
 from ._fx import leaf_call
 from .reference import CELLS
 
@@ -179,11 +179,12 @@ class _Layer(torch_rnn.RNNBase):
         return (output, hidden, states) if return_states else (output, hidden)
 
     def _streamed(self, input: Any, hx: Any) -> Any:
-        """Inference by one layer without masks: above all the step of a program that generates or controls.
+        """One layer without masks: above all the step of a program that generates or controls.
 
         None where the call is any other: then `_run` does it all. Its checks in Python would take more time
         than such a step; the kernel makes the same before it begins; `_run` has words for what it refuses.
         """
+        h: Any
         two = self.mode == "LSTM"
         if self.bidirectional or not functional.plain(input):
             return None
@@ -202,15 +203,15 @@ class _Layer(torch_rnn.RNNBase):
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
         asked = (input, hx, None, None, False, True)
-        y, h, c = kernels.streamed(self._run, asked, self._cell, x, h, c, *weights)
+        y, h, c = ops.streamed(self._run, asked, self._cell, x, h, c, *weights)
         if unbatched:
             y, h, c = y.squeeze(1), h.squeeze(1), c.squeeze(1) if c is not None else None
         elif self.batch_first:
             y = y.transpose(0, 1)
         return y, (h, c) if two else h
 
-    def _stream_weights(self) -> Sequence[Tensor | None]:
-        """The only layer's, as `kernels.stream` takes them."""
+    def _stream_weights(self) -> Sequence[Any]:
+        """The only layer's, as `ops.streamed` takes them."""
         return kernels.stream_weights(self, self._all_weights[0], CELLS[self._cell].gates)
 
     def _call_layer(

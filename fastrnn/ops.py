@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 
 from . import cuda, gpu, transforms
 from ._checks import same_device
@@ -31,6 +31,7 @@ from .kernels import (
     compute_dtype,
     operator,
     run_backward,
+    stream,
 )
 from .reference import CELLS, rounded
 from .transforms import MASKS, backward_reference
@@ -150,7 +151,43 @@ _FUNCTIONS: dict[str, type[_LayerFunction]] = {
 
 
 def wants_grad(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if is_grad_enabled():
+        for t in tensors:  # any() of a generator would take a step's twentieth
+            if t.requires_grad:
+                return True
+    return False
+
+
+def streamed(
+    check: Callable[..., object],
+    asked: Sequence[Any],
+    cell: str,
+    x: Tensor,
+    h: Tensor,
+    c: Tensor | None,
+    *weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(y, h_n, c_n or None) of a call that is `functional.plain`, by one direction without masks.
+
+    weights  the layer's parameters, or where no gradient is wanted the packed tensor of them
+    Where the kernel refuses, raises what `check(*asked)` raises, else the same.
+    """
+    refused: Exception | None = None
+    try:
+        states = (h,) if c is None else (h, c)
+        if not is_grad_enabled() or not wants_grad(*weights, x, *states):
+            found: tuple[Tensor, Tensor, Tensor | None] = stream(cell, x, h, c, *weights)
+            return found
+        apply: Any = _FUNCTIONS.get(cell, _LayerFunction).apply
+        y, h_n, *more = apply(Plan(cell, len(states), len(weights)), None, None, None, x, *states, *weights)
+        return y, h_n, more[0] if more else None
+    except REFUSALS as error:
+        refused = error  # out of this block: the check's words are no consequence
+    try:
+        check(*asked)
+        raise refused
+    finally:
+        del refused  # whose traceback has this frame: a cycle would keep the call's tensors
 
 
 def layer(

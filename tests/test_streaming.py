@@ -1,4 +1,4 @@
-"""Inference by one layer with its state given, which goes past most of Python: values, errors and limits."""
+"""A call of one layer without masks, which goes past most of Python: values, gradients, errors and limits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from helpers import LAYERS, assert_same, assert_same_error, hidden, pair, randn,
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
-from fastrnn import kernels
+from fastrnn import ops
 
 cells = pytest.mark.parametrize("cell", LAYERS)
 
@@ -17,14 +17,14 @@ cells = pytest.mark.parametrize("cell", LAYERS)
 @pytest.fixture
 def direct(monkeypatch):
     """The calls that went straight to the kernel."""
-    calls, kernel = [], kernels.stream
+    calls, kernel = [], ops.stream
 
     def counted(*args):
         result = kernel(*args)
         calls.append(args[0])
         return result
 
-    monkeypatch.setattr(kernels, "stream", counted)
+    monkeypatch.setattr(ops, "stream", counted)
     return calls
 
 
@@ -145,9 +145,36 @@ def test_errors_are_those_of_any_call(cell):
         (x, with_states(lambda h: h.float())),
         (x, with_states(lambda h: h.to("meta"))),
     ]
-    with torch.no_grad():
-        for args in wrong:
-            assert_same_error(lambda a=args: ours(*a), lambda a=args: theirs(*a), text=False)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode():
+            for args in wrong:
+                assert_same_error(lambda a=args: ours(*a), lambda a=args: theirs(*a), text=False)
+
+
+@pytest.mark.parametrize("wanted", ["all", "input", "states", "weight_hh_l0", "none"])
+@cells
+def test_gradients_are_those_of_any_call(cell, wanted, monkeypatch):
+    """To the bit; each on its own, beside what wants none."""
+    layer, _ = pair(cell, 5, 6)
+    x, hx = randn(7, 3, 5), hidden(layer, 3)
+    given = {"input": [x], "states": tensors(hx), **{n: [p] for n, p in layer.named_parameters()}}
+    for name, leaves in given.items():
+        for t in leaves:
+            t.requires_grad_(wanted in ("all", name))
+    wants = [t for leaves in given.values() for t in leaves if t.requires_grad]
+    expected = tensors(layer._run(x, hx, None, None, False)[:2])
+    monkeypatch.setattr(layer, "_run", lambda *args: pytest.fail("it took the usual path"))
+    got = tensors(layer(x, hx))
+    assert_same(got, expected, rtol=0, atol=0)
+    assert all(t.requires_grad == bool(wants) for t in got)
+    if wants:
+        weights = [torch.full_like(t, 0.1 + k) for k, t in enumerate(got)]
+        assert_same(
+            torch.autograd.grad(got, wants, weights),
+            torch.autograd.grad(expected, wants, weights),
+            rtol=0,
+            atol=0,
+        )
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell", "frozen"])
@@ -161,17 +188,20 @@ def test_what_no_check_explains_is_raised_as_it_is(kind, monkeypatch):
         calls.append(args)
         raise RuntimeError("no memory")
 
-    monkeypatch.setattr(kernels, "stream", fails)
+    monkeypatch.setattr(ops, "stream", fails)
+    monkeypatch.setattr(ops, "call", fails)
     for module in (fastrnn.functional, fastrnn.packed):
         monkeypatch.setattr(module, "layer", lambda *args, **options: pytest.fail("it was run again"))
-    with torch.no_grad():
-        with pytest.raises(RuntimeError, match="no memory"):
-            made(x)
-        assert len(calls) == 1
-        with pytest.raises(
-            (RuntimeError, ValueError), match="input"
-        ):  # an error of the caller's has its words
-            made(x[..., :4])
+    for mode in (torch.no_grad,) if kind == "frozen" else (torch.no_grad, torch.enable_grad):
+        calls.clear()
+        with mode():
+            with pytest.raises(RuntimeError, match="no memory"):
+                made(x)
+            assert len(calls) == 1
+            with pytest.raises(
+                (RuntimeError, ValueError), match="input"
+            ):  # an error of the caller's has its words
+                made(x[..., :4])
 
 
 @cells
@@ -201,7 +231,7 @@ def test_what_is_left_on_the_meta_device(cell):
 
 
 def test_when_more_is_asked_for(direct):
-    """Gradients, other backends, casts and several layers take the usual path, with the same numbers."""
+    """Other backends, casts and several layers take the usual path, with the same numbers."""
     layer = fastrnn.GRU(5, 6)
     x, h = torch.randn(3, 2, 5), torch.randn(1, 2, 6)
     with torch.no_grad():
