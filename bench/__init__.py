@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     cells = tuple(args.cell or grid.GATES)
     cases = [case for case in (grid.quick_rows() if args.quick else grid.rows()) if case.cell in cells]
-    run = records.Run(0.5, 7) if args.quick else records.Run(1.5, 11)
+    run = records.Run(0.5, 7) if args.quick else records.Run(1.5, 11, 0.02)
 
     clock = machine.CpuClock()
     product, called = machine.product_peak(), (machine.least_calls(), machine.least_layers())

@@ -18,6 +18,7 @@ OTHERS = ("gru", "rnn")
 # Figures beside the ratios to a rival, which go by its name.
 MICROSECONDS, PEAK, MEMORY = "us a call", "of the FMA peak", "of torch.nn's memory"
 SPEED = "the speed of torch's operations"
+LEAST_ERROR = 0.02  # of a figure: a smaller one is not shown
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,10 @@ class Goal:
             return None
         return row.ratio(self.figure)
 
+    def error(self, row: Record | Probe) -> float:
+        """The standard error of the row's figure, as a share of it; 0 where it is not known."""
+        return row.error if isinstance(row, Probe) else row.error.get(self.figure, 0.0)
+
     @property
     def text(self) -> str:
         bound = f"{'at most' if self.at_most else 'at least'} {self.number(self.bound)} {self.figure}"
@@ -83,11 +88,15 @@ class Goal:
 
 @dataclass(frozen=True)
 class Found:
-    """A goal's figure of one row, and what it would be were the row's time what limits.py counts."""
+    """A goal's figure of one row, and what it would be were the row's time what limits.py counts.
+
+    error  the figure's standard error, as a share of it; 0 where it is not known
+    """
 
     row: str
     measured: float
     unquiet: bool
+    error: float = 0.0
     at_limit: float | None = None
     count: str = "no count: the machine's peaks were not measured, for want of a compiler"
 
@@ -172,7 +181,7 @@ def find(goal: Goal, row: Record | Probe, peaks: limits.Peaks | None) -> Found |
     measured = goal.of(row, peaks)
     if measured is None:
         return None
-    found = Found(row.case.id, measured, row.conditions.unquiet)
+    found = Found(row.case.id, measured, row.conditions.unquiet, goal.error(row))
     if best := limit(row, peaks):
         at_limit = goal.of(replace(row, ours=best.ours), peaks)
         if goal.figure == FLOAT32 and (rival := limit_of_float32(row, peaks)):
@@ -187,6 +196,7 @@ def mean(found: Sequence[Found]) -> Found:
         f"geometric mean of {len(found)} rows",
         geometric_mean([f.measured for f in found]),
         any(f.unquiet for f in found),
+        math.hypot(*(f.error for f in found)) / len(found),
         geometric_mean(known) if len(known) == len(found) else None,
         "every row as fast as its own count allows",
     )
@@ -210,7 +220,11 @@ def lines(o: Outcome) -> list[str]:
     if o.worst is None:
         return [f"  not measured  {o.goal.text}"]
     number = o.goal.number
-    head = f"  {'met' if o.met else 'NOT MET':14}{o.goal.text}, measured {number(o.worst.measured)}"
+
+    def measured(f: Found) -> str:
+        return number(f.measured) + f" ± {f.error:.0%}" * (f.error >= LEAST_ERROR)
+
+    head = f"  {'met' if o.met else 'NOT MET':14}{o.goal.text}, measured {measured(o.worst)}"
     head += f" ({o.rows} rows)" if o.goal.mean else f" ({o.rows} rows; worst {o.worst.row})"
     found = [head + " *" * o.worst.unquiet]
     for f in o.unmet:
@@ -221,7 +235,7 @@ def lines(o: Outcome) -> list[str]:
             else:
                 reach = "the goal is beyond this machine"
             best = f"{number(f.at_limit)} by the count at best, {reach}: "
-        found.append(f"    {f.row}: {number(f.measured)}{' *' * f.unquiet}; {best}{f.count}")
+        found.append(f"    {f.row}: {measured(f)}{' *' * f.unquiet}; {best}{f.count}")
     return found
 
 

@@ -95,10 +95,12 @@ class Run:
     """Of the rows: what to spend on each, and what was found.
 
     seconds  all rounds of a row take so long, where `least` rounds do not take longer
+    error    of a row's ratio to torch.nn: where it is more, there are up to three times as many rounds
     """
 
     seconds: float
     least: int
+    error: float = math.inf
     records: list[Record] = field(default_factory=list)
 
 

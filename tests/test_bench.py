@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -419,3 +420,42 @@ def test_crowding_is_measured_in_both_modes(monkeypatch):
     probes = sections.crowded(("rnn",), 0.0)
     assert [p.case.mode for p in probes] == ["forward", "training"]
     assert all(min(p.ours, p.theirs) > 0 for p in probes)
+
+
+@pytest.mark.parametrize(("wide", "least", "most"), [(0.0, 10, 10), (1.0, 20, 33)])
+def test_a_row_of_wide_error_gets_more_rounds(wide, least, most, monkeypatch):
+    """Up to three times as many seconds as were planned."""
+    from fastrnn.bench import test_speed
+
+    rng, clock = random.Random(0), [0.0]
+
+    def timed(call):
+        clock[0] += 1.0
+        return 1.0 + wide * rng.random()
+
+    class Benchmark:
+        @staticmethod
+        def pedantic(function, rounds):
+            for _ in range(rounds):
+                function()
+
+    monkeypatch.setattr(rivals, "calls", lambda case: dict.fromkeys((rivals.OURS, rivals.TORCH)))
+    monkeypatch.setattr(rivals, "check", lambda *args: None)
+    monkeypatch.setattr(rivals, "timed", timed)
+    monkeypatch.setattr(test_speed.time, "perf_counter", lambda: clock[0])
+    run = records.Run(20.0, 7, 0.02)
+    test_speed.test_speed(Benchmark, CASE, run)
+    (found,) = run.records
+    assert least <= found.rounds <= most
+    assert (found.error[rivals.TORCH] > 0.02) == bool(wide)
+
+
+def test_a_figure_has_its_error_beside_it():
+    goal = Goal("any", "torch.nn", 1.5, ("forward",))
+    text = goals.report([outcome(goal, record(1.2, error=0.05), record(2.0, error=0.001), peaks=PEAKS)])
+    assert "measured 1.2x ± 5% (2 rows" in text
+    assert f"    {CASE.id}: 1.2x ± 5%; " in text
+    text = goals.report([outcome(goal, record(1.2, error=0.001), peaks=PEAKS)])
+    assert "±" not in text
+    mean = outcome(dataclasses.replace(goal, mean=True), record(1.0, error=0.04), record(1.0, error=0.03))
+    assert mean.worst.error == pytest.approx(0.025)
