@@ -55,6 +55,9 @@ class _Recorded(_Layer):
 
     passes: list[_Pass]
 
+    def _streamed(self, input: Any, hx: Any) -> None:
+        """Every call is to come by `_call_layer`."""
+
     def _call_layer(
         self,
         x: Tensor,
