@@ -73,7 +73,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
   // What the forward pass of such a layer would do on the CPU: threads, the parts into which directions, rows
   // and units fall, and the bytes of second-level cache that the choice rests on; then, for a stack of such
   // layers, in how many groups they run at once, the parts of their units, and how many steps apart; whether
-  // x and h enter one product; and the backward pass's threads and parts. x: its type and last size.
+  // x and h enter one product; and the backward scan's threads and parts. x: its type and last size.
   m.def("plan(str cell, Tensor x, int T, int B, int N, int H, int P, int D, bool int8, int layers) -> int[]");
   // Attention after the products with weights; fastrnn.reference.attention has the arguments. weights has no
   // elements unless need_weights; lse [B, Tq], the logarithm of each softmax's sum, is for

@@ -299,7 +299,7 @@ def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, pa
         wave = f"{groups * units} threads (layers in {groups} groups, {steps} steps apart{of_units}{each})"
         split = f"in inference {wave}, else {split}"
     split += "; x and h in one product" * joint
-    return split if packed else f"{split}; training: backward by {_parts(backward[0], backward[1:])}"
+    return split if packed else f"{split}; training: backward scan by {_parts(backward[0], backward[1:])}"
 
 
 def explained(

@@ -65,11 +65,11 @@ class _Cell(torch_rnn.RNNCellBase):
         return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
 
     def _streamed(self, input: Any, hx: Any) -> list[Tensor] | None:
-        """The new states by `fastrnn.LSTM._streamed`'s way; hx a sequence."""
-        if not functional.plain(input):
+        """The new states by `fastrnn.LSTM._streamed`'s way."""
+        if not functional.plain(input) or type(hx) not in (tuple, list, type(None)):
             return None
-        spec = CELLS[self._cell]
         try:
+            spec = CELLS[self._cell]
             one = input.dim() == 1
             x = input.unsqueeze(0).unsqueeze(0) if one else input.unsqueeze(0)
             if hx is None:

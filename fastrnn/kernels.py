@@ -217,16 +217,19 @@ def stack(*args: Any) -> tuple[Tensor, list[Tensor]]:
 def stream_weights(module: Any, names: Sequence[str], gates: int) -> list[Tensor]:
     """A module's parameters of these names, for `ops.streamed`.
 
-    Raises LookupError where one is no Parameter of its own, as under a parametrization, or None, or the first
-    is of other sizes than the module's: its forward then reads them with all its checks.
+    Raises LookupError where one is no Parameter of its own, as under a parametrization, or None, or is of
+    other sizes than the module's, and the kernel could not tell: its forward then reads them with all its
+    checks.
     """
     own = module._parameters
     params = list(map(own.__getitem__, names))
-    if params[0].shape != (gates * module.hidden_size, module.input_size):
-        raise LookupError
     for p in params:
         if p is None:
             raise LookupError
+    if params[0].shape != (gates * module.hidden_size, module.input_size):
+        raise LookupError
+    if len(params) in (3, 5) and len(params[-1]) != module.proj_size:
+        raise LookupError
     return params
 
 

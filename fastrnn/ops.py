@@ -169,7 +169,7 @@ def streamed(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(y, h_n, c_n or None) of a call that is `functional.plain`, by one direction without masks.
 
-    weights  the layer's parameters, or where no gradient is wanted the packed tensor of them
+    weights  the layer's parameters, or in inference the packed tensor of them
     Where the kernel refuses, raises what `check(*asked)` raises, else the same.
     """
     refused: Exception | None = None
@@ -181,7 +181,7 @@ def streamed(
         apply: Any = _FUNCTIONS.get(cell, _LayerFunction).apply
         y, h_n, *more = apply(Plan(cell, len(states), len(weights)), None, None, None, x, *states, *weights)
         return y, h_n, more[0] if more else None
-    except REFUSALS as error:
+    except (*REFUSALS, AttributeError) as error:  # a state may be anything
         refused = error  # out of this block: the check's words are no consequence
     try:
         check(*asked)

@@ -291,9 +291,11 @@ def test_explain_tells_the_split():
         layer, x = fastrnn.LSTM(500, 96), torch.zeros(3, 1, 500)
         said = fastrnn.explain(layer, x).split
         assert said.startswith("2 threads (units in 2 parts; ")
-        assert said.endswith("; training: backward by 1 thread")
+        assert said.endswith("; training: backward scan by 1 thread")
         said = fastrnn.explain(fastrnn.GRU(64, 256, bidirectional=True), torch.zeros(100, 1, 64)).split
-        assert said.endswith("; training: backward by 4 threads (directions in 2 parts, units in 2 parts)")
+        assert said.endswith(
+            "; training: backward scan by 4 threads (directions in 2 parts, units in 2 parts)"
+        )
         assert "training" not in fastrnn.explain(fastrnn.freeze(layer), x).split
         # Layers side by side, in inference: not of two directions, of one step, larger than the cache, or of
         # many rows.

@@ -92,8 +92,8 @@ class BackwardPass {
         team.meet();
         cell_.backward(scan, share);
         for (int64_t d = 0; d < a_.D; ++d) {
-          // The scan's end is the first meeting's; the panels of x may then be the other direction's.
           const Chunk c(*this, scan, d);
+          // The factors of the first direction are out of use since the last chunk, of the second not yet.
           if (d > 0) team.meet();
           if (need_params_) gather_factors(team, c);
           team.meet();
@@ -242,7 +242,7 @@ class BackwardPass {
                       : size == 4 ? copy_strided<uint32_t>
                                   : copy_strided<uint64_t>;
     s.dy_first = a_.packed() ? c.first : c.t0 * each;
-    const char* const from = static_cast<const char*>(at(dy_, c.d * P_ * last).data);
+    const char* const from = static_cast<const char*>(dy_.const_data_ptr()) + c.d * P_ * last * size;
     const Part rows(team, a_.packed() ? c.rows : (c.t1 - c.t0) * each);
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const int64_t row = s.dy_first + r;
@@ -355,7 +355,8 @@ class BackwardPass {
       kernels_.input_gradient(p, std::max(begin, part.begin), std::min(end, part.end));
     };
     if (a_.D == 1) return rows(0, c.rows, false);
-    // Both are as far: the other one's steps begin, or end, where this one's would by its own way.
+    // The first direction does [T - k1, T - k0), after which the second does [k0, k1): that has been to [0,
+    // k0) by then, and the first to [T - k1, T). Both are cut where T - t1 is.
     const int64_t edge = table_.offset[std::clamp(a_.T - c.t1, c.t0, c.t1)] - c.first;
     rows(0, edge, c.d == 0);
     rows(edge, c.rows, c.d == 1);

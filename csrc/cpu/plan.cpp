@@ -155,11 +155,12 @@ Plan::Wave Plan::wave(int64_t layers, int64_t cached) const {
 }
 
 Share Plan::share(const Team& team) const {
-  if (team.member >= threads_) return {};
+  Share s{};
+  s.parts = 1;
+  if (team.member >= threads_) return s;
   const Split parts = split(std::min(team.size, threads_));
   const int each = parts.rows * parts.units, index = team.member % each;
   const int direction = team.member / each, row = index / parts.units;
-  Share s{};
   s.dir0 = parts.directions > 1 ? direction : 0;
   s.dir1 = parts.directions > 1 ? direction + 1 : static_cast<int>(D_);
   s.row0 = B_ * row / parts.rows;

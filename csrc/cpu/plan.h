@@ -63,7 +63,7 @@ class Plan {
 
   int threads() const { return threads_; }
   Split split(int threads) const;
-  // Of a team that may have more members than threads(): these have no share.
+  // Of a team that may have more members than threads(): these have no direction.
   Share share(const Team& team) const;
   // Of a stack of `layers`, whose first is this one; cached: its input_steps.
   Wave wave(int64_t layers, int64_t cached) const;

@@ -123,7 +123,7 @@ struct InPanels {
     if (k == 0) return {here, panel, units, unit};
     return {here + (panel_of(unit + k) - panel_of(unit)) * panel, panel, units, (unit + k) % units};
   }
-  // Gradients of gates have no order of size.
+  // Gradients of gates have no order of size that a long sum of them could go by.
   FASTRNN_HD int64_t piece(int64_t K) const { return K < kShortSum<F> ? K : kShortSum<F>; }
   template <class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
