@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .jacobians import Steps
 
-MISSING = "matplotlib is not installed: pip install -e '.[lm]'"
+MISSING = "matplotlib is not installed: pip install matplotlib"
 # Elements of the Jacobians that exist at once: 64 MiB of float32, and what they are made of.
 _AT_ONCE = 1 << 24
 # Of a spectrum that is only drawn: so many of the Jacobians, evenly chosen, within a few seconds on one core.

@@ -327,5 +327,5 @@ def test_the_drawn_spectrum_is_of_the_singular_values(monkeypatch):
 
 def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pip install -e '\.\[lm\]'"):
+    with pytest.raises(ImportError, match="pip install matplotlib"):
         of_rate(0.5).plot(tmp_path / "flow.png")
