@@ -152,7 +152,7 @@ _FUNCTIONS: dict[str, type[_LayerFunction]] = {
 
 def wants_grad(*tensors: Tensor) -> bool:
     if is_grad_enabled():
-        for t in tensors:  # any() of a generator would take a step's twentieth
+        for t in tensors:  # a generator would take longer than all of it
             if t.requires_grad:
                 return True
     return False

@@ -237,7 +237,7 @@ def test_what_is_left_on_the_meta_device(cell):
 
 
 def test_when_more_is_asked_for(direct):
-    """Other backends, casts and several layers take the usual path, with the same numbers."""
+    """Other backends, casts and several layers take the usual path, same numbers; training its own."""
     layer = fastrnn.GRU(5, 6)
     x, h = torch.randn(3, 2, 5), torch.randn(1, 2, 6)
     with torch.no_grad():
@@ -254,6 +254,7 @@ def test_when_more_is_asked_for(direct):
         with FlopCounterMode(display=False) as counter:
             layer(x, h)
         assert counter.get_total_flops() == 2 * 6 * 18 * (5 + 6)
+    assert layer(x, h)[0].requires_grad
     assert len(direct) == 1
 
 
