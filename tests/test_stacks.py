@@ -113,6 +113,28 @@ def test_masks_and_dtypes(name, dtype, mask, threads, stacked):
         assert stacked[-1] is not None
 
 
+@pytest.mark.parametrize("mask", ["none", "lengths+reset", "packed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_layer
+@torch.no_grad()
+def test_layers_in_turn(name, dtype, mask, threads, stacked):
+    """One after the other for some of the steps: no more rows than theirs lie between two layers."""
+    threads(2)
+    steps, batch = 600, 24
+    kind, own = LAYERS[name]
+    module, x = kind(I, 48, 3, **own).to(dtype).eval(), torch.randn(steps, batch, I).to(dtype)
+    masks = {}
+    if mask == "packed":
+        lengths = torch.randint(1, steps + 1, (batch,))
+        x = pack_padded_sequence(x, lengths.index_fill(0, torch.tensor([1]), steps), enforce_sorted=False)
+    else:
+        x, masks = random_masks(mask, x)
+    for made in (module, fastrnn.freeze(module)):
+        assert "layers in" not in fastrnn.explain(made, x).split
+        assert_same_bits(flat(*made(x, **masks)), one_by_one(made, x, **masks))
+        assert stacked[-1] is not None
+
+
 @torch.no_grad()
 def test_the_other_ways_to_call(threads, stacked):
     threads(2)

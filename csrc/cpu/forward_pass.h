@@ -32,9 +32,11 @@ bool joint_of(const LayerArgs& a, const CellKernels<E, A>& cell, bool int8) {
 template <class E, class A = E>
 class ForwardPass {
  public:
-  // packed: null where the weights are `args.params`. steps: of a chunk; 0: as many as stay in the cache.
+  // packed: null where the weights are `args.params`. steps: of a chunk; 0: as many as stay in the cache. y:
+  // a tensor of dtype for the rows of those steps that its caller runs at a time (`Scan::dir[0].y`); else
+  // all's.
   ForwardPass(Arena& arena, const CellKernels<E, A>& cell, LayerArgs args, const PackedLayer<E, A>* packed,
-              bool save, bool return_states, int64_t steps = 0)
+              bool save, bool return_states, int64_t steps = 0, const Tensor& y = {})
       : cell_(cell), a_(std::move(args)), table_(a_), int8_(packed && packed->int8()), weights_(arena, a_) {
     const LayerArgs& a = a_;
     const RowTable& table = table_;
@@ -45,7 +47,7 @@ class ForwardPass {
     const auto fresh = [&](const Shape& shape, ScalarType dtype) {
       return a.lengths ? zeros(a.x, shape, dtype) : empty(shape, dtype);
     };
-    out.y = fresh(a.row_shape(D * P), a.dtype);
+    out.y = y.defined() ? y : fresh(a.row_shape(D * P), a.dtype);
     out.last.reserve(cell.states);
     for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
     if (save || return_states) {
@@ -174,18 +176,12 @@ class ForwardPass {
 
   Outputs results() {
     const int64_t P = a_.P, H = a_.H, ld = padded<E>(H);
-    // h_n is y at each sequence's own end; the other states are where the scan left them.
-    const size_t element = out_.y.element_size();
     for (int64_t d = 0; d < a_.D; ++d) {
       const Direction<E, A>& s = scan_.dir[d];
       for (int64_t i = 0; i < a_.B; ++i) {
-        const int64_t to = d * a_.B + table_.caller(i), length = table_.length(i);
-        char* h = static_cast<char*>(out_.last[0].mutable_data_ptr()) + to * P * element;
-        const int64_t end = length == 0 ? 0 : table_.offset[s.reverse ? 0 : length - 1] + i;
-        const char* from = length == 0
-                               ? static_cast<const char*>(a_.states[0].const_data_ptr()) + to * P * element
-                               : static_cast<const char*>(s.y.data) + scan_.rows.at(end) * s.y.ld * element;
-        if (P > 0) std::memcpy(h, from, P * element);
+        const int64_t to = d * a_.B + table_.caller(i), steps = s.reverse ? a_.T : table_.length(i);
+        // Each step writes the other ring, and none a row whose sequence has ended.
+        write(s.ring[steps & 1] + i * s.ld_ring, P, out_.last[0], to * P);
         for (int j = 1; j < cell_.states; ++j) write(s.state[j] + i * ld, H, out_.last[j], to * H);
       }
     }

@@ -76,7 +76,10 @@ Arena::~Arena() {
     if (all <= kMostKept) {
       const size_t size = std::min(round_up(all + all / 4, kLine), kMostKept);
       void* p = std::aligned_alloc(kLine, size);
-      if (p) blocks_.push_back({p, size});
+      if (p) {
+        ask_for_large_pages(p, size);
+        blocks_.push_back({p, size});
+      }
     }
   }
   if (blocks_.empty()) return;

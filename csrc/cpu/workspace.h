@@ -72,6 +72,10 @@ void write(const E* from, int64_t n, const Tensor& t, int64_t at) {
   }
 }
 
+inline void write(const Bf16* from, int64_t n, const Tensor& t, int64_t at) {
+  if (n > 0) std::memcpy(static_cast<Bf16*>(t.mutable_data_ptr()) + at, from, n * sizeof(Bf16));
+}
+
 // A vector of any instruction set divides it.
 template <class E>
 inline constexpr int64_t kWidest = 64 / sizeof(E);
