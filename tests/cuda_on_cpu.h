@@ -1,6 +1,8 @@
-// Runs CUDA kernels on the CPU, for their tests: an operating-system thread a block, a fiber a CUDA thread. A
-// fiber runs until it waits (a barrier, a shuffle, a product of its warp, a look at another block's data),
-// then any other that can run does: in random order, as a fixed one would hide a missing barrier.
+// Runs CUDA kernels on the CPU, for their tests: a fiber a CUDA thread, which runs until it waits (a barrier,
+// a shuffle, a product of its warp, a look at another block's data); then any other that can run does, in
+// random order, as a fixed one would hide a missing barrier. Blocks that meet take turns in the same way.
+// (Threads of the operating system, which they are for ThreadSanitizer alone, would look for each other's
+// data all the time: on a busy machine each look that finds none costs a time slice.)
 #pragma once
 
 #include <sched.h>
@@ -106,7 +108,12 @@ struct Lane {
 constexpr size_t kStack = 64 << 10;
 inline std::atomic<bool> failed;       // a thread gave up: all stop
 inline std::atomic<unsigned> seed{1};  // of the order of fibers
-inline std::atomic<int> delayed{-1};   // the block that waits long before it starts and at each look
+inline std::atomic<int> delayed{-1};   // the block that waits long at each look
+#if defined(__SANITIZE_THREAD__)
+constexpr bool kThreads = true;  // each block of its own, which are seen to race
+#else
+constexpr bool kThreads = false;
+#endif
 
 struct Block;
 // The blocks of a launch, which find one another, and how many of a cluster have come to its meetings.
@@ -137,7 +144,7 @@ struct Block {
 };
 inline thread_local Block* block = nullptr;
 
-inline void next() {
+inline void next(bool other_block = false) {
   Block& b = *block;
   const int from = b.current;
   if (failed.load(std::memory_order_relaxed) || b.ready.empty()) {
@@ -148,12 +155,30 @@ inline void next() {
   std::swap(b.ready[i], b.ready.back());
   b.current = b.ready.back();
   b.ready.pop_back();
-  if (b.current != from) Context::change(b.fibers[from].context, b.fibers[b.current].context);
+  if (other_block) {
+    Context::change(b.fibers[from].context, b.caller);
+  } else if (b.current != from) {
+    Context::change(b.fibers[from].context, b.fibers[b.current].context);
+  }
 }
 
 inline void pause() {  // another may run
   block->ready.push_back(block->current);
   next();
+}
+
+// What another block has to do is not done yet.
+inline void wait_for_another() {
+  if (kThreads) sched_yield();
+  block->ready.push_back(block->current);
+  next(!kThreads && block->together);
+}
+
+// At each look at another block's data.
+inline void look() {
+  if (delayed != block->number) return;
+  if (kThreads) return std::this_thread::sleep_for(std::chrono::microseconds(20));
+  wait_for_another();
 }
 
 inline void meet(Barrier& barrier) {
@@ -184,9 +209,9 @@ inline void fiber_main() {
   std::abort();
 }
 
-// All threads of one block; false where some still wait: for each other, or because others failed.
-inline bool run(Block& b, dim3 grid, int number, int threads, size_t shared_bytes,
-                const std::function<void()>& body) {
+// Ready for its threads to begin.
+inline void prepare(Block& b, dim3 grid, int number, int threads, size_t shared_bytes,
+                    const std::function<void()>& body) {
   const dim3 index{number % grid.x, number / grid.x % grid.y, number / (grid.x * grid.y)};
   b.index = index, b.grid = grid, b.number = number, b.body = body, b.left = threads;
   b.random.seed(seed.load() * 7919u + unsigned(number));
@@ -197,8 +222,7 @@ inline bool run(Block& b, dim3 grid, int number, int threads, size_t shared_byte
   for (auto& barrier : b.barriers) barrier.needed = 32;
   for (auto& barrier : b.numbered) barrier.waiting.clear();
   b.barriers.back().needed = threads;
-  if (!b.together)
-    b.shared.reset(new uint4[shared_bytes / 16]);  // just as much: a sanitizer sees who goes beyond
+  b.shared.reset(new uint4[shared_bytes / 16]);  // just as much: a sanitizer sees who goes beyond
   std::memset(static_cast<void*>(b.shared.get()), 0xff, shared_bytes / 16 * 16);  // NaN
   for (int i = 0; i < threads; i++) {
     Fiber& f = b.fibers[i];
@@ -206,12 +230,34 @@ inline bool run(Block& b, dim3 grid, int number, int threads, size_t shared_byte
     f.context.make(f.stack.get(), kStack, fiber_main);
     if (i) b.ready.push_back(i);
   }
-  block = &b;
   b.current = 0;
+}
+
+// A block's threads until all have left, all wait for each other or fail (its current is then below 0), or
+// some wait for another block.
+inline void resume(Block& b) {
+  block = &b;
   b.caller.adopt();
-  Context::change(b.caller, b.fibers[0].context);
+  Context::change(b.caller, b.fibers[b.current].context);
   block = nullptr;
-  return b.left == 0;
+}
+
+// In turns, as long as there are any; false where some have not come to their end.
+inline bool take_turns(std::vector<Block>& blocks) {
+  constexpr int kSlower = 50;
+  std::minstd_rand random(seed.load());
+  std::vector<Block*> running;
+  for (Block& b : blocks) running.push_back(&b);
+  while (!running.empty()) {
+    Block*& b = running[random() % running.size()];
+    if (b->number == delayed && running.size() > 1 && random() % kSlower) continue;
+    resume(*b);
+    if (b->current >= 0) continue;
+    if (b->left) return false;
+    std::swap(b, running.back());
+    running.pop_back();
+  }
+  return true;
 }
 
 // together: all blocks at once. False where it did not come to an end.
@@ -224,23 +270,28 @@ bool launch(bool together, dim3 grid, int threads, size_t shared_bytes, K kernel
   std::atomic<bool> ok{true};
   if (!together) {
     thread_local Block b;
-    for (int i = 0; i < blocks; i++) ok = run(b, grid, i, threads, shared_bytes, body) && ok;
-  } else {
-    std::vector<std::thread> all;
-    Together others{std::vector<Block*>(blocks), std::vector<std::atomic<int>>(grid.x * grid.z)};
-    std::vector<Block> each(blocks);
     for (int i = 0; i < blocks; i++) {
-      others.blocks[i] = &each[i];
-      each[i].together = &others;
-      each[i].shared.reset(new uint4[shared_bytes / 16]);
+      prepare(b, grid, i, threads, shared_bytes, body);
+      resume(b);
+      ok = b.left == 0 && ok;
     }
-    for (int i = 0; i < blocks; i++)
-      all.emplace_back([&, i] {
-        Block& b = each[i];
-        if (!run(b, grid, i, threads, shared_bytes, body)) ok = false, failed = true;
-      });
-    for (auto& thread : all) thread.join();
+    return ok;
   }
+  Together others{std::vector<Block*>(blocks), std::vector<std::atomic<int>>(grid.x * grid.z)};
+  std::vector<Block> each(blocks);
+  for (int i = 0; i < blocks; i++) {
+    others.blocks[i] = &each[i];
+    each[i].together = &others;
+    prepare(each[i], grid, i, threads, shared_bytes, body);
+  }
+  if (!kThreads) return take_turns(each);
+  std::vector<std::thread> all;
+  for (Block& b : each)
+    all.emplace_back([&] {
+      resume(b);
+      if (b.left) ok = false, failed = true;
+    });
+  for (auto& thread : all) thread.join();
   return ok;
 }
 
@@ -286,16 +337,12 @@ inline void give_up() {
 }
 
 inline uint4 load_relaxed(const void* p) {
-  if (emulated::delayed == emulated::here().number)
-    std::this_thread::sleep_for(std::chrono::microseconds(20));
+  emulated::look();
   uint32_t* word = static_cast<uint32_t*>(const_cast<void*>(p));
   uint4 v;
   for (auto [to, i] : {std::pair{&v.x, 0}, {&v.y, 1}, {&v.z, 2}, {&v.w, 3}})
     *to = std::atomic_ref(word[i]).load(std::memory_order_relaxed);
-  if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) {  // what is waited for
-    sched_yield();
-    emulated::pause();
-  }
+  if (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u) emulated::wait_for_another();
   return v;
 }
 inline void store_relaxed(void* p, uint32_t v) {
@@ -329,10 +376,8 @@ inline void await(uint64_t* arrival, int parity, int patience) {
   std::atomic_ref<uint64_t> word(*arrival);
   while (int(word.load(std::memory_order_acquire) / kTurn % 2) == parity) {
     if (--patience < 0) return give_up();
-    if (emulated::delayed == emulated::here().number)
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
-    sched_yield();
-    emulated::pause();
+    emulated::look();
+    emulated::wait_for_another();
   }
 }
 inline void push(char* place, uint4 v, uint64_t* arrival, int peer, bool there) {
@@ -350,7 +395,7 @@ inline void meet_cluster() {
     emulated::Block& own = emulated::here();
     std::atomic<int>& met = own.together->met[own.index.x + own.grid.x * own.index.z];
     const int all = int(own.grid.y) * ++own.meetings;
-    for (met++; met.load() < all && !emulated::failed;) sched_yield();
+    for (met++; met.load() < all && !emulated::failed;) emulated::wait_for_another();
   }
   __syncthreads();
 }

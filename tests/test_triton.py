@@ -163,7 +163,8 @@ SIZES, BATCHES, PROCESSORS = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128),
 
 
 def jobs():
-    """Every configuration of each cell, type and architecture; each option with one of each kernel."""
+    """Every configuration of each cell and type, on the architectures with the most and the least shared memory;
+    of LSTM and GRU on the others too; each option with one of each kernel."""
     from fastrnn.triton_kernels.heuristics import Shape, configure
 
     def job(capability, cell, dtype, H, B, processors, special, P=0, **options):
@@ -174,7 +175,11 @@ def jobs():
 
     for capability in SHARED:
         for dtype in (torch.bfloat16, torch.float32):
-            for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh"):
+            for cell in (
+                "lstm",
+                "gru",
+                *(("gru_reset_before", "rnn_tanh") if capability in (90, 120) else ()),
+            ):
                 sizes = itertools.product(SIZES, BATCHES, PROCESSORS)
                 every = [job(capability, cell, dtype, *size, {}) for size in sizes]
                 yield from {job[1]: job for job in every}.values()
