@@ -64,8 +64,8 @@ def stack(
     params   those of each layer in one list, or the one packed tensor of each
     others   as of `layer`
     returns  (y, last states), or None where the call is anything but inference by the CPU's kernels
-    Raises what `layer` raises for the first layer that is wrong; and where there is no memory for all layers'
-    outputs at once.
+    Raises what `layer` raises for the first layer that is wrong; and where there is no memory for what all
+    layers need at once.
     """
     args = (cell, x, list(states), list(params), lengths, batch_sizes, reset)
     if torch.compiler.is_compiling():

@@ -113,16 +113,23 @@ def test_masks_and_dtypes(name, dtype, mask, threads, stacked):
         assert stacked[-1] is not None
 
 
+def assert_in_turn(module, x, stacked, **masks):
+    """The layers one after another, each for some of the steps."""
+    assert "layers in" not in fastrnn.explain(module, x).split
+    assert_same_bits(flat(*module(x, **masks)), one_by_one(module, x, **masks))
+    assert stacked[-1] is not None
+
+
 @pytest.mark.parametrize("mask", ["none", "lengths+reset", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @each_layer
 @torch.no_grad()
 def test_layers_in_turn(name, dtype, mask, threads, stacked):
-    """One after the other for some of the steps: no more rows than theirs lie between two layers."""
+    """Of what lies between two layers no more rows than these steps' are there."""
     threads(2)
-    steps, batch = 600, 24
+    steps, batch = 650, 24
     kind, own = LAYERS[name]
-    module, x = kind(I, 48, 3, **own).to(dtype).eval(), torch.randn(steps, batch, I).to(dtype)
+    module, x = kind(I, 48, 4, **own).to(dtype).eval(), torch.randn(steps, batch, I).to(dtype)
     masks = {}
     if mask == "packed":
         lengths = torch.randint(1, steps + 1, (batch,))
@@ -130,8 +137,30 @@ def test_layers_in_turn(name, dtype, mask, threads, stacked):
     else:
         x, masks = random_masks(mask, x)
     for made in (module, fastrnn.freeze(module)):
-        assert "layers in" not in fastrnn.explain(made, x).split
-        assert_same_bits(flat(*made(x, **masks)), one_by_one(made, x, **masks))
+        assert_in_turn(made, x, stacked, **masks)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda m: m, fastrnn.freeze, fastrnn.quantize], ids=["", "freeze", "quantize"]
+)
+@torch.no_grad()
+def test_units_of_layers_in_turn(make, threads, stacked):
+    """Each member has some of the units of all rows, and meets the others in each step."""
+    module, x = make(fastrnn.LSTM(8, 256, 2).eval()), torch.randn(600, 5, 8)
+    for n in (1, 2, 3, 4):
+        threads(n)
+        assert n == 1 or f"units in {n} parts" in fastrnn.explain(module, x).split
+        assert_in_turn(module, x, stacked)
+
+
+@pytest.mark.parametrize(("I", "H"), [(8, 192), (80, 256)])
+@torch.no_grad()
+def test_layers_of_unlike_numbers_of_threads(I, H, threads, stacked):
+    """A short call's lower layer wakes fewer than the upper one."""
+    module, x = fastrnn.LSTM(I, H, 2).eval(), torch.randn(1, 1, I)
+    for n in (3, 4, 8):
+        threads(n)
+        assert_same_bits(flat(*module(x)), one_by_one(module, x))
         assert stacked[-1] is not None
 
 

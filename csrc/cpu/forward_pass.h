@@ -33,10 +33,10 @@ template <class E, class A = E>
 class ForwardPass {
  public:
   // packed: null where the weights are `args.params`. steps: of a chunk; 0: as many as stay in the cache. y:
-  // a tensor of dtype for the rows of those steps that its caller runs at a time (`Scan::dir[0].y`); else
-  // all's.
+  // where that of all steps is not wanted, room for those that the caller will run at a time; before each run
+  // it moves the scan's dir[0].y.data, and where x has no more steps either x.data, to where row 0 would be.
   ForwardPass(Arena& arena, const CellKernels<E, A>& cell, LayerArgs args, const PackedLayer<E, A>* packed,
-              bool save, bool return_states, int64_t steps = 0, const Tensor& y = {})
+              bool save, bool return_states, int64_t steps = 0, const Tensor* y = nullptr)
       : cell_(cell), a_(std::move(args)), table_(a_), int8_(packed && packed->int8()), weights_(arena, a_) {
     const LayerArgs& a = a_;
     const RowTable& table = table_;
@@ -47,7 +47,7 @@ class ForwardPass {
     const auto fresh = [&](const Shape& shape, ScalarType dtype) {
       return a.lengths ? zeros(a.x, shape, dtype) : empty(shape, dtype);
     };
-    out.y = y.defined() ? y : fresh(a.row_shape(D * P), a.dtype);
+    out.y = y ? *y : fresh(a.row_shape(D * P), a.dtype);
     out.last.reserve(cell.states);
     for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
     if (save || return_states) {
@@ -154,7 +154,6 @@ class ForwardPass {
 
   const LayerArgs& args() const { return a_; }
   const Scan<E, A>& scan() const { return scan_; }
-  const Tensor& y() const { return out_.y; }
   bool int8() const { return int8_; }
   // Floats that a member needs for the rows that its int8 weights meet.
   int64_t quantized() const {

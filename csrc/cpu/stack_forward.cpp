@@ -30,55 +30,30 @@ class Stack {
 
   std::tuple<Tensor, TensorList> run(const Tensor& x) {
     LayerArgs first = args(0, x, masks_);
-    const bool int8 = packed_ && packed_->int8();
-    const Plan plan = forward_plan<E, A>(first, cell_.gates, int8);
     const int64_t gx = input_steps(first, cell_.gates * first.H, sizeof(E));
-    Plan::Wave wave = plan.wave(layers_, gx);
-    const bool waves = wave.groups > 1;
-    if (!waves) wave.steps = steps_in_turn(first.T, gx);
-    const int64_t chunks = ceil_div(first.T, wave.steps);
-    make_passes(std::move(first), wave.steps, waves);
-
-    int threads = waves ? wave.groups * wave.units : 1;
-    int64_t quantized = 0;
-    for (const auto& pass : passes_) {
-      plans_.push_back(forward_plan<E, A>(pass->args(), cell_.gates, pass->int8()));
-      if (!waves) threads = std::max(threads, plans_.back().threads());
-      quantized = std::max(quantized, pass->quantized());
-    }
-    float* scratch = arena_.template get<float>(threads * quantized);
-    // Of each member, which moves them from chunk to chunk; made here, as a team's body must not throw.
-    std::vector<Scan<E, A>> scans;
-    scans.reserve(threads * layers_);
-    for (int member = 0; member < threads; ++member) {
-      for (const auto& pass : passes_) scans.push_back(pass->scan());
-    }
-    run_team(threads, [&](const Team& team) {
-      for (auto& pass : passes_) pass->pack(team);
-      Scan<E, A>* own = scans.data() + team.member * layers_;
-      float* rows = scratch + team.member * quantized;
-      if (waves) {
-        side_by_side(team, wave, chunks, own, rows);
-      } else {
-        one_by_one(team, wave.steps, chunks, own, rows);
-      }
-    });
-    Outputs out;
-    for (int64_t layer = 0; layer < layers_; ++layer) {
-      out = passes_[layer]->results();
-      keep(layer, out);
-    }
-    return {std::move(out.y), std::move(last_)};
+    const Plan plan = forward_plan<E, A>(first, cell_.gates, packed_ && packed_->int8());
+    const Plan::Wave wave = plan.wave(layers_, gx);
+    const int64_t turn = steps_in_turn(first.T, gx);
+    Tensor y = wave.groups > 1          ? side_by_side(std::move(first), wave)
+               : turns_pay(first, turn) ? in_turns(std::move(first), plan, turn)
+                                        : one_by_one(std::move(first));
+    return {std::move(y), std::move(last_)};
   }
 
  private:
-  // Where layers go one after another, each takes so many steps before the next one does, in chunks of `gx`
-  // of them: what lies between two layers does not grow with T, and their weights seldom take turns in the
-  // cache.
+  // Some 128, so that the layers' weights seldom replace each other in the cache; whole chunks of gx.
   static int64_t steps_in_turn(int64_t T, int64_t gx) {
     constexpr int64_t kSteps = 128;
-    const int64_t even = ceil_div(T, std::max<int64_t>(ceil_div(T, kSteps), 1));
-    return std::max(ceil_div(even, gx) * gx, gx);
+    const int64_t even = ceil_div(T, ceil_div(T, kSteps));
+    return ceil_div(even, gx) * gx;
+  }
+
+  // Whether one layer's whole y is more memory than what all layers at once need packed.
+  bool turns_pay(const LayerArgs& first, int64_t turn) const {
+    const int64_t y = first.T * first.B * first.P * static_cast<int64_t>(first.x.element_size());
+    const int64_t weights =
+        packed_ ? 0 : (layers_ - 1) * cell_.gates * first.H * 2 * first.P * int64_t{sizeof(A)};
+    return layers_ > 1 && first.T > turn && y > weights;
   }
 
   // Of a layer whose input is x; packed_ is then that layer's.
@@ -110,21 +85,44 @@ class Stack {
     return a;
   }
 
-  // chunk: the steps of one. Those of a wave hold gx too.
-  void make_passes(LayerArgs first, int64_t chunk, bool waves) {
-    const int64_t T = first.T, B = first.B;
+  // steps: of a chunk, of which `between` two layers there are as many. waves: each layer has rows of its own
+  // there; else every other one.
+  void make_passes(LayerArgs first, int64_t steps, int64_t between, bool waves) {
+    const int64_t rows = between * std::min(steps, first.T), B = first.B;
     const ScalarType dtype = first.dtype;
-    chunks_ = waves ? 2 : 1;  // one is read while the group below writes the next
+    chunks_ = between;
+    arena_.emplace();
     for (int64_t layer = 0; layer < layers_; ++layer) {
       LayerArgs a = layer ? above(layer, passes_[0]->args(), between_.back()) : std::move(first);
-      Tensor y;
-      if (layer + 1 < layers_) {
-        between_.push_back(empty({chunks_ * std::min(chunk, T), B, a.P}, dtype));
-        y = between_.back();
-      }
-      passes_.push_back(std::make_unique<ForwardPass<E, A>>(arena_, cell_, std::move(a), packed(), false,
-                                                            false, waves ? chunk : 0, y));
+      const bool last = layer + 1 == layers_;
+      if (!last) between_.push_back(layer > 1 && !waves ? between_[layer - 2] : empty({rows, B, a.P}, dtype));
+      passes_.push_back(std::make_unique<ForwardPass<E, A>>(*arena_, cell_, std::move(a), packed(), false,
+                                                            false, waves ? steps : 0,
+                                                            last ? nullptr : &between_.back()));
+      quantized_ = std::max(quantized_, passes_.back()->quantized());
     }
+  }
+
+  // All layers by a team. body: of a member, its scans, one a layer, and its rows for int8 weights.
+  template <class Body>
+  Tensor run_all(int threads, Body&& body) {
+    float* scratch = arena_->template get<float>(threads * quantized_);
+    // Of each member, which moves them from chunk to chunk; made here, as a team's body must not throw.
+    std::vector<Scan<E, A>> scans;
+    scans.reserve(threads * layers_);
+    for (int member = 0; member < threads; ++member) {
+      for (const auto& pass : passes_) scans.push_back(pass->scan());
+    }
+    run_team(threads, [&](const Team& team) {
+      for (auto& pass : passes_) pass->pack(team);
+      body(team, scans.data() + team.member * layers_, scratch + team.member * quantized_);
+    });
+    Outputs out;
+    for (int64_t layer = 0; layer < layers_; ++layer) {
+      out = passes_[layer]->results();
+      keep(layer, out);
+    }
+    return out.y;
   }
 
   // A layer's steps of one chunk, by this member.
@@ -146,32 +144,52 @@ class Stack {
     cell_.forward(scan, share);
   }
 
-  void one_by_one(const Team& team, int64_t steps, int64_t chunks, Scan<E, A>* own, float* rows) const {
-    for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-      for (int64_t layer = 0; layer < layers_; ++layer) {
-        Share share = plans_[layer].share(team);
-        share.quantized = rows;
-        run_chunk(own, layer, chunk, steps, share);
-        team.meet();
-      }
+  Tensor one_by_one(LayerArgs first) {
+    Outputs out = forward<E, A>(cell_, std::move(first), packed(), false, false);
+    keep(0, out);
+    for (int64_t layer = 1; layer < layers_; ++layer) {
+      LayerArgs a = args(layer, out.y, masks_);  // before packed(), which is then this layer's
+      out = forward<E, A>(cell_, std::move(a), packed(), false, false);
+      keep(layer, out);
     }
+    return out.y;
   }
 
-  void side_by_side(const Team& team, const Plan::Wave& wave, int64_t chunks, Scan<E, A>* own,
-                    float* rows) const {
-    // Of the threads that came, perhaps fewer than were asked for.
-    const int groups = std::min(wave.groups, team.size), units = team.size / groups;
-    const int group = std::min(team.member / units, groups - 1), part = team.member - group * units;
-    // Where they do not divide, the last ones only meet.
-    const int64_t begin = layers_ * group / groups;
-    const int64_t end = part < units ? layers_ * (group + 1) / groups : begin;
-    const Share share{0, 1, 0, passes_[0]->args().B, part, units, team.group(team.member - part), rows};
-    for (int64_t turn = 0; turn < chunks + groups - 1; ++turn) {
-      const int64_t chunk = turn - group;
-      for (int64_t layer = begin; layer < end && chunk >= 0 && chunk < chunks; ++layer)
-        run_chunk(own, layer, chunk, wave.steps, share);
-      team.meet();
-    }
+  // One layer after another too, for some of the steps each. All by one plan, the first layer's: members who
+  // had met less often than others would keep them waiting.
+  Tensor in_turns(LayerArgs first, const Plan& plan, int64_t steps) {
+    const int64_t chunks = ceil_div(first.T, steps);
+    make_passes(std::move(first), steps, 1, false);
+    return run_all(plan.threads(), [&](const Team& team, Scan<E, A>* own, float* rows) {
+      Share share = plan.share(team);
+      share.quantized = rows;
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        for (int64_t layer = 0; layer < layers_; ++layer) {
+          run_chunk(own, layer, chunk, steps, share);
+          team.meet();
+        }
+      }
+    });
+  }
+
+  Tensor side_by_side(LayerArgs first, const Plan::Wave& wave) {
+    const int64_t B = first.B, chunks = ceil_div(first.T, wave.steps);
+    make_passes(std::move(first), wave.steps, 2, true);  // one is read while the group below writes the next
+    return run_all(wave.groups * wave.units, [&](const Team& team, Scan<E, A>* own, float* rows) {
+      // Of the threads that came, perhaps fewer than were asked for.
+      const int groups = std::min(wave.groups, team.size), units = team.size / groups;
+      const int group = std::min(team.member / units, groups - 1), part = team.member - group * units;
+      // Where they do not divide, the last ones only meet.
+      const int64_t begin = layers_ * group / groups;
+      const int64_t end = part < units ? layers_ * (group + 1) / groups : begin;
+      const Share share{0, 1, 0, B, part, units, team.group(team.member - part), rows};
+      for (int64_t turn = 0; turn < chunks + groups - 1; ++turn) {
+        const int64_t chunk = turn - group;
+        for (int64_t layer = begin; layer < end && chunk >= 0 && chunk < chunks; ++layer)
+          run_chunk(own, layer, chunk, wave.steps, share);
+        team.meet();
+      }
+    });
   }
 
   void keep(int64_t layer, const Outputs& out) {
@@ -189,11 +207,11 @@ class Stack {
   const Masks& masks_;
   int64_t layers_;
   std::optional<PackedLayer<E, A>> packed_;  // of the layer whose args() came last
-  Arena arena_;
+  std::optional<Arena> arena_;               // of all passes
   std::vector<std::unique_ptr<ForwardPass<E, A>>> passes_;
-  std::vector<Plan> plans_;      // of each, where it is alone
-  std::vector<Tensor> between_;  // of a layer's y the rows of chunks_ chunks, the next one's x
-  int64_t chunks_ = 1;
+  // Of each layer but the last the y of `chunks_` chunks, [rows][B][P], which the next one reads as its x.
+  std::vector<Tensor> between_;
+  int64_t chunks_ = 1, quantized_ = 0;
 };
 
 std::tuple<Tensor, TensorList> stack(StringHandle cell, Tensor x, TensorList states, TensorList params,
