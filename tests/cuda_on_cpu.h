@@ -174,7 +174,7 @@ inline void wait_for_another() {
   next(!kThreads && block->together);
 }
 
-// At each look at another block's data, also at one that will find it.
+// At each look at another block's data, also at one that will find it, and where such data are written.
 inline void look() {
   constexpr int kSeldom = 16;
   Block& b = *block;
@@ -348,6 +348,7 @@ inline uint4 load_relaxed(const void* p) {
   return v;
 }
 inline void store_relaxed(void* p, uint32_t v) {
+  emulated::look();
   std::atomic_ref(*static_cast<uint32_t*>(p)).store(v, std::memory_order_relaxed);
 }
 inline float load_shared_float(const void* p) { return *static_cast<const float*>(p); }
@@ -375,15 +376,16 @@ inline void change_arrival(uint64_t* arrival, int64_t bytes, bool expected) {
 inline void start_arrival(uint64_t* arrival) { *arrival = kNone; }
 inline void expect(uint64_t* arrival, int bytes) { change_arrival(arrival, bytes, true); }
 inline void await(uint64_t* arrival, int parity, int patience) {
+  emulated::look();
   std::atomic_ref<uint64_t> word(*arrival);
   while (int(word.load(std::memory_order_acquire) / kTurn % 2) == parity) {
     if (--patience < 0) return give_up();
-    emulated::look();
     emulated::wait_for_another();
   }
 }
 inline void push(char* place, uint4 v, uint64_t* arrival, int peer, bool there) {
   if (!there) return;
+  emulated::look();
   const emulated::Block& own = emulated::here();
   const int number = int(own.index.x + own.grid.x * (peer + own.grid.y * own.index.z));
   char* const theirs = reinterpret_cast<char*>(own.together->blocks[number]->shared.get());

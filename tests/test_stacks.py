@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
 from fastrnn import functional, kernels
+from fastrnn.bench import memory
+from fastrnn.bench.grid import Case, Shape
 
 LAYERS = {
     "lstm": (fastrnn.LSTM, {}),
@@ -149,8 +151,17 @@ def test_units_of_layers_in_turn(make, threads, stacked):
     module, x = make(fastrnn.LSTM(8, 256, 2).eval()), torch.randn(600, 5, 8)
     for n in (1, 2, 3, 4):
         threads(n)
-        assert n == 1 or f"units in {n} parts" in fastrnn.explain(module, x).split
+        forward = fastrnn.explain(module, x).split.partition("; training")[0]
+        assert n == 1 or f"units in {n} parts" in forward
         assert_in_turn(module, x, stacked)
+
+
+@pytest.mark.skipif(not memory.STATUS.exists(), reason="the system has no /proc")
+def test_what_lies_between_layers_does_not_grow_with_the_steps():
+    shape = Shape(6000, 16, 64, 64)
+    y = 4 * shape.T * shape.B * shape.H
+    taken = memory.in_a_process("fastrnn", Case("gru", "forward", shape, "two layers"))
+    assert y < taken < 1.5 * y
 
 
 @pytest.mark.parametrize(("I", "H"), [(8, 192), (80, 256)])

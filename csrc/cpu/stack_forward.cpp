@@ -48,12 +48,14 @@ class Stack {
     return ceil_div(even, gx) * gx;
   }
 
-  // Whether one layer's whole y is more memory than what all layers at once need packed.
+  // Whether less of the y between layers, of which one or two are there at a time, spares more memory than
+  // the layers' packed weights, all at once, take.
   bool turns_pay(const LayerArgs& first, int64_t turn) const {
-    const int64_t y = first.T * first.B * first.P * static_cast<int64_t>(first.x.element_size());
-    const int64_t weights =
-        packed_ ? 0 : (layers_ - 1) * cell_.gates * first.H * 2 * first.P * int64_t{sizeof(A)};
-    return layers_ > 1 && first.T > turn && y > weights;
+    const int64_t element = static_cast<int64_t>(first.x.element_size());
+    const int64_t spared = (first.N - turn * first.B) * first.P * element;
+    const int64_t weights = packed_ ? 0 : cell_.gates * first.H * 2 * first.P * int64_t{sizeof(A)};
+    return layers_ > 1 && first.T > turn &&
+           std::min<int64_t>(layers_ - 1, 2) * spared > (layers_ - 1) * weights;
   }
 
   // Of a layer whose input is x; packed_ is then that layer's.
