@@ -33,9 +33,8 @@ needs_a_compiler = pytest.mark.skipif(
 def test_peaks_of_this_machine():
     peaks = limits.measure(1)
     assert peaks is not None
-    # Which of two is the faster, a busy machine may turn round.
-    assert min(peaks.gflops["bfloat16"], peaks.gflops["float32"]) > 0.1
-    assert min(peaks.activations["bfloat16"], peaks.activations["float32"]) > 0.001
+    assert peaks.gflops["bfloat16"] >= peaks.gflops["float32"] > 0.1
+    assert peaks.activations["bfloat16"] >= peaks.activations["float32"] > 0.001
     for sweeps, most in ((peaks.read, 26), (peaks.dot, 24)):
         assert [size for size, _ in sweeps] == [2**k for k in range(14, most + 1)]
         assert limits.bandwidth(sweeps, 2**14) > 0.1

@@ -156,7 +156,6 @@ def test_units_of_layers_in_turn(make, threads, stacked):
         assert_in_turn(module, x, stacked)
 
 
-@pytest.mark.skipif(not memory.STATUS.exists(), reason="the system has no /proc")
 def test_what_lies_between_layers_does_not_grow_with_the_steps():
     shape = Shape(6000, 16, 64, 64)
     y = 4 * shape.T * shape.B * shape.H

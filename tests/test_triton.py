@@ -163,8 +163,7 @@ SIZES, BATCHES, PROCESSORS = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128),
 
 
 def jobs():
-    """Every configuration of each cell, type and architecture, of the rarer cells on two of those some; each
-    option with one of each kernel."""
+    """Every configuration of each cell, type and architecture; each option with one of each kernel."""
     from fastrnn.triton_kernels.heuristics import Shape, configure
 
     def job(capability, cell, dtype, H, B, processors, special, P=0, **options):
@@ -176,8 +175,7 @@ def jobs():
     for capability in SHARED:
         for dtype in (torch.bfloat16, torch.float32):
             for cell in ("lstm", "gru", "gru_reset_before", "rnn_tanh"):
-                few = capability in (80, 100) and cell not in ("lstm", "gru")
-                sizes = itertools.product((64, 512) if few else SIZES, BATCHES, PROCESSORS)
+                sizes = itertools.product(SIZES, BATCHES, PROCESSORS)
                 every = [job(capability, cell, dtype, *size, {}) for size in sizes]
                 yield from {job[1]: job for job in every}.values()
     half, brain = torch.float16, torch.bfloat16
