@@ -1,9 +1,10 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. The CUDA sources take part where torch is a CUDA build and nvcc
-is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names
-the GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for
-another processor (CXX=aarch64-linux-gnu-g++).
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; FASTRNN_ISA_CXXFLAGS, more flags for the units of an
+instruction set, whose templates the baseline compiles without them. The CUDA sources take part where torch is
+a CUDA build and nvcc is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them,
+FASTRNN_CUDA_ARCHS="80;90a" names the GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it
+is not this interpreter's, as for another processor (CXX=aarch64-linux-gnu-g++).
 """
 
 from __future__ import annotations
@@ -149,7 +150,7 @@ def make_plan(compiler: Compiler, torch: Path, torch_version: str) -> Plan:
         if name not in FLAGS["isa"]:
             plan.units.append((source, [*common, "-c"]))
         elif compiler.target == "x86_64":
-            isa.append((source, [*common, *FLAGS["isa"][name], "-c"]))
+            isa.append((source, [*common, *FLAGS["isa"][name], *words("FASTRNN_ISA_CXXFLAGS"), "-c"]))
     # Last: of an inline function that several units emit, the linker keeps the first copy, and that one must
     # run on every machine.
     plan.units += sorted(isa, key=lambda unit: list(FLAGS["isa"]).index(unit[0].stem.rpartition("_")[2]))
@@ -216,8 +217,9 @@ class BuildExt(build_ext):
                 raise fail(f"MAX_JOBS must be a number of 1 or more, got {wish!r}")
             jobs = int(wish)
             with ThreadPoolExecutor(jobs) as pool:
-                # Reversed: the vector units are the slowest, and start first.
+                # The slowest first: CUDA, the kernels of an instruction set, the baseline's.
                 work = list(reversed(list(zip(plan.units, names, strict=True))))
+                work.sort(key=lambda item: not re.match(r".*\.cu$|kernels_", item[0][0].name))
                 results = list(pool.map(lambda item: self.compile(*item), work))
             if not all(results):
                 raise fail("the C++ compiler failed (its messages are above)")
@@ -228,7 +230,7 @@ class BuildExt(build_ext):
             part.replace(target)  # a process that has the old library loaded keeps it
 
     def run(self) -> None:
-        for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
+        for variable in ("CXX", "CXXFLAGS", "LDFLAGS", "FASTRNN_ISA_CXXFLAGS"):
             words(variable)  # before setuptools reads them, with a traceback for an open quote
         super().run()
         if self.inplace:

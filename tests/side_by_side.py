@@ -1,5 +1,9 @@
-"""Triton's interpreter runs a launch's programs one after another, so one that waits for another would wait
-for ever. Here each is a process of its own; they share the tensors' memory and run at once, as on a GPU."""
+"""What the tests put in the place of parts of Triton's interpreter.
+
+It runs a launch's programs one after another, so one that waits for another would wait for ever. Here each is
+a process of its own; they share the tensors' memory and run at once, as on a GPU. And more than half of its
+time went on triton.language, patched anew at each call of a function inside a kernel, and on looks for an
+integer's overflow, by some ten operations of its own each: here once a launch and module, and by numpy."""
 
 from __future__ import annotations
 
@@ -9,13 +13,16 @@ import sys
 import traceback
 from typing import Any
 
+import numpy as np
 import torch
 from triton.runtime import interpreter
 
 # Seconds after which a program that still waits is ended, and its test fails.
 PATIENCE = 100
 _run = interpreter.GridExecutor.__call__
+_patch = interpreter._patch_lang
 _builder = interpreter.interpreter_builder
+_patched: set[int] = set()  # the globals of the functions for which this launch has done so
 
 
 def _program(executor: Any, place: tuple[int, ...], args: Any, options: Any) -> None:
@@ -34,8 +41,28 @@ def _program(executor: Any, place: tuple[int, ...], args: Any, options: Any) -> 
     _run(executor, *args, **options)
 
 
+def patch(function: Any) -> Any:
+    """Stands in for interpreter._patch_lang, whose result only a launch looks at."""
+    if id(function.__globals__) in _patched:
+        return None
+    _patched.add(id(function.__globals__))
+    return _patch(function)
+
+
+def look_for_overflow(lhs: Any, rhs: Any, operation: Any) -> None:
+    """Stands in for TritonSemantic.binary_op_sanitize_overflow_impl."""
+    if lhs.type.scalar.int_bitwidth < 64:
+        ufunc = {"add": np.add, "sub": np.subtract, "mul": np.multiply}[operation.__name__]
+        exact = ufunc(lhs.handle.data, rhs.handle.data, dtype=np.int64)
+        limits = np.iinfo(lhs.handle.data.dtype)
+        assert limits.min <= exact.min() <= exact.max() <= limits.max, (
+            f"overflow of {lhs.dtype}: {operation.__name__}"
+        )
+
+
 def run(executor: Any, *args: Any, **options: Any) -> None:
     """Stands in for GridExecutor.__call__: programs that meet run side by side."""
+    _patched.clear()
     if not options.get("GRID"):
         _run(executor, *args, **options)
         return
@@ -60,3 +87,10 @@ def run(executor: Any, *args: Any, **options: Any) -> None:
             os._exit(code)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     assert not any(codes), f"programs ended with {codes}"
+
+
+def install(monkeypatch: Any) -> None:
+    monkeypatch.setattr(interpreter, "_patch_lang", patch)
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", run)
+    semantic = interpreter.interpreter_semantic
+    monkeypatch.setattr(semantic, "binary_op_sanitize_overflow_impl", look_for_overflow)

@@ -21,6 +21,14 @@ MASKS = ("none", "lengths", "queries")
 
 
 @pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    if kernels.INTERPRETED:
+        import side_by_side
+
+        side_by_side.install(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
 def memory_that_nobody_filled_is_nan():
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch then fills what is allocated
     yield
