@@ -1,10 +1,10 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; FASTRNN_ISA_CXXFLAGS, more flags for the units of an
-instruction set, whose templates the baseline compiles without them. The CUDA sources take part where torch is
-a CUDA build and nvcc is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them,
-FASTRNN_CUDA_ARCHS="80;90a" names the GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it
-is not this interpreter's, as for another processor (CXX=aarch64-linux-gnu-g++).
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; FASTRNN_ISA_CXXFLAGS, more flags for the sources of one
+instruction set of x86-64. The CUDA sources take part where torch is a CUDA build and nvcc is there;
+FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names the GPU
+architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for another
+processor (CXX=aarch64-linux-gnu-g++).
 """
 
 from __future__ import annotations
@@ -217,9 +217,12 @@ class BuildExt(build_ext):
                 raise fail(f"MAX_JOBS must be a number of 1 or more, got {wish!r}")
             jobs = int(wish)
             with ThreadPoolExecutor(jobs) as pool:
-                # The slowest first: CUDA, the kernels of an instruction set, the baseline's.
+                # Those that take the longest first: the kernels, and the vector units of the rest.
                 work = list(reversed(list(zip(plan.units, names, strict=True))))
-                work.sort(key=lambda item: not re.match(r".*\.cu$|kernels_", item[0][0].name))
+                work.sort(
+                    key=lambda item: item[0][0].name.startswith("kernels_") or item[0][0].suffix == ".cu",
+                    reverse=True,
+                )
                 results = list(pool.map(lambda item: self.compile(*item), work))
             if not all(results):
                 raise fail("the C++ compiler failed (its messages are above)")
@@ -230,7 +233,7 @@ class BuildExt(build_ext):
             part.replace(target)  # a process that has the old library loaded keeps it
 
     def run(self) -> None:
-        for variable in ("CXX", "CXXFLAGS", "LDFLAGS", "FASTRNN_ISA_CXXFLAGS"):
+        for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
             words(variable)  # before setuptools reads them, with a traceback for an open quote
         super().run()
         if self.inplace:
