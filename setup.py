@@ -1,10 +1,9 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS; FASTRNN_ISA_CXXFLAGS, more flags for the sources of one
-instruction set of x86-64. The CUDA sources take part where torch is a CUDA build and nvcc is there;
-FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names the GPU
-architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for another
-processor (CXX=aarch64-linux-gnu-g++).
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. The CUDA sources take part where torch is a CUDA build and nvcc
+is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names
+the GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for
+another processor (CXX=aarch64-linux-gnu-g++).
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ def make_plan(compiler: Compiler, torch: Path, torch_version: str) -> Plan:
         if name not in FLAGS["isa"]:
             plan.units.append((source, [*common, "-c"]))
         elif compiler.target == "x86_64":
-            isa.append((source, [*common, *FLAGS["isa"][name], *words("FASTRNN_ISA_CXXFLAGS"), "-c"]))
+            isa.append((source, [*common, *FLAGS["isa"][name], "-c"]))
     # Last: of an inline function that several units emit, the linker keeps the first copy, and that one must
     # run on every machine.
     plan.units += sorted(isa, key=lambda unit: list(FLAGS["isa"]).index(unit[0].stem.rpartition("_")[2]))
