@@ -463,13 +463,16 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                                                      out);
           }
           if (k1 < K) continue;
+          const E* sum = out;
 #pragma GCC unroll 1
-          for (int mu = 0; mu < M * U; ++mu) {
-            const int64_t unit = (b + mu % U) * S::W;
-            Vec<S, G> v;
-            for (int g = 0; g < G; ++g) v[g] = S::load(out + (mu * G + g) * S::W);
-            const int64_t left = units - unit;
-            epilogue(r + mu / U, unit, static_cast<int>(left < S::W ? left : S::W), v);
+          for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 1
+            for (int64_t unit = b * S::W; unit < (b + U) * S::W; unit += S::W, sum += G * S::W) {
+              Vec<S, G> v;
+              for (int g = 0; g < G; ++g) v[g] = S::load(sum + g * S::W);
+              const int64_t left = units - unit;
+              epilogue(r + m, unit, static_cast<int>(left < S::W ? left : S::W), v);
+            }
           }
         }
         k = k1;
