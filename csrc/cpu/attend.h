@@ -20,13 +20,17 @@ FASTRNN_HD Simd<E> exp_(const Simd<E>& x) {
   return power * p + power;
 }
 
+// f of all lanes, in halves: one after the other they would wait for each other.
+template <int H, class E, class F>
+FASTRNN_HD E over_lanes(const Simd<E>& x, F&& f) {
+  const Simd<E> y = f(halves<H, false>(x, x), halves<H, true>(x, x));
+  if constexpr (H > 1) return over_lanes<H / 2>(y, f);
+  return y.v[0];
+}
+
 template <class E>
 FASTRNN_HD E sum_of(const Simd<E>& x) {
-  alignas(64) E lanes[Simd<E>::W];
-  x.store(lanes);
-  E sum = 0;
-  for (const E lane : lanes) sum += lane;
-  return sum;
+  return over_lanes<Simd<E>::W / 2>(x, [](const Simd<E>& a, const Simd<E>& b) { return a + b; });
 }
 
 template <class E>
@@ -75,18 +79,23 @@ __attribute__((noinline)) void additive_scores(const Memory<E>& m, const E* quer
   }
 }
 
-// The largest of whole vectors of a row, and `least`; it may pass a NaN by.
+// The largest of whole vectors of a row, and `least`; it may pass a NaN by. Several at once: a comparison
+// would wait for the one before.
 template <class E>
 FASTRNN_HD E highest(const E* row, int64_t end, E least) {
   using S = Simd<E>;
-  S high(least);
-  for (int64_t s = 0; s < end; s += S::W) {
-    const S e = S::load(row + s);
-    high = select<E>(e.v > high.v, e, high);
+  constexpr int kFew = 4;
+  S high[kFew];
+  for (S& h : high) h = S(least);
+  const auto higher = [](const S& a, const S& b) { return select<E>(a.v > b.v, a, b); };
+  int64_t s = 0;
+  for (; s + kFew * S::W <= end; s += kFew * S::W) {
+#pragma GCC unroll 4
+    for (int j = 0; j < kFew; ++j) high[j] = higher(S::load(row + s + j * S::W), high[j]);
   }
-  E top = least;
-  for (int lane = 0; lane < S::W; ++lane) top = high.v[lane] > top ? high.v[lane] : top;
-  return top;
+  for (; s < end; s += S::W) high[0] = higher(S::load(row + s), high[0]);
+  for (int j = 1; j < kFew; ++j) high[0] = higher(high[j], high[0]);
+  return over_lanes<S::W / 2>(high[0], higher);
 }
 
 // row [S, whole vectors]: scores to weights. What the mask leaves out, and what pads the last vector, is 0;

@@ -11,7 +11,7 @@
 namespace fastrnn::FASTRNN_ISA {
 
 using cpu::Attend;
-using cpu::kAttendRows;
+using cpu::kMostAttendRows;
 
 template <class E>
 FASTRNN_HD int64_t whole(int64_t n) {
@@ -66,7 +66,8 @@ struct AttendForward {
   static constexpr E kNone = -std::numeric_limits<E>::infinity();
 
   static int64_t scratch(int64_t K, int64_t V) {
-    return (kBlock + 1) * (whole<E>(K) + whole<E>(V)) + kAttendRows * (kBlock + whole<E>(V) + 3) + 16 * S::W;
+    return (kBlock + 1) * (whole<E>(K) + whole<E>(V)) + kMostAttendRows * (kBlock + whole<E>(V) + 3) +
+           16 * S::W;
   }
 
   const Attend<E>& p;
@@ -96,7 +97,7 @@ struct AttendForward {
       }
       return;
     }
-    const Weight w = rows <= kFew ? Weight{keys, Weight::kRows, p.ld_keys, nullptr}
+    const Weight w = p.Tq <= kFew ? Weight{keys, Weight::kRows, p.ld_keys, nullptr}
                                   : pack_rows(keys, p.ld_keys, count, p.K, memory);
     const S scale(p.scale);
     rows_by(rows, count, InRows<E>{queries, p.ld_query}, w, p.K,
@@ -127,7 +128,7 @@ struct AttendForward {
   void add_values(int64_t s0, int64_t count) const {
     const E* from = p.values + s0 * p.ld_values;
     Weight w{from, Weight::kColumns, p.ld_values, nullptr};
-    if (rows > kFew || p.any || p.V % S::W != 0) {
+    if (p.Tq > kFew || p.any || p.V % S::W != 0) {
       copy_rows(from, p.ld_values, count, p.V, p.any ? p.any + s0 : nullptr, values);
       w = {values, Weight::kColumns, whole<E>(p.V), nullptr};
     }
@@ -174,16 +175,21 @@ struct AttendForward {
 // The backward pass's scratch: as much as what is needed takes.
 template <class E>
 struct AttendPieces {
-  static constexpr int64_t kRows = kAttendRows;
   static constexpr int64_t kFew = 16;  // queries for which packing costs more than it gains
+  static constexpr int64_t kLeast = 32, kMost = 128, kPanels = 1 << 19;
 
   const Attend<E>& p;
   Scratch<E> scratch;
+  int64_t most;  // queries at a time
   bool of_scores, few, in_place;
   E *keys, *packed, *dkeys, *values, *weights, *ds, *queries, *dc_panels, *delta, *row, *dquery;
 
   AttendPieces(const Attend<E>& args, E* at) : p(args), scratch{at} {
     const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
+    // As many as share a pass over the gradients of keys and values, while what they have of every position
+    // stays in the second-level cache.
+    const int64_t each = 2 * std::max<int64_t>(wide, 1) * sizeof(E);
+    most = std::clamp(kPanels / each / kLeast * kLeast, kLeast, kMost);
     of_scores = p.needs_scores();
     few = p.Tq <= kFew;
     // Rows of keys are for the additive score and the gradient of queries.
@@ -192,11 +198,11 @@ struct AttendPieces {
     packed = take(!p.v && !few, wide * k);
     dkeys = take(p.v && p.dkeys, p.S * k);
     values = take(of_scores && !few, wide * v);
-    weights = take(true, wide * kRows);
-    ds = take(of_scores, wide * kRows);
-    queries = take(p.v || p.dkeys, kRows * k);
-    dc_panels = take(p.dvalues, kRows * v);
-    delta = take(of_scores, kRows);
+    weights = take(true, wide * most);
+    ds = take(of_scores, wide * most);
+    queries = take(p.v || p.dkeys, most * k);
+    dc_panels = take(p.dvalues, most * v);
+    delta = take(of_scores, most);
     row = take(p.v, wide);
     dquery = take(p.v && p.dquery, k);
   }
@@ -214,7 +220,7 @@ struct AttendBackward : AttendPieces<E> {
   using Weight = cpu::Weight<E>;
   using Pieces = AttendPieces<E>;
   using Pieces::dc_panels, Pieces::delta, Pieces::dkeys, Pieces::dquery, Pieces::ds, Pieces::few,
-      Pieces::in_place, Pieces::keys, Pieces::kRows, Pieces::of_scores, Pieces::p, Pieces::packed,
+      Pieces::in_place, Pieces::keys, Pieces::most, Pieces::of_scores, Pieces::p, Pieces::packed,
       Pieces::queries, Pieces::row, Pieces::values, Pieces::weights;
 
   static int64_t scratch(const Attend<E>& p) { return Pieces(p, nullptr).scratch.taken; }
@@ -269,10 +275,10 @@ struct AttendBackward : AttendPieces<E> {
     for (int64_t i = rows * share.part / share.parts; i < rows * (share.part + 1) / share.parts; ++i) f(i);
   }
 
-  // Panels [S/W][kRows][W].
-  FASTRNN_HD static E* in_panels(E* panels, int64_t i, int64_t s) { return panels + s * kRows + i * S::W; }
+  // Panels [S/W][most][W].
+  FASTRNN_HD E* in_panels(E* panels, int64_t i, int64_t s) const { return panels + s * most + i * S::W; }
 
-  // The rows as the products read them: panels [columns/W][kRows][W], of the additive score rows of queries.
+  // The rows as the products read them: panels [columns/W][most][W], of the additive score rows of queries.
   void prepare(int64_t q0, int64_t rows) const {
     const E* query = p.query + q0 * p.ld_query;
     own_rows(rows, [&](int64_t i) {
@@ -285,8 +291,8 @@ struct AttendBackward : AttendPieces<E> {
     });
   }
 
-  static void panel(const E* from, int64_t columns, E* to) {
-    to_panels<E>({const_cast<E*>(from), 0, false}, columns, to, kRows * S::W);
+  void panel(const E* from, int64_t columns, E* to) const {
+    to_panels<E>({const_cast<E*>(from), 0, false}, columns, to, most * S::W);
   }
 
   // The weights of queries [q0, q0 + rows), again.
@@ -306,8 +312,8 @@ struct AttendBackward : AttendPieces<E> {
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask : nullptr;
-      for (int64_t s = s0; s < block1 * S::W; ++s) {
-        if (s >= p.S || (mask && !mask[s])) in_panels(weights, i, s / S::W * S::W)[s % S::W] = E(0);
+      for (int64_t s = mask ? s0 : s1; s < block1 * S::W; ++s) {
+        if (s >= p.S || !mask[s]) in_panels(weights, i, s / S::W * S::W)[s % S::W] = E(0);
       }
     }
   }
@@ -347,7 +353,7 @@ struct AttendBackward : AttendPieces<E> {
   void outer(const E* a, const E* b, int64_t rows, int64_t columns, E* out, int64_t ld, bool add) const {
     for (int64_t s = s0; s < s1; s += S::W) {
       const int lanes = static_cast<int>(at_most(p.S - s, S::W));
-      outer_product<E>({a + s * kRows, b, kRows * S::W, rows, kRows, lanes, columns, out + s * ld, ld, add});
+      outer_product<E>({a + s * most, b, most * S::W, rows, most, lanes, columns, out + s * ld, ld, add});
     }
   }
 
@@ -355,7 +361,7 @@ struct AttendBackward : AttendPieces<E> {
   void query_gradient(int64_t q0, int64_t rows) const {
     E* to = p.dquery ? p.dquery + q0 * p.ld_query : nullptr;
     if (!p.v) {
-      return own_units(rows, p.K, InPanels<E>{ds, kRows * S::W, p.S}, by_positions, p.S,
+      return own_units(rows, p.K, InPanels<E>{ds, most * S::W, p.S}, by_positions, p.S,
                        [&](int64_t i, int64_t unit, int lanes, const S& v) {
                          v.store(to + i * p.ld_query + unit, lanes);
                        });
@@ -372,8 +378,8 @@ struct AttendBackward : AttendPieces<E> {
 
   static void run(const Attend<E>& p, const Share& share, E* scratch) {
     const AttendBackward b(p, share, scratch);
-    for (int64_t q0 = 0; q0 < p.Tq; q0 += kRows) {
-      const int64_t rows = at_most(p.Tq - q0, kRows);
+    for (int64_t q0 = 0; q0 < p.Tq; q0 += b.most) {
+      const int64_t rows = at_most(p.Tq - q0, b.most);
       b.prepare(q0, rows);
       if (p.v) end_phase(share);
       b.softmax(q0, rows);

@@ -86,10 +86,13 @@ class AttentionCall {
       all_[b].weights = need_weights ? data(weights) + b * in_.Tq * in_.S : nullptr;
       all_[b].lse = data(lse) + b * in_.Tq;
     }
-    const int64_t blocks = ceil_div(in_.Tq, kAttendRows);
-    run(in_.B * blocks, k.scratch(in_.K, in_.V), 2, [&](int64_t task, E* scratch) {
-      const int64_t q0 = task % blocks * kAttendRows;
-      k.attend(all_[task / blocks], q0, std::min(q0 + kAttendRows, in_.Tq), scratch);
+    const int want = threads(2, in_.B * ceil_div(in_.Tq, kLeastAttendRows));
+    const int64_t each = ceil_div(in_.B * in_.Tq, want * kLeastAttendRows) * kLeastAttendRows;
+    const int64_t rows = std::clamp(each, kLeastAttendRows, kMostAttendRows);
+    const int64_t blocks = ceil_div(in_.Tq, rows);
+    run(in_.B * blocks, k.scratch(in_.K, in_.V), want, [&](int64_t task, E* scratch) {
+      const int64_t q0 = task % blocks * rows;
+      k.attend(all_[task / blocks], q0, std::min(q0 + rows, in_.Tq), scratch);
     });
     return {std::move(context), std::move(weights), std::move(lse)};
   }
@@ -171,11 +174,10 @@ class AttentionCall {
     return static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
   }
 
-  // f(task, scratch) of all tasks, shared out over threads.
+  // f(task, scratch) of all tasks, shared out over so many threads.
   template <class F>
-  void run(int64_t tasks, int64_t scratch, int64_t products, F&& f) {
+  void run(int64_t tasks, int64_t scratch, int want, F&& f) {
     if (tasks == 0) return;
-    const int want = threads(products, tasks);
     const int64_t each = ceil_div(scratch, 64) * 64;
     E* all = arena_.template get<E>(want * each);
     run_team(want, [&](const Team& team) {

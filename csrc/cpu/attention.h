@@ -76,8 +76,9 @@ struct Attend {
   bool needs_scores() const { return dquery || dkeys || dv; }  // their gradients
 };
 
-// Queries that one call of forward takes, at most: they share what is packed of the memory.
-inline constexpr int64_t kAttendRows = 32;
+// Queries that one call of forward takes, at most, and the fewest that calls are cut to for the sake of
+// threads: they share what is packed of the memory.
+inline constexpr int64_t kMostAttendRows = 128, kLeastAttendRows = 32;
 
 // An instruction set's entry.
 template <class E>
