@@ -163,13 +163,17 @@ std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t
 template <class E, class A = E>
 class Weights {
  public:
-  // Measured at H = 64 to 512, packing pays from 16 rows on; from 256 where each step has but up to four.
-  // Products of bfloat16 gain from half of that, and as soon where steps are small.
+  // Measured at H = 64 to 512, packing pays from 16 rows on. Products of bfloat16 gain from half of that.
   static constexpr bool kHalves = sizeof(A) < sizeof(E);
-  static constexpr int64_t kFewRows = kHalves ? 8 : 16, kFewRowsOfFew = kHalves ? 16 : 256, kFewSequences = 4;
+  static constexpr int64_t kFewRows = kHalves ? 8 : 16, kFewSequences = 4;
 
-  // The rows of a call up to which R stays where it lies.
-  static int64_t few(const LayerArgs& a) { return a.B <= kFewSequences ? kFewRowsOfFew : kFewRows; }
+  // The rows of a call up to which R stays where it lies. Of few sequences a step gains the same whatever K
+  // is, the sums that a dot product leaves in a register's lanes, and packing costs what K is: it pays from K
+  // / 2 rows on; of bfloat16 as soon as steps are small.
+  static int64_t few(const LayerArgs& a) {
+    if (a.B > kFewSequences) return kFewRows;
+    return kHalves ? 16 : std::clamp<int64_t>(a.P / 2, kFewRows, 256);
+  }
 
   Weights(Arena& arena, const LayerArgs& a)
       : arena_(arena), kernels_(kernels<E, A>()), rows_(a.T * a.B), direct_(a.dtype == kScalar<A>) {}
