@@ -19,6 +19,8 @@ SHAPES = [
     (5, 7, 3, 33, 20, 19),
     (70, 40, 2, 16, 8, 16),
     (3, 600, 2, 8, 5, 32),
+    (140, 40, 2, 16, 8, 16),
+    (130, 300, 2, 8, 8, 8),
 ]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 MASKS = ("none", "lengths", "mask", "each", "both")
@@ -354,7 +356,7 @@ def test_transforms(score):
 @each_score
 def test_bits_do_not_depend_on_threads(score, B):
     """Threads share a sequence where there are fewer of these, or some are left over."""
-    shape = (70, 90, B, 48, 48, 48)
+    shape = (300, 90, B, 48, 48, 48)
     attn, tensors = case(score, shape)
     attn.float()
     tensors = [t.detach().float().requires_grad_() for t in tensors]

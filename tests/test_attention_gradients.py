@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("given", ["context", "weights", "both"])
-@pytest.mark.parametrize("Tq", [5, 40])  # few queries, and more than fall into a block
+@pytest.mark.parametrize("Tq", [5, 150])  # few queries, and more than fall into a block
 @each_mask
 @each_score
 def test_each_subset_has_the_bits_of_the_whole(additive, masked, Tq, given, dtype):
@@ -68,7 +68,7 @@ def test_each_subset_has_the_bits_of_the_whole(additive, masked, Tq, given, dtyp
 @pytest.mark.parametrize("threads", [1, 3])
 @each_score
 def test_threads_that_share_a_sequence(additive, threads):
-    flat, mask = tensors(70, 90, 2, 48, 40, additive, True, torch.float32)
+    flat, mask = tensors(150, 90, 2, 48, 40, additive, True, torch.float32)
     context, weights, lse = torch.ops.fastrnn.attention(*flat, mask, 0.5, True)
     args, before = (context, weights, *flat, mask, 0.5, context, lse), torch.get_num_threads()
     whole = torch.ops.fastrnn.attention_backward(*args, *(True,) * 4)
@@ -296,3 +296,71 @@ def test_a_decoder_over_a_frozen_encoder():
         # The values are the memory times a part of W_c, which learns.
         assert watch.needs == [(False, True, False, True)]
     torch.testing.assert_close(*found)
+
+
+def shorter(S, length):
+    """A mask of two memories, the second shorter."""
+    return torch.arange(S) < torch.tensor([[S], [length]])
+
+
+def holed(S):
+    """A mask of two memories, the second with a hole."""
+    return torch.arange(S) != torch.tensor([[S], [S // 2]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("Tq", "mask"),
+    [
+        (140, shorter(270, 256)),
+        (140, shorter(520, 512)),
+        (70, shorter(1040, 1000)),
+        (140, shorter(700, 0)),
+        (3, holed(1024)),
+    ],
+    ids=lambda value: f"S={value.shape[1]}" if isinstance(value, torch.Tensor) else None,
+)
+@each_score
+def test_each_memory_has_scratch_of_its_own_size(additive, Tq, mask, dtype):
+    """What one sequence gives alone: a shorter one takes more queries at a time, one with a hole is copied."""
+    flat, _ = tensors(Tq, mask.shape[1], 2, 16, 16, additive, False, dtype)
+    before = torch.get_num_threads()
+
+    def run(rows):
+        own = [t[:, rows] if t is not None and t.dim() == 3 else t for t in flat]
+        context, weights, lse = torch.ops.fastrnn.attention(*own, mask[rows], 0.5, True)
+        args = (context, weights, *own, mask[rows], 0.5, context, lse)
+        return torch.ops.fastrnn.attention_backward(*args, *(True,) * 4)[:3]
+
+    alone = [torch.cat(both, 1) for both in zip(run([0]), run([1]), strict=True)]
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for found, expected in zip(run([0, 1]), alone, strict=True):
+                assert torch.equal(found, expected)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_error_is_at_most_twice_torchs():
+    """Against float64, the context and the gradients of one query and memory, in several blocks."""
+    query, memory, given = (randn(600, 2, 64, seed=i) for i in range(3))
+
+    def ours(q, m):
+        return functional.attention(q, m, m, scale=0.125, need_weights=False)[0]
+
+    def torchs(q, m):
+        q, m = q.transpose(0, 1)[:, None], m.transpose(0, 1)[:, None]
+        attend = torch.nn.functional.scaled_dot_product_attention
+        return attend(q, m, m, scale=0.125)[:, 0].transpose(0, 1)
+
+    def run(function, dtype):
+        leaves = [t.to(dtype).requires_grad_() for t in (query, memory)]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y, leaves, given.to(dtype))]
+
+    exact = run(torchs, torch.float64)
+    errors = [
+        [(a - b).norm() for a, b in zip(run(f, torch.float32), exact, strict=True)] for f in (ours, torchs)
+    ]
+    assert all(a <= 2 * b for a, b in zip(*errors, strict=True)), errors

@@ -70,7 +70,7 @@ def test_each_instruction_set(cell, isa, monkeypatch):
     x, states, params = random_case(cell, 9, 11, 5, 37, D=2)
     assert_agree(cell, x, states, params, {"lengths": torch.randint(0, 10, (11,))})
     # One row a step, packed; then few enough rows that the weights are read where torch keeps them.
-    for T, B, H in ((30, 1, 200), (9, 1, 200), (3, 2, 64), (4, 3, 37), (3, 4, 64), (1, 16, 64)):
+    for T, B, H in ((110, 1, 200), (9, 1, 200), (3, 2, 64), (4, 3, 37), (3, 4, 64), (1, 16, 64)):
         x, states, params = random_case(cell, T, B, 5, H)
         assert_agree(cell, x, states, params, {})
 
@@ -93,7 +93,7 @@ RIVALS = {
 
 # Long sums: of a weight's gradient over 1600 rows, of a step's product over 772 terms; of an input's gradient
 # over 2048, from weights packed and where they lie. Many steps, and many units, of float32 alone.
-SHORT = ((60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40))
+SHORT = ((60, 8, 48, 96), (7, 50, 8, 32), (20, 64, 32, 64), (99, 1, 8, 40), (30, 1, 8, 64))
 LONG = ((400, 4, 16, 256), (12, 33, 260, 512), (2, 8, 64, 512), (16, 1, 64, 256))
 LONGEST = ((1000, 2, 16, 64), (12, 8, 64, 1024))
 

@@ -11,7 +11,6 @@
 namespace fastrnn::FASTRNN_ISA {
 
 using cpu::Attend;
-using cpu::kMostAttendRows;
 
 template <class E>
 FASTRNN_HD int64_t whole(int64_t n) {
@@ -65,9 +64,8 @@ struct AttendForward {
   static constexpr int64_t kFew = 4;      // queries for which packing costs more than it gains
   static constexpr E kNone = -std::numeric_limits<E>::infinity();
 
-  static int64_t scratch(int64_t K, int64_t V) {
-    return (kBlock + 1) * (whole<E>(K) + whole<E>(V)) + kMostAttendRows * (kBlock + whole<E>(V) + 3) +
-           16 * S::W;
+  static int64_t scratch(int64_t rows, int64_t K, int64_t V) {
+    return (kBlock + 1) * (whole<E>(K) + whole<E>(V)) + rows * (kBlock + whole<E>(V) + 3) + 16 * S::W;
   }
 
   const Attend<E>& p;
@@ -176,7 +174,7 @@ struct AttendForward {
 template <class E>
 struct AttendPieces {
   static constexpr int64_t kFew = 16;  // queries for which packing costs more than it gains
-  static constexpr int64_t kLeast = 32, kMost = 128, kPanels = 1 << 19;
+  static constexpr int64_t kPanels = 1 << 19;
 
   const Attend<E>& p;
   Scratch<E> scratch;
@@ -186,10 +184,12 @@ struct AttendPieces {
 
   AttendPieces(const Attend<E>& args, E* at) : p(args), scratch{at} {
     const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
-    // As many as share a pass over the gradients of keys and values, while what they have of every position
-    // stays in the second-level cache.
-    const int64_t each = 2 * std::max<int64_t>(wide, 1) * sizeof(E);
-    most = std::clamp(kPanels / each / kLeast * kLeast, kLeast, kMost);
+    // What they have of every position is some kPanels bytes, so that it stays in most second-level caches;
+    // no machine's own, as sums are cut here and their bits are to be the same everywhere.
+    constexpr int64_t kLeast = cpu::kLeastAttendRows, kMost = cpu::kMostAttendRows;
+    const int64_t each = 2 * static_cast<int64_t>(sizeof(E)) * (wide > 0 ? wide : 1);
+    const int64_t fit = kPanels / each / kLeast * kLeast;
+    most = at_most(at_most(fit > kLeast ? fit : kLeast, kMost), p.Tq);
     of_scores = p.needs_scores();
     few = p.Tq <= kFew;
     // Rows of keys are for the additive score and the gradient of queries.

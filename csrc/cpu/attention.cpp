@@ -87,10 +87,12 @@ class AttentionCall {
       all_[b].lse = data(lse) + b * in_.Tq;
     }
     const int want = threads(2, in_.B * ceil_div(in_.Tq, kLeastAttendRows));
-    const int64_t each = ceil_div(in_.B * in_.Tq, want * kLeastAttendRows) * kLeastAttendRows;
-    const int64_t rows = std::clamp(each, kLeastAttendRows, kMostAttendRows);
+    // A thread's queries in as few calls as may be, of one size.
+    const int64_t each = std::max<int64_t>(ceil_div(in_.B * in_.Tq, want), 1);
+    const int64_t calls = ceil_div(each, kMostAttendRows);
+    const int64_t rows = ceil_div(each, calls * kLeastAttendRows) * kLeastAttendRows;
     const int64_t blocks = ceil_div(in_.Tq, rows);
-    run(in_.B * blocks, k.scratch(in_.K, in_.V), want, [&](int64_t task, E* scratch) {
+    run(in_.B * blocks, k.scratch(std::min(rows, in_.Tq), in_.K, in_.V), want, [&](int64_t task, E* scratch) {
       const int64_t q0 = task % blocks * rows;
       k.attend(all_[task / blocks], q0, std::min(q0 + rows, in_.Tq), scratch);
     });
@@ -130,10 +132,10 @@ class AttentionCall {
       p.dv = dv ? dv + b * ld_v : nullptr;
     }
     if (B > 0 && (need.values || all_[0].needs_scores())) {
-      Attend<E> longest = all_[0];
-      longest.S = S;
-      const int products = 1 + longest.needs_scores() + need.query + need.keys + need.values;
-      run_backward(k.backward_scratch(longest), products, [&](int64_t b, const Share& share, E* scratch) {
+      int64_t most = 0;
+      for (const Attend<E>& p : all_) most = std::max(most, k.backward_scratch(p));
+      const int products = 1 + all_[0].needs_scores() + need.query + need.keys + need.values;
+      run_backward(most, products, [&](int64_t b, const Share& share, E* scratch) {
         k.attend_backward(all_[b], share, scratch);
       });
     }

@@ -76,8 +76,8 @@ struct Attend {
   bool needs_scores() const { return dquery || dkeys || dv; }  // their gradients
 };
 
-// Queries that one call of forward takes, at most, and the fewest that calls are cut to for the sake of
-// threads: they share what is packed of the memory.
+// Queries at a time, at most, and the fewest that they are cut to: forward for the sake of threads, backward
+// for that of the caches. They share what is packed of the memory, or added to its gradients.
 inline constexpr int64_t kMostAttendRows = 128, kLeastAttendRows = 32;
 
 // An instruction set's entry.
@@ -86,10 +86,10 @@ struct AttentionKernels {
   void (*decode)(const Decoder<E>&, const Share&);
   void (*decode_backward)(const Decoder<E>&, const Share&);
   // Queries [q0, q1) of a sequence; all of them, backward, by the members that share it. scratch: so many
-  // elements as the next two say, of a sequence; the second reads sizes, and what is needed.
+  // elements as the next two say; the second of this very sequence, as shorter ones may take more.
   void (*attend)(const Attend<E>&, int64_t q0, int64_t q1, E* scratch);
   void (*attend_backward)(const Attend<E>&, const Share&, E* scratch);
-  int64_t (*scratch)(int64_t K, int64_t V);
+  int64_t (*scratch)(int64_t rows, int64_t K, int64_t V);
   int64_t (*backward_scratch)(const Attend<E>&);
 };
 

@@ -167,9 +167,9 @@ class Weights {
   static constexpr bool kHalves = sizeof(A) < sizeof(E);
   static constexpr int64_t kFewRows = kHalves ? 8 : 16, kFewSequences = 4;
 
-  // The rows of a call up to which R stays where it lies. Of few sequences a step gains the same whatever K
-  // is, the sums that a dot product leaves in a register's lanes, and packing costs what K is: it pays from K
-  // / 2 rows on; of bfloat16 as soon as steps are small.
+  // The rows of a call up to which R stays where it lies, and is multiplied apart from W. Of few sequences a
+  // step gains by packing the same for any K, as no lanes are folded, and packing costs in proportion to K:
+  // it pays from K / 2 rows on; of bfloat16 as soon as steps are small.
   static int64_t few(const LayerArgs& a) {
     if (a.B > kFewSequences) return kFewRows;
     return kHalves ? 16 : std::clamp<int64_t>(a.P / 2, kFewRows, 256);
