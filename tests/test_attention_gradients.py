@@ -322,7 +322,7 @@ def holed(S):
 )
 @each_score
 def test_each_memory_has_scratch_of_its_own_size(additive, Tq, mask, dtype):
-    """What one sequence gives alone: a shorter one takes more queries at a time, one with a hole is copied."""
+    """As each sequence alone: a shorter one takes more queries at a time, one with a hole is copied."""
     flat, _ = tensors(Tq, mask.shape[1], 2, 16, 16, additive, False, dtype)
     before = torch.get_num_threads()
 
