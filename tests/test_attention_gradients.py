@@ -299,13 +299,13 @@ def test_a_decoder_over_a_frozen_encoder():
 
 
 def shorter(S, length):
-    """A mask of two memories, the second shorter."""
-    return torch.arange(S) < torch.tensor([[S], [length]])
+    """A mask of three memories, the first shorter."""
+    return torch.arange(S) < torch.tensor([[length], [S], [S]])
 
 
 def holed(S):
-    """A mask of two memories, the second with a hole."""
-    return torch.arange(S) != torch.tensor([[S], [S // 2]])
+    """A mask of three memories, the second with a hole."""
+    return torch.arange(S) != torch.tensor([[S], [S // 2], [S]])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -323,7 +323,7 @@ def holed(S):
 @each_score
 def test_each_memory_has_scratch_of_its_own_size(additive, Tq, mask, dtype):
     """As each sequence alone: a shorter one takes more queries at a time, one with a hole is copied."""
-    flat, _ = tensors(Tq, mask.shape[1], 2, 16, 16, additive, False, dtype)
+    flat, _ = tensors(Tq, mask.shape[1], 3, 16, 16, additive, False, dtype)
     before = torch.get_num_threads()
 
     def run(rows):
@@ -332,11 +332,11 @@ def test_each_memory_has_scratch_of_its_own_size(additive, Tq, mask, dtype):
         args = (context, weights, *own, mask[rows], 0.5, context, lse)
         return torch.ops.fastrnn.attention_backward(*args, *(True,) * 4)[:3]
 
-    alone = [torch.cat(both, 1) for both in zip(run([0]), run([1]), strict=True)]
+    alone = [torch.cat(each, 1) for each in zip(run([0]), run([1]), run([2]), strict=True)]
     try:
-        for threads in (1, 2):
+        for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            for found, expected in zip(run([0, 1]), alone, strict=True):
+            for found, expected in zip(run([0, 1, 2]), alone, strict=True):
                 assert torch.equal(found, expected)
     finally:
         torch.set_num_threads(before)

@@ -49,7 +49,7 @@ def quantized_error(cell, x, states, params, masks, D):
 @pytest.mark.parametrize("mask", MASKS)
 @each_case
 def test_frozen_is_plain(case, mask):
-    """The same bits where the plain call packs its weights too: from more than 16 rows (256) on."""
+    """The same bits where the plain call packs its weights too: from more than 16 rows on, or up to 256."""
     cell, T, B, I, H, P = case
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         x, states, params = random_case(cell, T, B, I, H, D=2, P=P, dtype=dtype)

@@ -70,7 +70,15 @@ def test_each_instruction_set(cell, isa, monkeypatch):
     x, states, params = random_case(cell, 9, 11, 5, 37, D=2)
     assert_agree(cell, x, states, params, {"lengths": torch.randint(0, 10, (11,))})
     # One row a step, packed; then few enough rows that the weights are read where torch keeps them.
-    for T, B, H in ((110, 1, 200), (9, 1, 200), (3, 2, 64), (4, 3, 37), (3, 4, 64), (1, 16, 64)):
+    for T, B, H in (
+        (110, 1, 200),
+        (30, 1, 200),
+        (9, 1, 200),
+        (3, 2, 64),
+        (4, 3, 37),
+        (3, 4, 64),
+        (1, 16, 64),
+    ):
         x, states, params = random_case(cell, T, B, 5, H)
         assert_agree(cell, x, states, params, {})
 

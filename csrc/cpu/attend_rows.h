@@ -185,7 +185,7 @@ struct AttendPieces {
   AttendPieces(const Attend<E>& args, E* at) : p(args), scratch{at} {
     const int64_t wide = whole<E>(p.S), k = whole<E>(p.K), v = whole<E>(p.V);
     // What they have of every position is some kPanels bytes, so that it stays in most second-level caches;
-    // no machine's own, as sums are cut here and their bits are to be the same everywhere.
+    // no machine's own, as sums are cut here.
     constexpr int64_t kLeast = cpu::kLeastAttendRows, kMost = cpu::kMostAttendRows;
     const int64_t each = 2 * static_cast<int64_t>(sizeof(E)) * (wide > 0 ? wide : 1);
     const int64_t fit = kPanels / each / kLeast * kLeast;

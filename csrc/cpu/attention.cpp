@@ -87,12 +87,12 @@ class AttentionCall {
       all_[b].lse = data(lse) + b * in_.Tq;
     }
     const int want = threads(2, in_.B * ceil_div(in_.Tq, kLeastAttendRows));
-    // A thread's queries in as few calls as may be, of one size.
+    // A thread's queries in as few calls as may be; those of a sequence of one size.
     const int64_t each = std::max<int64_t>(ceil_div(in_.B * in_.Tq, want), 1);
     const int64_t calls = ceil_div(each, kMostAttendRows);
-    const int64_t rows = ceil_div(each, calls * kLeastAttendRows) * kLeastAttendRows;
-    const int64_t blocks = ceil_div(in_.Tq, rows);
-    run(in_.B * blocks, k.scratch(std::min(rows, in_.Tq), in_.K, in_.V), want, [&](int64_t task, E* scratch) {
+    const int64_t blocks = ceil_div(in_.Tq, ceil_div(each, calls * kLeastAttendRows) * kLeastAttendRows);
+    const int64_t rows = blocks > 0 ? ceil_div(in_.Tq, blocks) : 0;
+    run(in_.B * blocks, k.scratch(rows, in_.K, in_.V), want, [&](int64_t task, E* scratch) {
       const int64_t q0 = task % blocks * rows;
       k.attend(all_[task / blocks], q0, std::min(q0 + rows, in_.Tq), scratch);
     });
