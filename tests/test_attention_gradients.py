@@ -48,7 +48,7 @@ class Watch(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("given", ["context", "weights", "both"])
-@pytest.mark.parametrize("Tq", [5, 150])  # few queries, and more than fall into a block
+@pytest.mark.parametrize("Tq", [5, 40, 150])  # few queries, a block of them, and more
 @each_mask
 @each_score
 def test_each_subset_has_the_bits_of_the_whole(additive, masked, Tq, given, dtype):

@@ -235,6 +235,7 @@ def test_tf32_is_what_torch_says_in_the_old_way_or_the_new():
         (fastrnn.LSTM(40, 33), (3, 5, 40), False),  # too few rows to pack weights for
         (fastrnn.LSTM(40, 33), (4, 4, 40), False),
         (fastrnn.LSTM(40, 33), (5, 4, 40), True),
+        (fastrnn.LSTM(40, 33), (30, 4, 40), True),
         (fastrnn.LSTM(40, 132), (16, 4, 40), False),  # of few sequences from H / 2 on
         (fastrnn.LSTM(40, 132), (17, 4, 40), True),
     ],
