@@ -39,6 +39,12 @@ def fail(message: str) -> SystemExit:
     return SystemExit(f"\nfastrnn: {message}\n")
 
 
+def say(text: str) -> None:
+    """A line or more in one write: `print` makes two, and lines of compilers side by side would mix."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
 def words(variable: str, default: str = "") -> list[str]:
     """The words of an environment variable, quoted as in a shell."""
     text = os.environ.get(variable, default)
@@ -254,7 +260,7 @@ class BuildExt(build_ext):
         source, command = unit
         if target.exists():
             return True
-        print(f"compiling {source.relative_to(ROOT)}", flush=True)
+        say(f"compiling {source.relative_to(ROOT)}")
         part = target.with_suffix(".part")
         done = self.execute([*command, str(source.relative_to(ROOT)), "-o", str(part)], check=False)
         if done:
@@ -264,8 +270,8 @@ class BuildExt(build_ext):
     @staticmethod
     def execute(command: list[str], check: bool = True) -> bool:
         run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if run.stdout or run.returncode:  # in one piece: parallel compilers' messages must not interleave
-            print(shlex.join(command), run.stdout, sep="\n", end="", flush=True)
+        if run.stdout or run.returncode:
+            say(f"{shlex.join(command)}\n{run.stdout.rstrip()}")
         if check and run.returncode:
             raise fail("the linker failed (its messages are above)")
         return run.returncode == 0
