@@ -24,7 +24,7 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
 // Whether x and h of this layer's steps enter one product: its weights are then packed.
 template <class E, class A>
 bool joint_of(const LayerArgs& a, const CellKernels<E, A>& cell, bool int8) {
-  return cell.joins && !int8 && a.T * a.B > Weights<E, A>::few(a) &&
+  return cell.joins && !int8 && a.T * a.B > Weights<E, A>::few(a, cell.gates) &&
          joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)});
 }
 
@@ -66,7 +66,7 @@ class ForwardPass {
     scan.P = P;
     const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
     const int64_t ld_gx = padded<E>(columns);
-    const int64_t few = Weights<E, A>::few(a);
+    const int64_t few = Weights<E, A>::few(a, G);
     const bool direct =
         bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty() && a.x.is_contiguous();
     // The cache may still hold where the call before left off.

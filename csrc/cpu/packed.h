@@ -9,7 +9,7 @@
 namespace fastrnn::cpu {
 
 struct PackedHead {
-  static constexpr uint64_t kMagic = 0x346b6361706e7266;  // "frnpack4"
+  static constexpr uint64_t kMagic = 0x356b6361706e7266;  // "frnpack5"
   uint64_t magic;
   int64_t bytes, vector_bytes;  // of all, head included; of the instruction set's registers
   LayerSizes sizes;
@@ -64,15 +64,16 @@ class PackedLayer {
     };
     const auto weight = [&](int gates, int64_t units, int64_t K) -> Weight<A> {
       const int width = kernels<E, A>().width;
-      const int64_t block = head_.int8 ? int8_block(K, gates, width) : deep<A>(K) * gates * width;
+      const int64_t block = head_.int8 ? int8_block(K, gates, width) : apart<A>(K) * gates * width;
       const A* p = get(A{}, ceil_div(units, width) * block);
       if (head_.int8) return {p, Weight<A>::kInt8, 0, &instruction_set().int8};
-      return {p, Weight<A>::kPacked};
+      return {p, Weight<A>::kPacked, apart<A>(K)};
     };
     for (int64_t i = 0; i <= d && i < n.D; ++i) {
       if (cell_.joins && !head_.int8) {
         const int64_t width = kernels<E, A>().width, gates = cell_.gates;
-        const A* both = get(A{}, ceil_div(n.H, width) * (deep<A>(n.I) + deep<A>(n.P)) * gates * width);
+        const A* both =
+            get(A{}, ceil_div(n.H, width) * apart<A>(deep<A>(n.I) + deep<A>(n.P)) * gates * width);
         std::tie(s.w_x[0], s.w[0]) = two_of(both, n.I, n.P, gates, width);
       }
       for (int stage = 0; stage < cell_.stages && (!cell_.joins || head_.int8); ++stage) {

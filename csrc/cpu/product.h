@@ -64,9 +64,11 @@ template <class F>
 inline constexpr int64_t kShortSum = kLongest<F> / 8;
 
 // The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
-// row lies, the way from there to the next row's), and `piece` is how many k are walked at a time.
+// row lies, the way from there to the next row's), and `piece` is how many k are walked at a time. kAhead: it
+// brings the K vectors of weights at `ahead` into the second-level cache meanwhile; not for one row, which
+// waits for its loads, so that one more a k costs a tenth.
 
-// [rows][K], rows of ld. `ahead`: K vectors of weights to bring into the second-level cache meanwhile.
+// [rows][K], rows of ld.
 template <class F>
 struct InRows {
   const F* data;
@@ -77,11 +79,11 @@ struct InRows {
     const int64_t pieces = (K + longest - 1) / longest;
     return pieces > 1 ? (K + pieces - 1) / pieces : K;
   }
-  template <class Add>
+  template <bool kAhead, class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
 #pragma GCC unroll 2
     for (int64_t k = 0; k < K; ++k) {
-      __builtin_prefetch(ahead + k * kWidth<F>, 0, 2);
+      if constexpr (kAhead) __builtin_prefetch(ahead + k * kWidth<F>, 0, 2);
       add(k, data + k, ld);
     }
   }
@@ -98,13 +100,13 @@ struct InBoth {
     return {h.from(row, of_h), x.from(row, k - of_h), P - of_h};
   }
   FASTRNN_HD int64_t piece(int64_t K) const { return h.piece(K); }
-  template <class Add>
+  template <bool kAhead, class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
     const int64_t of_h = P < K ? P : K;
-    h.each(of_h, ahead, add);
-    x.each(K - of_h, ahead + of_h * kWidth<F>,
-           [&](int64_t k, const F* at, int64_t row)
-               __attribute__((always_inline)) { add(of_h + k, at, row); });
+    h.template each<kAhead>(of_h, ahead, add);
+    x.template each<kAhead>(K - of_h, ahead + of_h * kWidth<F>,
+                            [&](int64_t k, const F* at, int64_t row)
+                                __attribute__((always_inline)) { add(of_h + k, at, row); });
   }
 };
 
@@ -125,7 +127,7 @@ struct InPanels {
   }
   // Gradients of gates have no order of size that a long sum of them could go by.
   FASTRNN_HD int64_t piece(int64_t K) const { return K < kShortSum<F> ? K : kShortSum<F>; }
-  template <class Add>
+  template <bool kAhead, class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
     constexpr int64_t W = kWidth<F>;
     const F* at = data;
@@ -137,7 +139,7 @@ struct InPanels {
         for (int lane = 0; lane < W; ++lane) {
           // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
           __builtin_prefetch(at + 2 * panel + lane * W);
-          __builtin_prefetch(ahead + (k + lane) * W, 0, 2);
+          if constexpr (kAhead) __builtin_prefetch(ahead + (k + lane) * W, 0, 2);
           add(k + lane, at + lane, W);
         }
       } else {
@@ -166,7 +168,7 @@ struct InLanes {
   int lanes;
   const Sum<F>* to;
   int64_t ld;
-  template <class Add>
+  template <bool, class Add>
   FASTRNN_HD void each(int64_t K, const F*, Add&& add) const {
     const int64_t few = K / OuterTile<F>::kLanes;
     int64_t k = 0;
@@ -205,21 +207,24 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
         acc[m][u][g] =
             from.data && !more ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
       }
-  a.each(K, ahead, [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
-    Terms<F> wk[U][G];
+  a.template each<(M > 1)>(K, ahead,
+                           [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
+                             Terms<F> wk[U][G];
 #pragma GCC unroll 8
-    for (int u = 0; u < U; ++u)
+                             for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
+                               for (int g = 0; g < G; ++g)
+                                 wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const auto am = Terms<F>::all(a_k + m * row);
+                             for (int m = 0; m < M; ++m) {
+                               const auto am = Terms<F>::all(a_k + m * row);
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u)
+                               for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) acc[m][u][g] = am.add_product(wk[u][g], acc[m][u][g]);
-    }
-  });
+                                 for (int g = 0; g < G; ++g)
+                                   acc[m][u][g] = am.add_product(wk[u][g], acc[m][u][g]);
+                             }
+                           });
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -340,16 +345,16 @@ struct Fetching {
   const Streams<E>* streams;
   int64_t row, unit;
   int rows, U;
-  template <class F, class Add>
+  template <bool kAhead, class F, class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
     int64_t lines = 0, k = 0;
     for (const Reads<E>& reads : streams->of) lines += reads.columns * rows * U;
     // The last of them arrive before the tile's end.
     const int64_t few = lines > 0 ? K / 8 * 7 / lines : 0;
     const auto some = [&](int64_t count) __attribute__((always_inline)) {
-      a.from(0, k).each(count, ahead + k * kWidth<F>,
-                        [&](int64_t i, const F* at, int64_t next)
-                            __attribute__((always_inline)) { add(k + i, at, next); });
+      a.from(0, k).template each<kAhead>(count, ahead + k * kWidth<F>,
+                                         [&](int64_t i, const F* at, int64_t next)
+                                             __attribute__((always_inline)) { add(k + i, at, next); });
       k += count;
     };
     for (int j = 0; j < 3 && lines > 0; ++j) {

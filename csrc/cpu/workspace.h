@@ -144,6 +144,13 @@ constexpr int64_t deep(int64_t K) {
   return ceil_div(K, kDepth<A>) * kDepth<A>;
 }
 
+// From one packed block of K terms to the next. A tile reads several blocks at once: were they a multiple of
+// 16 lines apart, they would meet in few sets of the first-level cache.
+template <class A>
+constexpr int64_t apart(int64_t K) {
+  return kDepth<A> == 1 && K % 16 == 0 ? K + 1 : deep<A>(K);
+}
+
 // Rows [offset, offset + gates * units) of w, to be packed among `all` columns; 0: by themselves.
 inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t units, int64_t all) {
   const int64_t K = w.size(1);
@@ -154,7 +161,7 @@ inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t unit
 // The parts of a weight [units/W][P + I][gates][W] that x [I] and h [P] meet.
 template <class A>
 std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width) {
-  const int64_t all = deep<A>(I) + deep<A>(P);
+  const int64_t all = apart<A>(deep<A>(I) + deep<A>(P));
   return {{w + deep<A>(P) * gates * width, Weight<A>::kPacked, all}, {w, Weight<A>::kPacked, all}};
 }
 
@@ -169,10 +176,13 @@ class Weights {
 
   // The rows of a call up to which R stays where it lies, and is multiplied apart from W. Of few sequences a
   // step gains by packing the same for any K, as no lanes are folded, and packing costs in proportion to K:
-  // it pays from K / 2 rows on; of bfloat16 as soon as steps are small.
-  static int64_t few(const LayerArgs& a) {
+  // it pays from K / 4 rows on, or K / 2 where steps wait for the third level either way; of bfloat16 as soon
+  // as steps are small.
+  static int64_t few(const LayerArgs& a, int64_t gates) {
     if (a.B > kFewSequences) return kFewRows;
-    return kHalves ? 16 : std::clamp<int64_t>(a.P / 2, kFewRows, 256);
+    if (kHalves) return 16;
+    const int64_t bytes = gates * a.H * a.P * static_cast<int64_t>(sizeof(A));
+    return std::clamp<int64_t>(a.P / (bytes <= second_level_cache() ? 4 : 2), kFewRows, 256);
   }
 
   Weights(Arena& arena, const LayerArgs& a)
@@ -189,16 +199,17 @@ class Weights {
         return {src, Weight<A>::kColumns, p.k_stride};
     }
     const int64_t blocks = ceil_div(p.units, kernels_.width);
-    A* dst = arena_.get<A>(blocks * deep<A>(p.K) * p.gates * kernels_.width);
+    p.to_K = apart<A>(p.K);
+    A* dst = arena_.get<A>(blocks * p.to_K * p.gates * kernels_.width);
     jobs_.push_back({p, dst, blocks});
-    return {dst, Weight<A>::kPacked};
+    return {dst, Weight<A>::kPacked, p.to_K};
   }
 
   // The weights of x and of h, [gates * units][I] and [gates * units][P], packed as one of K = P + I, h
   // first.
   std::pair<Weight<A>, Weight<A>> both(const Tensor& w_x, const Tensor& w_h, int64_t gates, int64_t units) {
     const int64_t I = w_x.size(1), P = w_h.size(1), blocks = ceil_div(units, kernels_.width);
-    A* dst = arena_.get<A>(blocks * (deep<A>(I) + deep<A>(P)) * gates * kernels_.width);
+    A* dst = arena_.get<A>(blocks * apart<A>(deep<A>(I) + deep<A>(P)) * gates * kernels_.width);
     const auto [x, h] = two_of(dst, I, P, gates, kernels_.width);
     for (const auto& [w, to] : {std::pair(&w_x, x), std::pair(&w_h, h)}) {
       jobs_.push_back({pack_of(*w, 0, gates, units, to.ld), const_cast<A*>(to.data), blocks});
