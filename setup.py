@@ -271,7 +271,7 @@ class BuildExt(build_ext):
     def execute(command: list[str], check: bool = True) -> bool:
         run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if run.stdout or run.returncode:
-            say(f"{shlex.join(command)}\n{run.stdout.rstrip()}")
+            say(f"{shlex.join(command)}\n{run.stdout}".rstrip())
         if check and run.returncode:
             raise fail("the linker failed (its messages are above)")
         return run.returncode == 0

@@ -67,7 +67,7 @@ class PackedLayer {
       const int64_t block = head_.int8 ? int8_block(K, gates, width) : apart<A>(K) * gates * width;
       const A* p = get(A{}, ceil_div(units, width) * block);
       if (head_.int8) return {p, Weight<A>::kInt8, 0, &instruction_set().int8};
-      return {p, Weight<A>::kPacked, apart<A>(K)};
+      return {p, Weight<A>::kPacked, block_rows<A>(K)};
     };
     for (int64_t i = 0; i <= d && i < n.D; ++i) {
       if (cell_.joins && !head_.int8) {

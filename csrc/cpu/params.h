@@ -69,7 +69,7 @@ struct Weight {
   };
   const A* data = nullptr;
   Layout layout = kPacked;
-  int64_t ld = 0;  // of kPacked: the K that it was packed with, where a product takes fewer; 0: all
+  int64_t ld = 0;  // of kPacked: from one block to the next, in rows [G][W] as packed; 0: the product's K
   const Int8Kernels* int8 = nullptr;  // of kInt8
   explicit operator bool() const { return data; }
 };
@@ -155,7 +155,9 @@ struct Pack {
   const void* src;
   bool bf16;                                                    // of src; what is packed is A
   int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
-  int64_t to_gates = 0, to_K = 0;  // of the whole, where this is a part of a weight; 0: this is all
+  // Of the whole, where this is a part of a weight; to_K: the rows of a block, if more than K. 0: this is
+  // all.
+  int64_t to_gates = 0, to_K = 0;
 };
 
 // One panel's share of a weight's gradient: out [lanes][columns] = (or +=) the sum over rows of a [rows][W]

@@ -191,7 +191,7 @@ struct From {
 
 // out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + from, the blocks `block` apart and the k `step`.
 // A sum's order is that of K alone, so the bits do not depend on how rows and units were shared out. `ahead`:
-// K vectors of weights to bring into the second-level cache meanwhile.
+// K vectors of weights to bring into the second-level cache meanwhile, of more rows than one.
 template <class F, int G, int U, int M, class A>
 __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block, int64_t K,
                                     const From<Sum<F>>& from, const F* ahead, Sum<F>* out) {

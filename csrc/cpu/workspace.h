@@ -144,11 +144,16 @@ constexpr int64_t deep(int64_t K) {
   return ceil_div(K, kDepth<A>) * kDepth<A>;
 }
 
-// From one packed block of K terms to the next. A tile reads several blocks at once: were they a multiple of
-// 16 lines apart, they would meet in few sets of the first-level cache.
+// The rows of a packed block of K terms. A tile reads several blocks at once: of one gate, a multiple of 16
+// lines apart, they would meet in few sets of the first-level cache.
 template <class A>
 constexpr int64_t apart(int64_t K) {
   return kDepth<A> == 1 && K % 16 == 0 ? K + 1 : deep<A>(K);
+}
+// The same for Weight::ld and Pack::to_K. Of bfloat16 none: its products count K by the gates of their own.
+template <class A>
+constexpr int64_t block_rows(int64_t K) {
+  return kDepth<A> == 1 ? apart<A>(K) : 0;
 }
 
 // Rows [offset, offset + gates * units) of w, to be packed among `all` columns; 0: by themselves.
@@ -199,8 +204,8 @@ class Weights {
         return {src, Weight<A>::kColumns, p.k_stride};
     }
     const int64_t blocks = ceil_div(p.units, kernels_.width);
-    p.to_K = apart<A>(p.K);
-    A* dst = arena_.get<A>(blocks * p.to_K * p.gates * kernels_.width);
+    p.to_K = block_rows<A>(p.K);
+    A* dst = arena_.get<A>(blocks * apart<A>(p.K) * p.gates * kernels_.width);
     jobs_.push_back({p, dst, blocks});
     return {dst, Weight<A>::kPacked, p.to_K};
   }
