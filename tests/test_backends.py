@@ -238,7 +238,7 @@ def test_tf32_is_what_torch_says_in_the_old_way_or_the_new():
         (fastrnn.LSTM(40, 33), (30, 4, 40), True),
         (fastrnn.LSTM(8, 84), (5, 4, 8), False),  # of few sequences from H / 4 on,
         (fastrnn.LSTM(8, 84), (6, 4, 8), True),
-        (fastrnn.LSTM(8, 400), (50, 4, 8), False),  # H / 2 where R outgrows any second level
+        (fastrnn.LSTM(8, 400), (50, 4, 8), False),  # H / 2 where R outgrows the second level
     ],
     ids=str,
 )

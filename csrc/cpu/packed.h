@@ -72,8 +72,7 @@ class PackedLayer {
     for (int64_t i = 0; i <= d && i < n.D; ++i) {
       if (cell_.joins && !head_.int8) {
         const int64_t width = kernels<E, A>().width, gates = cell_.gates;
-        const A* both =
-            get(A{}, ceil_div(n.H, width) * apart<A>(deep<A>(n.I) + deep<A>(n.P)) * gates * width);
+        const A* both = get(A{}, ceil_div(n.H, width) * joint_rows<A>(n.I, n.P) * gates * width);
         std::tie(s.w_x[0], s.w[0]) = two_of(both, n.I, n.P, gates, width);
       }
       for (int stage = 0; stage < cell_.stages && (!cell_.joins || head_.int8); ++stage) {

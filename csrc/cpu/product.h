@@ -207,24 +207,22 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
         acc[m][u][g] =
             from.data && !more ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
       }
-  a.template each<(M > 1)>(K, ahead,
-                           [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
-                             Terms<F> wk[U][G];
+  const auto add = [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
+    Terms<F> wk[U][G];
 #pragma GCC unroll 8
-                             for (int u = 0; u < U; ++u)
+    for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-                               for (int g = 0; g < G; ++g)
-                                 wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
+      for (int g = 0; g < G; ++g) wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
 #pragma GCC unroll 8
-                             for (int m = 0; m < M; ++m) {
-                               const auto am = Terms<F>::all(a_k + m * row);
+    for (int m = 0; m < M; ++m) {
+      const auto am = Terms<F>::all(a_k + m * row);
 #pragma GCC unroll 8
-                               for (int u = 0; u < U; ++u)
+      for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-                                 for (int g = 0; g < G; ++g)
-                                   acc[m][u][g] = am.add_product(wk[u][g], acc[m][u][g]);
-                             }
-                           });
+        for (int g = 0; g < G; ++g) acc[m][u][g] = am.add_product(wk[u][g], acc[m][u][g]);
+    }
+  };
+  a.template each<(M > 1)>(K, ahead, add);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8

@@ -156,6 +156,12 @@ constexpr int64_t block_rows(int64_t K) {
   return kDepth<A> == 1 ? apart<A>(K) : 0;
 }
 
+// The rows of a block of h's terms and then x's.
+template <class A>
+constexpr int64_t joint_rows(int64_t I, int64_t P) {
+  return apart<A>(deep<A>(I) + deep<A>(P));
+}
+
 // Rows [offset, offset + gates * units) of w, to be packed among `all` columns; 0: by themselves.
 inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t units, int64_t all) {
   const int64_t K = w.size(1);
@@ -166,7 +172,7 @@ inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t unit
 // The parts of a weight [units/W][P + I][gates][W] that x [I] and h [P] meet.
 template <class A>
 std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width) {
-  const int64_t all = apart<A>(deep<A>(I) + deep<A>(P));
+  const int64_t all = joint_rows<A>(I, P);
   return {{w + deep<A>(P) * gates * width, Weight<A>::kPacked, all}, {w, Weight<A>::kPacked, all}};
 }
 
@@ -214,7 +220,7 @@ class Weights {
   // first.
   std::pair<Weight<A>, Weight<A>> both(const Tensor& w_x, const Tensor& w_h, int64_t gates, int64_t units) {
     const int64_t I = w_x.size(1), P = w_h.size(1), blocks = ceil_div(units, kernels_.width);
-    A* dst = arena_.get<A>(blocks * apart<A>(deep<A>(I) + deep<A>(P)) * gates * kernels_.width);
+    A* dst = arena_.get<A>(blocks * joint_rows<A>(I, P) * gates * kernels_.width);
     const auto [x, h] = two_of(dst, I, P, gates, kernels_.width);
     for (const auto& [w, to] : {std::pair(&w_x, x), std::pair(&w_h, h)}) {
       jobs_.push_back({pack_of(*w, 0, gates, units, to.ld), const_cast<A*>(to.data), blocks});
