@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -90,7 +90,8 @@ class Goal:
 class Found:
     """A goal's figure of one row, and what it would be were the row's time what limits.py counts.
 
-    error  the figure's standard error, as a share of it; 0 where it is not known
+    error    the figure's standard error, as a share of it; 0 where it is not known
+    at_pace  the same were products as fast as torch.mm's in the row's rounds, where it has them
     """
 
     row: str
@@ -98,6 +99,7 @@ class Found:
     unquiet: bool
     error: float = 0.0
     at_limit: float | None = None
+    at_pace: float | None = None
     count: str = "no count: the machine's peaks were not measured, for want of a compiler"
 
 
@@ -186,7 +188,13 @@ def find(goal: Goal, row: Record | Probe, peaks: limits.Peaks | None) -> Found |
         at_limit = goal.of(replace(row, ours=best.ours), peaks)
         if goal.figure == FLOAT32 and (rival := limit_of_float32(row, peaks)):
             at_limit = rival / best.ours  # else what float32 itself falls short of would be to gain here
-        return replace(found, at_limit=at_limit, count=best.explain(row.ours))
+        found = replace(found, at_limit=at_limit, count=best.explain(row.ours))
+        if peaks and isinstance(row, Record) and row.product is not None:
+            gflops = {**peaks.gflops, row.case.dtype: row.product}
+            paced = limits.of(row.case, replace(peaks, gflops=gflops)).ours
+            count = f"{found.count}; at the {row.product:.0f} GFLOP/s of torch.mm in the same rounds "
+            count += f"the count is {limits.si(paced)}s"
+            return replace(found, at_pace=goal.of(replace(row, ours=paced), peaks), count=count)
     return found
 
 
@@ -234,19 +242,24 @@ def lines(o: Outcome) -> list[str]:
                 reach = "which does not explain the miss"
             else:
                 reach = "the goal is beyond this machine"
-            best = f"{number(f.at_limit)} by the count at best, {reach}: "
+            pace = "" if f.at_pace is None else f" ({number(f.at_pace)} at torch.mm's pace)"
+            best = f"{number(f.at_limit)} by the count at best, {reach}{pace}: "
         found.append(f"    {f.row}: {measured(f)}{' *' * f.unquiet}; {best}{f.count}")
     return found
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
     """Each goal beside what was measured."""
-    beyond = sum(
-        o.met is False and all(f.at_limit is not None and not o.goal.holds(f.at_limit) for f in o.unmet)
-        for o in outcomes
-    )
+
+    def beyond(best: Callable[[Found], float | None]) -> int:
+        missed = [(o.goal, list(map(best, o.unmet))) for o in outcomes if o.met is False]
+        return sum(all(f is not None and not goal.holds(f) for f in found) for goal, found in missed)
+
+    by_count = beyond(lambda f: f.at_limit)
+    by_pace = beyond(lambda f: f.at_limit if f.at_pace is None else f.at_pace)
     count = {met: sum(o.met is met for o in outcomes) for met in (True, False, None)}
-    unmet = f"{count[False]} not met (each row beyond this machine by its count: {beyond})"
+    unmet = f"{count[False]} not met (each row beyond this machine by its count: {by_count}; with products "
+    unmet += f"at torch.mm's pace: {by_pace})"
     head = f"goals: {count[True]} met, {unmet}, {count[None]} not measured"
     return "\n".join([head, *(line for o in outcomes for line in lines(o))])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import time
@@ -95,14 +94,8 @@ def cpu_name() -> str:
 
 def product_peak() -> float:
     """GFLOP/s of the best of ten float32 products of 2048 x 2048, with the threads in force."""
-    n = 2048
-    a, b, c = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
-    best = math.inf
-    for _ in range(10):
-        start = time.perf_counter()
-        torch.mm(a, b, out=c)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best / 1e9
+    product = rivals.product(2048)
+    return rivals.product_gflops(2048, min(rivals.timed(product) for _ in range(10)))
 
 
 class Least(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 
 from fastrnn.bench.grid import Case, Shape, flop
 from fastrnn.bench.machine import UNKNOWN, Conditions
-from fastrnn.bench.rivals import OURS, TORCH
+from fastrnn.bench.rivals import OURS, PRODUCT, SIDE, TORCH, product_gflops
 from fastrnn.lm.errors import UserError, os_reason
 
 UNKNOWN_ERROR = 0.05  # of a section's figure in a file of before the errors were kept
@@ -24,6 +24,7 @@ class Record:
 
     spread  a rival's: the interquartile range of its rounds' ratios (its time / ours) over their median
     error   a rival's: the standard error of the ratio of the medians, as a share of it
+    product  GFLOP/s of a torch.mm in the same rounds, the median; None where `rivals.pace` has none
     """
 
     case: Case
@@ -33,12 +34,14 @@ class Record:
     spread: dict[str, float] = field(default_factory=dict)
     error: dict[str, float] = field(default_factory=dict)
     conditions: Conditions = UNKNOWN
+    product: float | None = None
 
     @classmethod
     def of(cls, case: Case, samples: dict[str, list[float]], conditions: Conditions) -> Record:
         """Of the seconds of every round; one sample is case.calls calls."""
         ours = samples[OURS]
-        rivals = {name: values for name, values in samples.items() if name != OURS}
+        rivals = {name: values for name, values in samples.items() if name not in (OURS, PRODUCT)}
+        products = samples.get(PRODUCT)
         ratios = {
             name: [theirs / mine for theirs, mine in zip(values, ours, strict=True)]
             for name, values in rivals.items()
@@ -51,6 +54,7 @@ class Record:
             {name: relative_spread(values) for name, values in ratios.items()},
             {name: standard_error(values, ours) for name, values in rivals.items()},
             conditions,
+            product_gflops(SIDE, statistics.median(products)) if products else None,
         )
 
     @property
@@ -183,7 +187,7 @@ def write_json(
     rows = [
         {
             **as_row(r.case),
-            **{"rounds": r.rounds, "gflops": r.gflops, **asdict(r.conditions)},
+            **{"rounds": r.rounds, "gflops": r.gflops, "product": r.product, **asdict(r.conditions)},
             **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread, "error": r.error},
         }
         for r in records
@@ -222,7 +226,8 @@ def read_json(path: Path) -> tuple[list[Record | Probe], dict[str, Any]]:
             # Files of before the errors were kept.
             guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
             errors = row.get("error", guessed)
-            found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, read_conditions(row)))
+            beside = read_conditions(row), row.get("product")
+            found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, *beside))
         for row in content["sections"]:
             figures, share = (row["ours"], row[TORCH]), row.get("error", UNKNOWN_ERROR)
             found.append(Probe(row["section"], as_case(row), *figures, read_conditions(row), share))

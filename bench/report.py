@@ -13,15 +13,17 @@ from fastrnn.bench.rivals import TORCH
 
 
 def table(records: list[Record], peaks: Peaks | None) -> str:
-    """One line a row, times in ms a call; "of limit" is the least time by limits.py over ours."""
+    """One line a row, times in ms a call; "torch.mm" its GFLOP/s in the same rounds; "of limit" the least
+    time by limits.py over ours."""
     rivals = rival_names(records)
     width = max(len(r.case.id) for r in records) + 1
-    head = f"{'row':{width}}{'rounds':>6}{'ours ms':>10}{'GFLOP/s':>9}{'of limit':>9}"
+    head = f"{'row':{width}}{'rounds':>6}{'ours ms':>10}{'GFLOP/s':>9}{'torch.mm':>9}{'of limit':>9}"
     head += "".join(f"{name + ' ms':>19}{'ratio':>7}" for name in rivals)
     lines = [f"{head}{'load':>7}{'steal':>7}{'others':>7}"]
     for r in sorted(records, key=lambda r: list(GATES).index(r.case.cell)):
         share = f"{limits.of(r.case, peaks).ours / r.ours:.1%}" if peaks else ""
-        line = f"{r.case.id:{width}}{r.rounds:6}{r.ours * 1e3:10.4f}{r.gflops:9.1f}{share:>9}"
+        product = f"{r.product:.1f}" if r.product else ""
+        line = f"{r.case.id:{width}}{r.rounds:6}{r.ours * 1e3:10.4f}{r.gflops:9.1f}{product:>9}{share:>9}"
         for name in rivals:
             line += f"{r.rivals[name] * 1e3:19.4f}{r.ratio(name):7.2f}" if name in r.rivals else " " * 26
         lines.append(line + r.conditions.text())

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fastrnn
-from fastrnn.bench.grid import GATES, STREAM, TRAINING, Case
+from fastrnn.bench.grid import GATES, STREAM, TRAINING, Case, flop
 
 OURS = "fastrnn"
 TORCH, ONNX, FLOAT32 = "torch.nn", "onnxruntime", "fastrnn float32"
+PRODUCT = "torch.mm"  # no rival: how fast the machine multiplies in the same rounds
 # torch.nn's gates are i f g o and r z n; ONNX orders them i o f c and z r h.
 ONNX_ORDER = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "rnn": (0,)}
 SETTLE, WAKE = 0.05, 0.02  # seconds
@@ -143,6 +144,25 @@ def alternate(
             prepare(name)
             samples[name].append(timed(call))
     return samples
+
+
+def product(n: int) -> Call:
+    """A torch.mm of two matrices [n, n] in float32."""
+    a, b, out = torch.randn(n, n), torch.randn(n, n), torch.empty(n, n)
+    return lambda: torch.mm(a, b, out=out)
+
+
+def product_gflops(n: int, seconds: float) -> float:
+    return 2 * n**3 / seconds / 1e9
+
+
+SIDE = 1024  # with which torch.mm reaches what it does of larger ones, to a twentieth
+
+
+def pace(case: Case) -> dict[str, Call]:
+    """What the rounds of a float32 row have beside the rivals, where a call is no shorter than it."""
+    long = flop(case) >= 2 * SIDE**3
+    return {PRODUCT: product(SIDE)} if long and case.dtype == "float32" else {}
 
 
 def why_no_onnxruntime() -> str | None:

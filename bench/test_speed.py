@@ -16,6 +16,7 @@ def test_speed(benchmark: BenchmarkFixture, case: Case, run: Run) -> None:
     """`case` and `run` come from `measure_rows`."""
     calls = rivals.calls(case)
     rivals.check(case, calls)
+    calls = {**rivals.pace(case), **calls}
     # Only another library's threads are worth waiting for, and then worth more than one call.
     settled = rivals.ONNX in calls
     once = [rivals.timed(call) for call in calls.values()]

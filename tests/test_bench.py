@@ -126,6 +126,7 @@ def test_a_record_of_samples():
     step = Case("rnn", "step", Shape(1, 1, 8, 8))
     r = Record.of(step, {"fastrnn": [1.0, 1.0, 2.0], "torch.nn": [2.0, 4.0, 4.0]}, NOISY)
     assert (r.rounds, r.ours, r.rivals, r.spread) == (3, 0.01, {"torch.nn": 0.04}, {"torch.nn": 1.0})
+    assert r.product is None
     assert r.ratio("torch.nn") == 4
     assert records.relative_spread([1, 2, 3, 4, 5]) == 2 / 3
 
@@ -146,7 +147,10 @@ def test_a_goal_names_the_worst_row():
     assert (o.worst.measured, o.worst.row, o.rows, o.met) == (1.1, worse.case.id, 3, False)
     assert [f.row for f in o.unmet] == [worse.case.id, bad.case.id]
     text = goals.report([o]).splitlines()
-    assert text[0] == "goals: 0 met, 1 not met (each row beyond this machine by its count: 1), 0 not measured"
+    assert text[0] == (
+        "goals: 0 met, 1 not met (each row beyond this machine by its count: 1; with products at torch.mm's "
+        "pace: 1), 0 not measured"
+    )
     assert "NOT MET" in text[1]
     assert "at least 1.5x torch.nn, measured 1.1x (3 rows; worst rnn-forward-T100-B32" in text[1]
     limit = limits.of(bad.case, PEAKS)
@@ -156,9 +160,42 @@ def test_a_goal_names_the_worst_row():
     fast = dataclasses.replace(FREE, gflops={"float32": 1e6}, read=[(1, 1e6)], dot=[(1, 1e6)])
     open_one = goals.report([outcome(goal, bad, peaks=fast)])
     assert "x by the count at best, which does not explain the miss: measured 1 ms, counted " in open_one
-    assert "1 not met (each row beyond this machine by its count: 0)" in open_one
+    assert (
+        "1 not met (each row beyond this machine by its count: 0; with products at torch.mm's pace: 0)"
+        in open_one
+    )
     assert len(text) == 4
     assert "no count" in goals.report([outcome(goal, bad)])
+
+
+def test_a_miss_beside_what_the_machine_multiplied_at():
+    """The peaks are the best of many tries; in a row's own rounds the machine may have been slower."""
+    goal, row = Goal("any", "torch.nn", 1.5, ("forward",)), record(1.2, Case("lstm", "forward", grid.LARGE))
+    fast = dataclasses.replace(FREE, gflops={"float32": 1e6}, read=[(1, 1e6)], dot=[(1, 1e6)])
+    operations = grid.flop(row.case) / 1e9
+    slow = dataclasses.replace(row, ours=0.1, rivals={"torch.nn": 0.12}, product=10 * operations)
+    found = outcome(goal, slow, peaks=fast).worst
+    assert found.at_pace == pytest.approx(1.2, rel=1e-3)  # the products alone take its 0.1 s
+    assert found.at_limit > 1000
+    text = goals.report([outcome(goal, slow, peaks=fast)])
+    assert "by its count: 0; with products at torch.mm's pace: 1), 0 not measured" in text
+    assert "which does not explain the miss (1.2x at torch.mm's pace): measured 100 ms, counted " in text
+    assert (
+        f"; at the {10 * operations:.0f} GFLOP/s of torch.mm in the same rounds the count is 100 ms" in text
+    )
+    assert f"{10 * operations:9.1f}" in report.table([slow], fast)
+    assert outcome(goal, row, peaks=fast).worst.at_pace is None
+
+
+def test_a_product_is_timed_beside_long_rows_alone():
+    large, small = Case("lstm", "forward", grid.LARGE), Case("rnn", "forward", grid.MEDIUM)
+    assert list(rivals.pace(large)) == [rivals.PRODUCT]
+    assert rivals.pace(small) == rivals.pace(dataclasses.replace(large, dtype="bfloat16")) == {}
+    samples = {rivals.PRODUCT: [1e-2, 2e-2, 9.0], "fastrnn": [1.0, 1.0, 1.0], "torch.nn": [1.0, 1.0, 1.0]}
+    r = Record.of(large, samples, NOISY)
+    assert r.rivals == {"torch.nn": 1.0}
+    assert r.product == pytest.approx(2 * rivals.SIDE**3 / 2e-2 / 1e9)
+    assert rivals.product(3)().shape == (3, 3)
 
 
 def test_what_was_not_measured_is_told():
@@ -256,7 +293,7 @@ def test_every_goal_meets_a_row_and_every_row_a_goal():
 def test_a_file_comes_back(tmp_path):
     path = tmp_path / "deep" / "run.json"
     rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
-    rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="int8")))
+    rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="int8"), product=123.4))
     outcomes = goals.evaluate(rows, [], None)
     probes = [Probe("memory", CASE, 1, 2, NOISY, 0.1)]
     records.write_json(path, rows, MACHINE, probes, goals.as_json(outcomes))
