@@ -150,16 +150,17 @@ Tensor tree_schedule(Tensor parents, Tensor slots, bool down) {
     down ? raise(n, level[p[n]] + 1) : raise(p[n], level[n] + 1);
   }
   // Within a level nodes with as many slots stand together: they are one matrix product.
+  const auto above = [&](int64_t slot) { return std::min(slot, N - 1) + 1; };
   const auto slot_key = [&](int64_t n) {
     int64_t key = 0;
     if (down) {
-      key = p[n] < 0 ? 0 : s[n] + 1;
+      key = p[n] < 0 ? 0 : above(s[n]);
     } else {
       for (int64_t i = children.first[n]; i < children.first[n + 1]; ++i) {
-        key = std::max(key, s[children.nodes[i]] + 1);
+        key = std::max(key, above(s[children.nodes[i]]));
       }
     }
-    return std::min(key, N);
+    return key;
   };
   Rows nodes(N), keys(N);
   std::iota(nodes.begin(), nodes.end(), 0);
@@ -214,7 +215,7 @@ Schedule check_schedule(const Tensor& schedule, int64_t slots) {
   }
   s.E = s.first[N];
   STD_TORCH_CHECK(s.E >= 0 && s.E <= N, broken);
-  Rows level(N, -1);
+  Rows level(N, -1), taken(slots, -1);  // by which node a slot was, last
   for (int64_t l = 0; l < s.L; ++l) {
     for (int64_t p = s.levels[l]; p < s.levels[l + 1]; ++p) {
       const int64_t n = s.order[p];
@@ -225,8 +226,11 @@ Schedule check_schedule(const Tensor& schedule, int64_t slots) {
         const int64_t from = s.source[e];
         STD_TORCH_CHECK(from >= 0 && from < N && level[from] >= 0 && level[from] < l && s.slot[e] >= 0,
                         broken);
-        STD_TORCH_CHECK(slots == 0 || s.slot[e] < slots, "node ", n, " has an edge of slot ", s.slot[e],
-                        ", the cell has ", slots);
+        if (slots == 0) continue;
+        STD_TORCH_CHECK(s.slot[e] < slots, "node ", n, " has an edge of slot ", s.slot[e], ", the cell has ",
+                        slots);
+        STD_TORCH_CHECK(taken[s.slot[e]] != n, broken);
+        taken[s.slot[e]] = n;
       }
     }
   }

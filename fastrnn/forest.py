@@ -50,7 +50,7 @@ def _indices(name: str, values: Tensor | Sequence[int], count: int | None = None
             f"node {min(count, values.numel())} has "
             + ("none" if values.numel() < count else "one, and does not exist")
         )
-    return values.detach().cpu().contiguous()
+    return values.detach().cpu().clone(memory_format=torch.contiguous_format)  # the caller's may change
 
 
 def _rows(name: str, values: Tensor, count: int, of: str) -> None:

@@ -21,9 +21,10 @@ class Packed(_Layer):
     """What `Frozen` and `Quantized` share: buffers instead of Parameters, and a packed copy of each layer.
 
     It is called as the layer that it was made from. The packed copies follow `load_state_dict`, `to`, copies
-    and pickles, but no edit of a buffer in place.
+    and pickles, but no edit of a buffer in place; another tensor in a buffer's place is refused.
     """
 
+    _sources: tuple[tuple[str, Tensor], ...] = ()  # the buffers that the packed copies are of
     word: str  # for messages
     cell: str  # a name of `reference.CELLS`
 
@@ -57,6 +58,19 @@ class Packed(_Layer):
             names = [name for group in self._all_weights[k * D : (k + 1) * D] for name in group]
             params, scales = self._pack_layer(names)
             self.register_buffer(f"packed_l{k}", packed.pack(self.cell, params, scales, D), persistent=False)
+        kept = [(k, b) for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set]
+        self._sources = tuple((k, b) for k, b in kept if b is not None)
+
+    def _check_sources(self) -> None:
+        """RuntimeError where functional_call or an assignment has put another tensor in a buffer's place."""
+        if torch.compiler.is_compiling():
+            return
+        for name, source in self._sources:
+            if self._buffers.get(name) is not source:
+                raise RuntimeError(
+                    f"{name} of a {self.word} layer was replaced, whose weights are packed already: "
+                    "load_state_dict packs others, functional_call and assignment cannot"
+                )
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         super()._load_from_state_dict(*args, **options)
@@ -68,6 +82,7 @@ class Packed(_Layer):
         state["_buffers"] = {
             k: b for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set
         }
+        state.pop("_sources", None)
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -106,6 +121,7 @@ class Packed(_Layer):
         return f"{self.cell}, {super().extra_repr()}"
 
     def _layer_weights(self, k: int, D: int) -> list[Tensor]:
+        self._check_sources()
         return [getattr(self, f"packed_l{k}")]
 
     def _call_layer(
@@ -116,6 +132,7 @@ class Packed(_Layer):
     def _stream_weights(self) -> Sequence[Any]:
         if torch.is_grad_enabled():
             raise LookupError  # `_run` says what cannot be trained
+        self._check_sources()
         return [self._buffers["packed_l0"]]
 
 
@@ -212,7 +229,7 @@ def freeze(model: _M) -> _M:
 
     Raises TypeError where the model is no module, ValueError where it holds no such layer, or one of another
     dtype or device. The copy's layers raise RuntimeError on `train()`, and where a gradient of their input is
-    wanted: they have none.
+    wanted: they have none; and where another tensor was put in a weight's place, as by functional_call.
     """
     return _copied(model, Frozen, KERNEL_DTYPES)
 
@@ -221,7 +238,7 @@ def quantize(model: _M) -> _M:
     """A copy for inference with int8 weights: a quarter of the memory traffic and of the state dict.
 
     Each row of a weight (one unit of one gate) is rounded to multiples of its largest value / 127. The input
-    and the hidden state are rounded at each step, row by row, to 16 bits (fewer for rows of more than 516: 13
+    and the hidden state are rounded at each step, row by row, to 16 bits (fewer for rows of more than 512: 13
     at 4096). The products' sums are exact integers, and all else is float32, input and output too.
 
     model    a fastrnn.LSTM, GRU or RNN of float32 on the CPU, or any model that holds some. Cells and all

@@ -223,3 +223,33 @@ def test_the_operators_trust_no_schedule(row, value):
 def test_the_schedule_trusts_nobody(arguments, words):
     with pytest.raises(RuntimeError, match=words):
         torch.ops.fastrnn.tree_schedule(*arguments, False)
+
+
+def test_no_node_has_two_edges_in_one_slot():
+    """Such a schedule left an edge's index as scratch memory had it."""
+    schedule = torch.tensor(
+        [[1, 2, 3, 0, 0], [0, 3, 4, 4, 4], [0, 0, 0, 0, 3], [1, 2, 3, 0, 0], [0, 1, 2, 0, 0]]
+    )
+    params = [torch.ones(12, 2), torch.ones(18, 9)]
+    h, *_ = torch.ops.fastrnn.tree("nary_lstm", None, params, schedule, True)
+    assert h.shape == (4, 3)
+    for slots in ([0, 2, 2], [1, 1, 2], [0, 1, 0]):
+        schedule[4, :3] = torch.tensor(slots)
+        with pytest.raises(RuntimeError, match="schedule is not one that tree_schedule made"):
+            torch.ops.fastrnn.tree("nary_lstm", None, params, schedule, True)
+
+
+def test_a_forest_keeps_no_tensor_of_its_callers():
+    parents, slots, found = torch.empty(3, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), []
+    for tree in ([1, 2, -1], [-1, 0, 1]):
+        parents.copy_(torch.tensor(tree))
+        found.append(Forest.from_parents(parents, slots=slots))
+    slots.fill_(7)
+    assert Forest.batch(found).parents.tolist() == [1, 2, -1, -1, 3, 4]
+    assert copy.deepcopy(found[0]).slots.tolist() == [0, 0, 0]
+
+
+def test_the_largest_slot():
+    far, near = (Forest.from_parents([-1, 0], slots=[0, slot]) for slot in (2**63 - 1, 7))
+    for way in ("up", "down"):
+        assert torch.equal(far.schedule(way)[:4], near.schedule(way)[:4])

@@ -89,7 +89,7 @@ def test_each_instruction_set(cell, isa, monkeypatch):
 
 
 @each_isa
-@pytest.mark.parametrize("K", [1, 3, 516, 517, 4099, 20000])
+@pytest.mark.parametrize("K", [1, 3, 512, 513, 516, 517, 4099, 20000])
 def test_the_largest_sums(K, isa, monkeypatch):
     """Weights and inputs all at their largest, of either sign: what would overflow, would here."""
     monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
@@ -102,6 +102,10 @@ def test_the_largest_sums(K, isa, monkeypatch):
     y, _, _ = packed.call("rnn_relu", x, [torch.zeros(1, 3, 2)], weights)
     expected = torch.tensor([[K, 0.0], [0.0, K], [K, 0.0]])
     torch.testing.assert_close(y[0], expected)
+    # Ours end at -127, those of another program need not.
+    others = packed.pack("rnn_relu", [torch.full_like(q[0], -128), q[1]], [torch.ones(2), scales[1]], 1)
+    y, _, _ = packed.call("rnn_relu", x, [torch.zeros(1, 3, 2)], others)
+    torch.testing.assert_close(y[0], torch.tensor([[0.0, 0.0], [128.0 * K, 128.0 * K], [0.0, 0.0]]))
 
 
 @each_isa
@@ -280,3 +284,20 @@ def test_packed_singly_or_in_pairs(monkeypatch):
     with pytest.raises(RuntimeError, match="packed for another instruction set than avx512bf16: freeze"):
         frozen(x)
     torch.testing.assert_close(pickle.loads(pickle.dumps(frozen))(x)[0], y, **ROUNDED)
+
+
+@each_maker
+@pytest.mark.parametrize("layers", [1, 2])
+def test_weights_that_were_replaced(make, layers):
+    """The packed ones would go on computing, without a word."""
+    made, x = make(fastrnn.GRU(3, 4, layers)), torch.randn(5, 2, 3)
+    other = {name: torch.zeros_like(t) for name, t in made.state_dict().items()}
+    with torch.no_grad(), pytest.raises(RuntimeError, match="layer was replaced, whose weights are packed"):
+        torch.func.functional_call(made, other, (x,))
+    expected = made(x)[0].detach()
+    made.load_state_dict(other)
+    with torch.no_grad():
+        assert not torch.equal(made(x)[0], expected)
+        made.bias_hh_l0 = made.bias_hh_l0.clone()
+        with pytest.raises(RuntimeError, match="bias_hh_l0 of a"):
+            made(x)

@@ -215,6 +215,8 @@ def test_the_operator_trusts_nobody():
     for call in wrong:
         with pytest.raises(RuntimeError):
             call()
+    with pytest.raises(RuntimeError, match="were packed for the cell lstm, got gru"):
+        packed.call("gru", x, states[:1], weights)
 
 
 @each_maker

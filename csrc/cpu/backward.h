@@ -86,7 +86,7 @@ struct Backward {
         store_dg(i, unit, lanes, kFirst + g, dg[g]);
         store_part(dg[g], d.mid + i * d.ld_mid + g * p.H + unit, lanes);
       }
-      dh.store(d.dmid + i * d.ld_state + unit, lanes);
+      dh.store(d.dh + i * d.ld_state + unit, lanes);
     } else {
       Vec<S, Cell::kGrads> dg;
       Cell::backward(saved, s, s_new, ds_new, dg, ds);
@@ -107,7 +107,7 @@ struct Backward {
     load_saved(i, unit, lanes, saved);
     load_states(i, unit, lanes, s, s_new);
     ds[0] = S::load(d.state[0] + i * d.ld_state + unit);
-    Cell::backward_first(saved, s, dmid, S::load(d.dmid + i * d.ld_state + unit), dg, ds, mid);
+    Cell::backward_first(saved, s, dmid, S::load(d.dh + i * d.ld_state + unit), dg, ds, mid);
     for (int g = 0; g < kFirst; ++g) {
       store_dg(i, unit, lanes, g, dg[g]);
       store_dgh(i, unit, lanes, g, dg[g]);

@@ -58,7 +58,6 @@ class DecoderCall {
     for (int64_t k = 0; k < L; ++k) {
       Scan<E>& s = scans_[k];
       s.rows = {in.T, B, table_.active, table_.offset, nullptr};
-      s.directions = 1;
       s.H = s.P = in.H;
     }
     if (!in.drops.empty()) {

@@ -108,7 +108,7 @@ class DecoderBackward : DecoderCall<E> {
     for (E*& ring : s.ring) ring = arena_.template zeros<E>(B * s.ld_ring);
     s.last_ring = arena_.template zeros<E>(B * s.ld_ring);
     s.mid = arena_.template zeros<E>(B * s.ld_mid);
-    s.dmid = arena_.template zeros<E>(B * s.ld_state);
+    s.dh = arena_.template zeros<E>(B * s.ld_state);
     for (int j = 0; j < cell_.states; ++j) {
       s.state[j] = arena_.template zeros<E>(B * s.ld_state);
       E* s0 = j ? arena_.template zeros<E>(B * s.ld_state) : nullptr;

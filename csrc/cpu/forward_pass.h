@@ -61,7 +61,6 @@ class ForwardPass {
 
     scan.rows = {a.T, a.B, table.active, table.offset,
                  table.outside.empty() ? nullptr : table.outside.data()};
-    scan.directions = static_cast<int>(D);
     scan.H = H;
     scan.P = P;
     const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;

@@ -19,10 +19,10 @@ inline constexpr int64_t kInt8Head = 16;
 inline int64_t int8_plane(int64_t K) { return (K + 15) / 16 * 4; }
 inline int64_t int8_row(int64_t K) { return kInt8Head + 2 * int8_plane(K); }
 
-// The largest value of a quantized row of K; of a weight 127.
+// The largest value of a quantized row of K; of a weight it is -128, though ours end at -127.
 inline constexpr int64_t kInt8MostK = 1 << 17;
 inline float int8_levels(int64_t K) {
-  return static_cast<float>(std::min<int64_t>(32767, INT32_MAX / (127 * std::max<int64_t>(K, 1))));
+  return static_cast<float>(std::min<int64_t>(32767, INT32_MAX / (128 * std::max<int64_t>(K, 1))));
 }
 
 struct Int8Tile {

@@ -124,7 +124,6 @@ class BackwardPass {
     scan_.rows = {a_.T, B, table_.active, table_.offset,
                   table_.outside.empty() ? nullptr : table_.outside.data()};
     scan_.x = input_of<E>(a_);
-    scan_.directions = static_cast<int>(D);
     scan_.H = H_;
     scan_.P = P_;
     const int64_t ld = padded<E>(std::max(H_, P_)), ld_mid = padded<A>(std::max(H_, P_)),
@@ -180,7 +179,7 @@ class BackwardPass {
       for (int j = 0; j < 2; ++j) s.ring[j] = arena_.zeros<A>(B * ld_ring);
       s.last_ring = arena_.zeros<A>(B * ld_ring);
       s.mid = arena_.zeros<A>(B * ld_mid);
-      s.dmid = arena_.zeros<E>(B * ld);
+      s.dh = arena_.zeros<E>(B * ld);
       for (int j = 0; j < cell_.states; ++j) {
         const int64_t width = j ? H_ : P_;
         s.state[j] = arena_.zeros<E>(B * ld);

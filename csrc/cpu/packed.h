@@ -33,13 +33,15 @@ class PackedLayer {
   }
 
   PackedLayer(const CellKernels<E, A>& cell, const Tensor& data) : cell_(cell), head_{}, data_(dense(data)) {
+    const char* const expected = "weights must be what fastrnn::pack gave";
     const int64_t bytes = data_.numel() * data_.element_size();
-    if (bytes >= int64_t{sizeof head_}) std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
-    STD_TORCH_CHECK(data_.is_cpu() && head_.magic == PackedHead::kMagic && head_.bytes == bytes && whole(),
-                    "weights must be what fastrnn::pack gave");
+    STD_TORCH_CHECK(data_.is_cpu() && bytes >= int64_t{sizeof head_}, expected);
+    std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
+    STD_TORCH_CHECK(head_.magic == PackedHead::kMagic && head_.bytes == bytes, expected);
     head_.cell[sizeof head_.cell - 1] = '\0';
     STD_TORCH_CHECK(std::string(cell.name) == head_.cell, "the weights were packed for the cell ", head_.cell,
                     ", got ", cell.name);
+    STD_TORCH_CHECK(whole(), expected);
     STD_TORCH_CHECK(head_.vector_bytes == vector_bytes(), "the weights were packed for vectors of ",
                     head_.vector_bytes, " bytes, this processor's kernels take those of ", vector_bytes(),
                     " (", instruction_set().name, "): freeze or quantize the layer here");

@@ -118,14 +118,13 @@ struct Direction {
   A* last_ring;  // backward: dgh of each row's last step [B][ld_ring]
   A* mid;        // [B][ld_mid]: two-stage values, or h before the projection, or dh of it
   int64_t ld_mid;
-  E* dmid;  // backward only [B][ld_state]
+  E* dh;  // backward, of two stages: what reached h, for the first [B][ld_state]
   int64_t ld_state;
 };
 
 template <class E, class A = E>
 struct Scan {
   Rows rows;
-  int directions;
   Direction<E, A> dir[2];
   int64_t H, P;    // P: the width of h, = H without projection
   int64_t k0, k1;  // the steps to do, in the order of the scan; what scratch holds goes on from call to call

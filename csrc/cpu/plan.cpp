@@ -29,7 +29,7 @@ int64_t ask_system(int level) {
 constexpr int64_t kLeastStep = 16384;  // multiplications, of a thread
 
 int64_t steps_of(const LayerArgs& a, int64_t rows) {
-  return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, a.T);
+  return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, std::max<int64_t>(a.T, 1));
 }
 
 }  // namespace

@@ -149,6 +149,15 @@ class TreeBackwardPass : TreeCall<E> {
     });
   }
 
+  static constexpr int64_t kRows = 256, kPanelRows = kRows | 1;
+
+  // A member's elements of scratch for an outer product of so many gates and columns: both factors' panels,
+  // and a row of the right one.
+  int64_t room(int64_t gates, int64_t columns) const {
+    const int64_t W = kernels_.width;
+    return (gates * ceil_div(t_.H, W) + ceil_div(columns, W)) * kPanelRows * W + columns;
+  }
+
   // out(gate) [H][columns], rows of ld, += the sum over `rows` of left(row, gate)^T right(row, buffer);
   // left gives H values, or null for zeros, right `columns` of them, with a buffer to make them in. bias:
   // [gates][H, whole vectors], += the sums of left; or null. The panels of left and of right are shared out,
@@ -156,21 +165,20 @@ class TreeBackwardPass : TreeCall<E> {
   template <class Left, class Right, class Out>
   void outer(int64_t rows, int64_t gates, int64_t columns, int64_t ld, Left&& left, Right&& right, Out&& out,
              double* bias = nullptr) {
-    constexpr int64_t kRows = 256, kPiece = 128;
-    const int64_t W = kernels_.width, H = t_.H, blocks = ceil_div(H, W), panel = (kRows | 1) * W;
+    constexpr int64_t kPiece = 128;
+    const int64_t W = kernels_.width, H = t_.H, blocks = ceil_div(H, W), panel = kPanelRows * W;
     const int64_t all_left = gates * blocks, all_right = ceil_div(columns, W);
     const int64_t work = rows * gates * H * std::max<int64_t>(columns, 1);
     const int threads = static_cast<int>(
         std::clamp<int64_t>(work / 200000, 1, std::min<int64_t>(torch::stable::get_num_threads(), all_left)));
-    std::vector<E*> memory(threads);
-    for (E*& m : memory) m = arena_.template get<E>((all_left + all_right) * panel + columns);
+    while (memory_.size() < static_cast<size_t>(threads)) memory_.push_back(arena_.template get<E>(room_));
     run_team(threads, [&](const Team& team) {
       const int parts = left_parts(team.size, all_left, all_right);
       const int i = team.member % parts, j = team.member / parts, others = team.size / parts;
       const int64_t left0 = all_left * i / parts, left1 = all_left * (i + 1) / parts;
       const int64_t column0 = all_right * j / others * W;
       const int64_t mine = std::min(columns, all_right * (j + 1) / others * W) - column0;
-      E *lefts = memory[team.member], *rights = lefts + all_left * panel,
+      E *lefts = memory_[team.member], *rights = lefts + all_left * panel,
         *buffer = rights + all_right * panel;
       for (int64_t r0 = 0; r0 < rows; r0 += kRows) {
         const int64_t n = std::min(kRows, rows - r0);
@@ -218,6 +226,9 @@ class TreeBackwardPass : TreeCall<E> {
                                    : empty({sizes[0]}, kScalar<E>));
     }
     double* bias = arena_.template zeros<double>(G * blocks * kernels_.width);
+    int64_t slots = 1;  // the most that a node's edges reach over
+    for (int64_t p = 0; p < t_.N && !cell_.summed; ++p) slots = std::max(slots, t_.hi[p] - t_.lo[p]);
+    room_ = std::max(room(G, t_.x ? I : 0), room(G == 1 ? 1 : cell_.summed ? 3 : 3 + slots, slots * H));
     E* dw = Base::data(grads[0]);
     outer(
         t_.N, G, t_.x ? I : 0, I, [&](int64_t p, int64_t g) { return t_.dg + (p * G + g) * H; },
@@ -302,6 +313,8 @@ class TreeBackwardPass : TreeCall<E> {
   std::vector<Tensor> kept_;
   std::vector<int64_t> edges_;  // [N + 1] that leave the places of list before this one
   int64_t widest_ = 0;
+  std::vector<E*> memory_;  // of each member, for one outer product after another
+  int64_t room_ = 0;
 };
 
 std::tuple<Tensor, TensorList> tree_backward(StringHandle cell, OptionalTensor dh, TensorList dstates,
