@@ -124,6 +124,18 @@ def some_steps(T: int) -> None:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
 
 
+def packed_sizes(batch_sizes: Tensor, B: int, N: int) -> list[int]:
+    """A PackedSequence's batch sizes, whose values say where a row stands; ValueError where they cannot."""
+    sizes: list[int] = batch_sizes.tolist()
+    fall = all(0 < size <= most for size, most in zip(sizes, [B, *sizes], strict=False))
+    if not fall or sum(sizes) != N:
+        raise ValueError(
+            f"batch_sizes must be positive, not above the batch of {B}, not increasing, and sum up "
+            f"to the input's {N} rows, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
+        )
+    return sizes
+
+
 def weight_shapes(
     names: Sequence[str], params: Sequence[Tensor], gates: int, width: int, hidden: int, proj: int
 ) -> None:

@@ -46,11 +46,13 @@ class _Cell(torch_rnn.RNNCellBase):
         if hx is None:
             states = (torch.zeros(x.size(0), H, dtype=x.dtype, device=x.device),) * spec.states
         else:
-            states = tuple(hx) if batched else tuple(h.unsqueeze(0) for h in hx)
+            states = tuple(hx) if batched else tuple(h.unsqueeze(0) for h in hx[: spec.states])
         _checks.cell_sizes(x, states, self.input_size, H)
         params: list[Tensor] = [self.weight_ih, self.weight_hh]
-        if self.bias_ih is not None:
-            params += [self.bias_ih, self.bias_hh]
+        biases = (self.bias_ih, self.bias_hh)
+        given = next((b for b in biases if b is not None), None)
+        if given is not None:  # torch.nn's cells do without either
+            params += [torch.zeros_like(given) if b is None else b for b in biases]
         _checks.weight_shapes(_NAMES[: len(params)], params, spec.gates, self.input_size, H, 0)
         _checks.same_device(x, states, params)
         _checks.same_dtype("input", x, params[0])
@@ -76,7 +78,9 @@ class _Cell(torch_rnn.RNNCellBase):
                 states = [x.new_zeros(1, x.shape[1], self.hidden_size)] * spec.states
             else:
                 states = [h.unsqueeze(0).unsqueeze(0) if one else h.unsqueeze(0) for h in hx]
-            weights = kernels.stream_weights(self, _NAMES if self.bias else _NAMES[:2], spec.gates)
+            own = self._parameters
+            without = own.get("bias_ih", own) is None and own.get("bias_hh", own) is None
+            weights = kernels.stream_weights(self, _NAMES[:2] if without else _NAMES, spec.gates)
             h, c = states if spec.states == 2 else (*states, None)
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
@@ -135,7 +139,7 @@ class LSTMCell(_Cell):
 
     def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
         _checks.cell_ranks("LSTMCell", input, hx, ("hx[0]", "hx[1]"))
-        if hx is not None:
+        if hx is not None and (input.dim() == 2 or len(hx) < 2):  # else torch.nn's takes the first two
             _checks.two_states(hx, "lstm_cell")
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:

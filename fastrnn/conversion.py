@@ -76,4 +76,6 @@ def revert(model: _M) -> _M:
         for option in OWN:
             module.__dict__.pop(option, None)
         _become(module, kind)
+        if isinstance(module, torch_rnn.RNNBase):
+            module.flatten_parameters()  # for cuDNN; ours had nothing to do
     return model

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from . import _checks
 from .kernels import Inputs, check
 from .reference import DirectionParams, split_params
 
@@ -92,18 +93,10 @@ class Call:
         self.N = self.rows.shape[0]
         self.packed, self.masked = batch_sizes is not None, lengths is not None or reset is not None
         # Of packed rows the first of each step, and past the last one.
-        self.begins = [] if batch_sizes is None else [0, *itertools.accumulate(self._sizes(batch_sizes))]
-
-    def _sizes(self, batch_sizes: Tensor) -> list[int]:
-        """batch_sizes, whose values say where a kernel writes."""
-        sizes: list[int] = batch_sizes.tolist()
-        fall = all(0 < size <= most for size, most in zip(sizes, [self.B, *sizes], strict=False))
-        if not fall or sum(sizes) != self.N:
-            raise ValueError(
-                f"batch_sizes must be positive, not above the batch of {self.B}, not increasing, and sum up "
-                f"to the input's {self.N} rows, got {sizes if len(sizes) <= 8 else [*sizes[:8], '...']}"
-            )
-        return sizes
+        self.begins = []
+        if batch_sizes is not None:
+            sizes = _checks.packed_sizes(batch_sizes, self.B, self.N)
+            self.begins = [0, *itertools.accumulate(sizes)]
 
     @property
     def empty(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import same_device
+from ._checks import same_device, some_steps
 from .reference import CELLS, split_params
 
 
@@ -117,6 +117,7 @@ def check(inputs: Inputs, heads: bool = False) -> None:
         raise ValueError(
             f"{cell}: the input must be [T, B, I], or [N, I] with batch_sizes, got {list(x.shape)}"
         )
+    some_steps(x.shape[0] if batch_sizes is None else batch_sizes.numel())
     if len(states) != spec.states or states[0].dim() != 3:
         found = ", ".join(str(list(s.shape)) for s in states)
         raise ValueError(f"{cell}: states must be {spec.states} of shape [D, B, .], got {found or 'none'}")

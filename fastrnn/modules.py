@@ -157,7 +157,7 @@ class _Layer(torch_rnn.RNNBase):
                        alone. Its padding reaches no value and no gradient; outputs there are 0
         reset          BoolTensor [T, B] as the input lies: the state is set to zero before step t; in
                        the reverse direction between steps t+1 and t where reset[t+1]
-        return_states  also return every step's states
+        return_states  also return every step's states (of one layer, states.h shares the output's memory)
         returns        (output, h_n), for the LSTM (output, (h_n, c_n)), then `States` where asked for:
                        output [T, B, D*P] as the input lies, h_n [L*D, B, P], c_n [L*D, B, H]
 
@@ -255,7 +255,7 @@ class _Layer(torch_rnn.RNNBase):
         _checks.layer_input(x, weights[0][0], self.input_size, batch_sizes is not None)
         if given is not None:
             _checks.layer_hidden(given, ((L * D, B, P), (L * D, B, H))[: len(given)])
-            if two:
+            if two and batched and sort is None:  # torch.nn takes the first two of whatever it is else
                 _checks.two_states(hx)
             if sort is not None:
                 given = tuple(h.index_select(1, sort) for h in given)

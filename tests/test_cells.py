@@ -169,3 +169,32 @@ def test_autocast(cell):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         result = tensors([module(torch.randn(B, IN)), module(torch.randn(B, IN).bfloat16())])
     assert all(t.dtype == torch.bfloat16 for t in result)
+
+
+@each_cell
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh", "both"])
+def test_a_bias_that_was_taken_away(cell, missing):
+    ours, theirs = pair(cell, IN, H, table=CELLS)
+    for module in (ours, theirs):
+        for name in ("bias_ih", "bias_hh") if missing == "both" else (missing,):
+            setattr(module, name, None)
+    x = randn(B, IN, grad=True)
+    a, b = ours(x), theirs(x)
+    assert_same(a, b)
+    assert_same(grads(a, [x, *ours.parameters()]), grads(b, [x, *theirs.parameters()]))
+
+
+@each_cell
+def test_biases_that_came_later(cell):
+    ours, theirs = pair(cell, IN, H, bias=False, table=CELLS)
+    for name in ("bias_ih", "bias_hh"):
+        bias = torch.nn.Parameter(randn(len(ours.weight_ih), seed=len(name)))
+        for module in (ours, theirs):
+            setattr(module, name, bias)
+    assert_same(ours(randn(B, IN)), theirs(randn(B, IN)))
+
+
+@pytest.mark.parametrize("hx", [torch.zeros(2, H, dtype=F64), (torch.ones(H, dtype=F64),) * 3])
+def test_unbatched_the_first_two_states_of_whatever_it_is(hx):
+    ours, theirs = pair("lstm", IN, H, table=CELLS)
+    assert_same(ours(randn(IN), hx), theirs(randn(IN), hx))

@@ -6,7 +6,18 @@ import warnings
 
 import pytest
 import torch
-from helpers import CELLS, F64, LAYERS, assert_same_error, each_cell, each_layer, hidden, pair, randn
+from helpers import (
+    CELLS,
+    F64,
+    LAYERS,
+    assert_same,
+    assert_same_error,
+    each_cell,
+    each_layer,
+    hidden,
+    pair,
+    randn,
+)
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
 from fastrnn import cells, modules
@@ -234,3 +245,15 @@ def test_cells_check_no_constructor_argument():
         lambda: cells.RNNCell(IN, H, nonlinearity="gelu")(torch.zeros(B, IN)),
         lambda: torch.nn.RNNCell(IN, H, nonlinearity="gelu")(torch.zeros(B, IN)),
     )
+
+
+@pytest.mark.parametrize("states", [3, 2])
+def test_the_first_two_states_of_whatever_it_is_where_torch_takes_them(states):
+    """Of unbatched inputs and of sequences that were not sorted it takes hx[0] and hx[1]."""
+    ours, theirs = pair("lstm", IN, H)
+    hx = (z(1, H),) * 3 if states == 3 else z(2, 1, H)
+    assert_same(ours(z(T, IN), hx), theirs(z(T, IN), hx))
+    x = pack_sequence([z(2, IN), z(3, IN)], enforce_sorted=False)
+    hx = (z(1, 2, H),) * 3 if states == 3 else z(2, 1, 2, H)
+    (y, last), (expected, wanted) = ours(x, hx), theirs(x, hx)
+    assert_same((y.data, last), (expected.data, wanted))

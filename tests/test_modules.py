@@ -271,3 +271,12 @@ def test_a_program_that_only_rebinds_the_name(monkeypatch):
     assert before is not after is modules.LSTM
     assert_same(losses, expected, rtol=1e-9, atol=1e-9)
     assert type(modules.LSTM(2, 3).to_torch()) is before
+
+
+def test_a_rebound_name_compiled(monkeypatch):
+    """Dynamo breaks the graph at whatever torch.nn.LSTM names, unless allow_rnn is set (README)."""
+    monkeypatch.setattr(torch.nn, "LSTM", modules.LSTM)
+    layer, x = torch.nn.LSTM(4, 6).double(), randn(3, 2, 4)
+    with torch._dynamo.config.patch(allow_rnn=True):
+        compiled = torch.compile(layer, fullgraph=True, backend="eager")
+        assert_same(compiled(x), layer(x))
