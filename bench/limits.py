@@ -21,7 +21,7 @@ SAVED = {"lstm": 5, "gru": 4, "rnn": 0}
 # Sigmoids and hyperbolic tangents of a unit's step, forward; the way back takes an LSTM's tanh(c) once more.
 ACTIVATIONS = {"lstm": 5, "gru": 3, "rnn": 1}
 ACTIVATIONS_BACK = {"lstm": 1, "gru": 0, "rnn": 0}
-FEW = 4  # sequences up to which R is read where torch keeps it
+FEW = 4  # sequences up to which R may be read where torch keeps it: the least that a call must pack is W
 SMALL = 0.02  # of a count; a part that is less goes without a name
 
 
