@@ -24,7 +24,8 @@ class Packed(_Layer):
     and pickles, but no edit of a buffer in place; another tensor in a buffer's place is refused.
     """
 
-    _sources: tuple[tuple[str, Tensor], ...] = ()  # the buffers that the packed copies are of
+    _sources: dict[str, Tensor | None]  # the buffers when they were packed
+    _source_ids: tuple[int, ...]
     word: str  # for messages
     cell: str  # a name of `reference.CELLS`
 
@@ -58,14 +59,14 @@ class Packed(_Layer):
             names = [name for group in self._all_weights[k * D : (k + 1) * D] for name in group]
             params, scales = self._pack_layer(names)
             self.register_buffer(f"packed_l{k}", packed.pack(self.cell, params, scales, D), persistent=False)
-        kept = [(k, b) for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set]
-        self._sources = tuple((k, b) for k, b in kept if b is not None)
+        self._sources = dict(self._buffers)
+        self._source_ids = tuple(map(id, self._buffers.values()))
 
     def _check_sources(self) -> None:
         """RuntimeError where functional_call or an assignment has put another tensor in a buffer's place."""
-        if torch.compiler.is_compiling():
+        if tuple(map(id, self._buffers.values())) == self._source_ids:
             return
-        for name, source in self._sources:
+        for name, source in self._sources.items():
             if self._buffers.get(name) is not source:
                 raise RuntimeError(
                     f"{name} of a {self.word} layer was replaced, whose weights are packed already: "
@@ -82,7 +83,7 @@ class Packed(_Layer):
         state["_buffers"] = {
             k: b for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set
         }
-        state.pop("_sources", None)
+        del state["_sources"], state["_source_ids"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -121,7 +122,8 @@ class Packed(_Layer):
         return f"{self.cell}, {super().extra_repr()}"
 
     def _layer_weights(self, k: int, D: int) -> list[Tensor]:
-        self._check_sources()
+        if not torch.compiler.is_compiling():
+            self._check_sources()
         return [getattr(self, f"packed_l{k}")]
 
     def _call_layer(

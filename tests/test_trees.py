@@ -285,8 +285,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 
 def test_scratch_is_of_the_widest_pattern_of_slots_not_of_all():
-    """All 136 of 16 slots. Where each had its own, the process grew by 417 MB; of the 91 that are left 76 are the
-    weight's gradient."""
+    """All 136 of 16 slots. Where each had its own, the process grew by 417 MB; now by 91, of which a gradient
+    takes 76."""
     run = subprocess.run(
         [sys.executable, "-c", GROWTH],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
