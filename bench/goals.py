@@ -199,13 +199,18 @@ def find(goal: Goal, row: Record | Probe, peaks: limits.Peaks | None) -> Found |
 
 
 def mean(found: Sequence[Found]) -> Found:
-    known = [f.at_limit for f in found if f.at_limit is not None]
+    def best(each: Sequence[float | None]) -> float | None:
+        known = [figure for figure in each if figure is not None]
+        return geometric_mean(known) if len(known) == len(each) else None
+
+    paced = [f.at_limit if f.at_pace is None else f.at_pace for f in found]
     return Found(
         f"geometric mean of {len(found)} rows",
         geometric_mean([f.measured for f in found]),
         any(f.unquiet for f in found),
         math.hypot(*(f.error for f in found)) / len(found),
-        geometric_mean(known) if len(known) == len(found) else None,
+        best([f.at_limit for f in found]),
+        best(paced) if any(f.at_pace is not None for f in found) else None,
         "every row as fast as its own count allows",
     )
 

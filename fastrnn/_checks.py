@@ -170,7 +170,7 @@ def padded_only(lengths: Tensor | None, reset: Tensor | None) -> None:
         raise ValueError("reset cannot be combined with a PackedSequence: pass a padded input with lengths")
 
 
-def _values_readable(tensor: Tensor) -> bool:
+def values_readable(tensor: Tensor) -> bool:
     """Whether reading values costs no device sync and breaks no trace, fake tensor or transform."""
     return (
         not torch.compiler.is_compiling()
@@ -197,7 +197,7 @@ def sequence_lengths(
         raise ValueError(f"lengths must be a LongTensor, got {lengths.dtype}")
     if lengths.shape != (B,):
         raise ValueError(f"lengths must be [B] = [{B}], got {list(lengths.shape)}")
-    if B > 0 and _values_readable(lengths):
+    if B > 0 and values_readable(lengths):
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > T:
             raise ValueError(f"lengths must lie in [0, {symbol}] = [0, {T}], got {low if low < 0 else high}")

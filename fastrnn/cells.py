@@ -46,13 +46,13 @@ class _Cell(torch_rnn.RNNCellBase):
         if hx is None:
             states = (torch.zeros(x.size(0), H, dtype=x.dtype, device=x.device),) * spec.states
         else:
-            states = tuple(hx) if batched else tuple(h.unsqueeze(0) for h in hx[: spec.states])
+            states = tuple(hx) if batched else tuple(hx[k].unsqueeze(0) for k in range(spec.states))
         _checks.cell_sizes(x, states, self.input_size, H)
         params: list[Tensor] = [self.weight_ih, self.weight_hh]
         biases = (self.bias_ih, self.bias_hh)
         given = next((b for b in biases if b is not None), None)
         if given is not None:  # torch.nn's cells do without either
-            params += [torch.zeros_like(given) if b is None else b for b in biases]
+            params += [given.new_zeros(spec.gates * H) if b is None else b for b in biases]
         _checks.weight_shapes(_NAMES[: len(params)], params, spec.gates, self.input_size, H, 0)
         _checks.same_device(x, states, params)
         _checks.same_dtype("input", x, params[0])

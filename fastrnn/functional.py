@@ -144,7 +144,7 @@ def layer(
     backend = choose(x)
     if backend == "reference":
         kernels.check(inputs, heads=True)
-        if batch_sizes is not None and not is_compiling():
+        if batch_sizes is not None and _checks.values_readable(batch_sizes):
             _checks.packed_sizes(batch_sizes, states[0].shape[1], x.shape[0])
         y, last, seq = reference.layer(*inputs)
         return y, last, seq if return_states else ()

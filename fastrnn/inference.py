@@ -21,7 +21,7 @@ class Packed(_Layer):
     """What `Frozen` and `Quantized` share: buffers instead of Parameters, and a packed copy of each layer.
 
     It is called as the layer that it was made from. The packed copies follow `load_state_dict`, `to`, copies
-    and pickles, but no edit of a buffer in place; another tensor in a buffer's place is refused.
+    and pickles, but no edit of a buffer in place; another tensor in its place is refused, in eager mode.
     """
 
     _sources: dict[str, Tensor | None]  # the buffers when they were packed
@@ -67,13 +67,16 @@ class Packed(_Layer):
         if tuple(map(id, self._buffers.values())) == self._source_ids:
             return
         for name, source in self._sources.items():
-            if self._buffers.get(name) is not source:
+            now = self._buffers.get(name)
+            same = now is source or (now is not None and source is not None and now.is_set_to(source))
+            if not same:
                 raise RuntimeError(
                     f"{name} of a {self.word} layer was replaced, whose weights are packed already: "
                     "load_state_dict packs others, functional_call and assignment cannot"
                 )
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        self._sources = {}  # or they would be in memory beside those that come
         super()._load_from_state_dict(*args, **options)
         self._pack()
 
@@ -102,6 +105,7 @@ class Packed(_Layer):
                 f"a {self.word} layer cannot be moved to {like.dtype} on {like.device}: move the layer it "
                 "was made from, and make it again"
             )
+        self._sources = {}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._pack()
         return self
@@ -122,7 +126,7 @@ class Packed(_Layer):
         return f"{self.cell}, {super().extra_repr()}"
 
     def _layer_weights(self, k: int, D: int) -> list[Tensor]:
-        if not torch.compiler.is_compiling():
+        if k == 0 and not torch.compiler.is_compiling():
             self._check_sources()
         return [getattr(self, f"packed_l{k}")]
 
@@ -231,7 +235,8 @@ def freeze(model: _M) -> _M:
 
     Raises TypeError where the model is no module, ValueError where it holds no such layer, or one of another
     dtype or device. The copy's layers raise RuntimeError on `train()`, and where a gradient of their input is
-    wanted: they have none; and where another tensor was put in a weight's place, as by functional_call.
+    wanted: they have none; in eager mode also where another tensor was put in a weight's place, as by
+    functional_call.
     """
     return _copied(model, Frozen, KERNEL_DTYPES)
 

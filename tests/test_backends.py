@@ -366,7 +366,9 @@ def test_functional_says_what_is_wrong():
                 functional.layer("lstm", x[:0], states, params)
             for sizes in ([1, 2], [2, 2], [3], [2, 0]):
                 rows = {"batch_sizes": torch.tensor(sizes)}
-                with pytest.raises((ValueError, RuntimeError), match="batch_sizes must be"):
+                with pytest.raises(
+                    RuntimeError if name == "cpu" else ValueError, match="batch_sizes must be"
+                ):
                     functional.layer("lstm", x[:, 0], states, params, **rows)
             with pytest.raises(RuntimeError, match=r"w_hh must be torch\.float64 like the input"):
                 functional.layer("lstm", x, states, [params[0], params[1].float(), *params[2:]])

@@ -221,6 +221,13 @@ def test_at_most_a_mean_and_a_share_of_the_peak():
     least = limits.of(CASE, PEAKS).ours
     assert mean.worst.at_limit == pytest.approx(2e-3 / least)
     assert not outcome(dataclasses.replace(goal, bound=2.1), record(1.0), record(4.0)).met
+    assert (mean.worst.at_pace, mean.worst.count) == (None, "every row as fast as its own count allows")
+    missed = outcome(
+        dataclasses.replace(goal, bound=1e9), record(1.0), record(4.0, product=50.0), peaks=PEAKS
+    )
+    assert 0 < missed.worst.at_pace < missed.worst.at_limit
+    assert "the goal is beyond this machine" in goals.report([missed])
+    assert "at torch.mm's pace): every row as fast as its own count allows" in goals.report([missed])
 
     share = Goal("share", goals.PEAK, 0.5, ("forward",))
     r = record()

@@ -295,6 +295,9 @@ def test_weights_that_were_replaced(make, layers):
     with torch.no_grad(), pytest.raises(RuntimeError, match="layer was replaced, whose weights are packed"):
         torch.func.functional_call(made, other, (x,))
     expected = made(x)[0].detach()
+    own = {name: t.detach() for name, t in made.state_dict().items()}
+    with torch.no_grad():
+        assert torch.equal(torch.func.functional_call(made, own, (x,))[0], expected)
     made.load_state_dict(other)
     with torch.no_grad():
         assert not torch.equal(made(x)[0], expected)
