@@ -200,6 +200,14 @@ def test_parametrized(norm):
         torch.testing.assert_close(layer(x)[0], expected)
 
 
+def test_revert_lays_out_the_weights(monkeypatch):
+    """cuDNN wants them in one piece; on a CPU torch's method does nothing."""
+    flattened = []
+    monkeypatch.setattr(nn.RNNBase, "flatten_parameters", lambda layer: flattened.append(layer))
+    model = fastrnn.revert(nn.ModuleList([fastrnn.LSTM(3, 4), fastrnn.LSTMCell(3, 4), fastrnn.GRU(3, 4)]))
+    assert [id(layer) for layer in flattened] == [id(model[0]), id(model[2])]
+
+
 def test_revert_names_what_torch_lacks_and_changes_nothing():
     model = nn.ModuleDict(
         {"ok": fastrnn.LSTM(3, 4), "deep": nn.Sequential(fastrnn.GRU(3, 4, reset_after=False))}
