@@ -1,184 +1,28 @@
 // The product inside a step: rows of a (h, or gradients of the gates) times a packed weight, all gates of a
-// block of units in one register tile; then `epilogue` runs the cell on each vector of units while they are
-// in L1.
+// block of units in one register tile, or two where registers are few; then `epilogue` runs the cell on each
+// vector of units while they are in L1.
 #pragma once
 
 #include <type_traits>
 
-#include "params.h"
-#include "simd.h"
+#include "factors.h"
 
 namespace fastrnn::FASTRNN_ISA {
 
-// The sums that a tile holds in registers, beside its weights. AVX-512 multiplies by an element in memory;
-// aarch64 has 32 registers too, but the compiler first fetches an element of each row, and 24 sums spill.
-#if defined(__aarch64__)
-inline constexpr int kAccumulators = 21;
-#else
-inline constexpr int kAccumulators = FASTRNN_VECTOR_BYTES == 64 ? 24 : 12;
-#endif
-
-// The tile for G gates: kUnits blocks of W units, up to kRows rows.
+// The tile for G gates: kUnits blocks of W units, kGates of their gates at a time, up to kRows rows. Beside
+// 12 sums, four vectors of weights and an element of a row would be one more than 16 registers.
 template <int G>
 struct TileShape {
-  static constexpr int kUnits = G >= 3 ? 1 : G == 2 ? 2 : 4;
-  static constexpr int kRows = kAccumulators / (G * kUnits);
+  static constexpr int kAcross = kRegisters == 32 ? 4 : 2;
+  static constexpr int kGates = G == 4 ? kAcross : G;
+  static constexpr int kUnits = G < 3 ? kAcross / G : 1;
+  static constexpr int kRows = kAccumulators / (kGates * kUnits);
+  // Two rows: all gates, and as many blocks, or the sums would be too few to hide the multiply-add's latency.
+  static constexpr int kUnitsTwoRows = G < 3 ? 4 / G : 1;
   // Of int8 weights, whose sums take two registers each where the instruction set wants it so.
   static constexpr int kInt8Rows = FASTRNN_VECTOR_BYTES == 64 ? kRows / 2 : 8 / (G * kUnits);
-  // One row alone: more blocks, or the latency of the multiply-add would be waited for.
+  // One row: more.
   static constexpr int kUnitsOneRow = G >= 3 ? 2 : G == 2 ? 4 : 8;
-};
-
-// Whether the product takes rows of two places, InBoth.
-template <class F>
-inline constexpr bool kTakesBoth = true;
-
-// A register's worth of factors along k, of a dot product, or of one k in each lane, of a tile; sums are of
-// Sum.
-template <class A>
-struct Terms {
-  using Sum = A;
-  static constexpr int N = Simd<A>::W;
-  Simd<A> v;
-  static FASTRNN_HD Terms load(const A* p) { return {Simd<A>::load(p)}; }
-  static FASTRNN_HD Terms load(const A* p, int n) { return {Simd<A>::load(p, n)}; }
-  static FASTRNN_HD Terms all(const A* p) { return {Simd<A>(*p)}; }
-  FASTRNN_HD Simd<A> add_product(const Terms& w, const Simd<A>& sum) const { return sum + v * w.v; }
-};
-template <class F>
-using Sum = typename Terms<F>::Sum;
-
-template <class F>
-inline constexpr int kWidth = FASTRNN_VECTOR_BYTES / sizeof(F);
-// From one row of a panel of factors to the next.
-template <class F>
-inline constexpr int64_t kPanelRow = kWidth<F>;
-
-// Of a longer K a tile's weights and the next one's would not lie in the second-level cache together, nor its
-// rows in the first: it is walked in pieces, the sums waiting in memory. Each piece sums up its own products
-// before it is added to them.
-template <class F>
-inline constexpr int64_t kLongest = 4096 / sizeof(F);
-// Or, where a longer sum would be rounded too often: its error grows with its length, and libraries split K.
-template <class F>
-inline constexpr int64_t kShortSum = kLongest<F> / 8;
-
-// The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
-// row lies, the way from there to the next row's), and `piece` is how many k are walked at a time. kAhead: it
-// brings the K vectors of weights at `ahead` into the second-level cache meanwhile; not for one row, which
-// waits for its loads, so that one more a k costs a tenth.
-
-// [rows][K], rows of ld.
-template <class F>
-struct InRows {
-  const F* data;
-  int64_t ld;
-  int64_t longest = kLongest<F>;  // of a piece
-  FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld, longest}; }
-  FASTRNN_HD int64_t piece(int64_t K) const {
-    const int64_t pieces = (K + longest - 1) / longest;
-    return pieces > 1 ? (K + pieces - 1) / pieces : K;
-  }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
-#pragma GCC unroll 2
-    for (int64_t k = 0; k < K; ++k) {
-      if constexpr (kAhead) __builtin_prefetch(ahead + k * kWidth<F>, 0, 2);
-      add(k, data + k, ld);
-    }
-  }
-};
-
-// Rows of h [rows][P] and then of x, as if they stood in one row. h's sums are the smaller ones: they are
-// rounded less where they come first.
-template <class F>
-struct InBoth {
-  InRows<F> h, x;
-  int64_t P;
-  FASTRNN_HD InBoth from(int64_t row, int64_t k) const {
-    const int64_t of_h = k < P ? k : P;
-    return {h.from(row, of_h), x.from(row, k - of_h), P - of_h};
-  }
-  FASTRNN_HD int64_t piece(int64_t K) const { return h.piece(K); }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
-    const int64_t of_h = P < K ? P : K;
-    h.template each<kAhead>(of_h, ahead, add);
-    x.template each<kAhead>(K - of_h, ahead + of_h * kWidth<F>,
-                            [&](int64_t k, const F* at, int64_t row)
-                                __attribute__((always_inline)) { add(of_h + k, at, row); });
-  }
-};
-
-// Panels [gates][units/W][...][W] of rows, `panel` apart: k counts a gate's units, from `unit` on, then the
-// gates.
-template <class F>
-struct InPanels {
-  const F* data;
-  int64_t panel, units, unit = 0;
-  FASTRNN_HD int64_t panel_of(int64_t k) const {
-    constexpr int64_t W = kWidth<F>;
-    return k / units * ((units + W - 1) / W) + k % units / W;
-  }
-  FASTRNN_HD InPanels from(int64_t row, int64_t k) const {
-    const F* const here = data + row * kWidth<F>;
-    if (k == 0) return {here, panel, units, unit};
-    return {here + (panel_of(unit + k) - panel_of(unit)) * panel, panel, units, (unit + k) % units};
-  }
-  // Gradients of gates have no order of size that a long sum of them could go by.
-  FASTRNN_HD int64_t piece(int64_t K) const { return K < kShortSum<F> ? K : kShortSum<F>; }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
-    constexpr int64_t W = kWidth<F>;
-    const F* at = data;
-    for (int64_t k = 0, u = unit; k < K;) {
-      const int64_t lane0 = u % W, of_gate = units - u, of_panel = of_gate < W - lane0 ? of_gate : W - lane0;
-      const int64_t count = of_panel < K - k ? of_panel : K - k;
-      if (count == W && of_gate > W) {
-#pragma GCC unroll 2
-        for (int lane = 0; lane < W; ++lane) {
-          // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
-          __builtin_prefetch(at + 2 * panel + lane * W);
-          if constexpr (kAhead) __builtin_prefetch(ahead + (k + lane) * W, 0, 2);
-          add(k + lane, at + lane, W);
-        }
-      } else {
-        for (int64_t lane = 0; lane < count; ++lane) add(k + lane, at + lane0 + lane, W);
-      }
-      k += count;
-      u = count == of_gate ? 0 : u + count;
-      at += panel;
-    }
-  }
-};
-
-// The tile of an outer product: it divides a panel, and its accumulators fill the register file.
-template <class F>
-struct OuterTile {
-  static constexpr int W = kWidth<F>;
-  static constexpr int kLanes = W >= 8 ? W / 2 : W;
-  static constexpr int kBlocks = kAccumulators / kLanes < 6 ? kAccumulators / kLanes : 6;
-};
-
-// One panel [K][W], transposed: its lanes are the rows. Meanwhile the `lanes` rows of U vectors that will be
-// added to, `ld` apart, come nearer, a few at a time: all at once would keep the factors waiting.
-template <class F, int U>
-struct InLanes {
-  const F* data;
-  int lanes;
-  const Sum<F>* to;
-  int64_t ld;
-  template <bool, class Add>
-  FASTRNN_HD void each(int64_t K, const F*, Add&& add) const {
-    const int64_t few = K / OuterTile<F>::kLanes;
-    int64_t k = 0;
-    for (int lane = 0; lane < lanes; ++lane) {
-      for (int u = 0; u < U; ++u) __builtin_prefetch(to + lane * ld + u * kWidth<F>, 1);
-#pragma GCC unroll 2
-      for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k)
-        add(k, data + k * kPanelRow<F>, int64_t{1});
-    }
-  }
 };
 
 // What a tile's sums begin with, a bias, a row apart; or, where that is `out`, what they are added to: the
@@ -189,10 +33,11 @@ struct From {
   int64_t row, unit, gate;
 };
 
-// out [M][U][G][W] = a [M rows][K] * w [U blocks][K][G][W] + from, the blocks `block` apart and the k `step`.
-// A sum's order is that of K alone, so the bits do not depend on how rows and units were shared out. `ahead`:
-// K vectors of weights to bring into the second-level cache meanwhile, of more rows than one.
-template <class F, int G, int U, int M, class A>
+// out [M][U][Of][W] = a [M rows][K] * w [U blocks][K][Of][W] + from, of G of the Of gates, the blocks `block`
+// apart and the k `step`. A sum's order is that of K alone, so the bits do not depend on how rows and units
+// were shared out. `ahead`: K vectors of weights to bring into the second-level cache meanwhile, of more rows
+// than one.
+template <class F, int G, int U, int M, int Of = G, class A>
 __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block, int64_t K,
                                     const From<Sum<F>>& from, const F* ahead, Sum<F>* out) {
   using S = Simd<Sum<F>>;
@@ -229,21 +74,21 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
       for (int g = 0; g < G; ++g) {
-        Sum<F>* const to = out + ((m * U + u) * G + g) * S::W;
+        Sum<F>* const to = out + ((m * U + u) * Of + g) * S::W;
         (more ? S::load(to) + acc[m][u][g] : acc[m][u][g]).store(to);
       }
 }
 
 // By reference: a struct that is copied right after it was written waits for all stores before it.
-template <class F, int G, int U, int M, class... Rest>
+template <class F, int G, int U, int M, int Of = G, class... Rest>
 FASTRNN_HD void tile_of(int u, int m, const Rest&... rest) {
   if constexpr (U > 1) {
-    if (u < U) return tile_of<F, G, U / 2, M>(u, m, rest...);
+    if (u < U) return tile_of<F, G, U / 2, M, Of>(u, m, rest...);
   }
   if constexpr (M > 1) {
-    if (m < M) return tile_of<F, G, U, M - 1>(u, m, rest...);
+    if (m < M) return tile_of<F, G, U, M - 1, Of>(u, m, rest...);
   }
-  tile<F, G, U, M>(rest...);
+  tile<F, G, U, M, Of>(rest...);
 }
 
 // What is left after whole tiles goes in smaller ones of a power of two: blocks one by one would be too few
@@ -264,7 +109,8 @@ __attribute__((noinline)) void dot_tile(const A* a, int64_t lda, const A* w, int
                                         int64_t K, int lanes, const E* bias, int64_t ld_bias, E* out) {
   using S = Simd<E>;
   constexpr int kTerms = Terms<A>::N;
-  constexpr int W = S::W, kMost = M == 1 ? 8 : 4;  // enough sums at once that none waits for the multiply-add
+  // Enough sums at once that none waits for the multiply-add, and no more than the registers hold.
+  constexpr int W = S::W, kMost = M == 1 ? 8 : 4 * M + M + 1 <= kRegisters ? 4 : 2;
   constexpr int kDots = kMost < W ? kMost : W, kGroups = W / kDots;
   const int64_t whole = K / kTerms * kTerms;
   const int rest = static_cast<int>(K - whole);
@@ -392,8 +238,8 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   constexpr bool kSpread = std::is_same_v<Fetches, Streams<E>>;
   using S = Simd<E>;
   using Tile = TileShape<G>;
-  constexpr int kMostUnits = Tile::kUnitsOneRow > Tile::kUnits ? Tile::kUnitsOneRow : Tile::kUnits;
-  constexpr int kTile = Tile::kRows * Tile::kUnits > kMostUnits ? Tile::kRows * Tile::kUnits : kMostUnits;
+  constexpr int kFew = Tile::kUnitsTwoRows * 2;  // no less than kUnitsOneRow
+  constexpr int kTile = Tile::kRows * Tile::kUnits > kFew ? Tile::kRows * Tile::kUnits : kFew;
   constexpr int kMost = (kTile > 4 ? kTile : 4) * G;
   constexpr int64_t kGroup = 16;  // tiles whose sums wait in the first-level cache
   alignas(64) E sums[kGroup * kMost * S::W];
@@ -403,7 +249,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const bool int8 = weight.layout == cpu::Weight<F>::kInt8;
   const int most = dots ? 4 : int8 ? Tile::kInt8Rows : Tile::kRows;
   const int64_t tiles = (rows + most - 1) / most;
-  const int wide = dots ? 1 : rows == 1 ? Tile::kUnitsOneRow : Tile::kUnits;
+  const int wide = dots               ? 1
+                   : rows == 1        ? Tile::kUnitsOneRow
+                   : rows > 2 || int8 ? Tile::kUnits
+                                      : Tile::kUnitsTwoRows;
   const int64_t wides = (block1 - block0) / wide, rest = (block1 - block0) % wide;
   const int64_t sweeps = wides + (int8 ? rest : __builtin_popcountll(rest));
   const bool packed = weight.layout == cpu::Weight<F>::kPacked;
@@ -438,7 +287,9 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         for (int64_t i = tile0; i < tile1; ++i) {
           const int64_t r = row0 + rows * i / tiles;
           const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
-          const F* ahead = follow && i < U * G ? follow + i / G * block + i % G * (k1 - k) * S::W : w_k;
+          const auto ahead = [&](int64_t n) {
+            return follow && n < U * G ? follow + n / G * block + n % G * (k1 - k) * S::W : w_k;
+          };
           const A a_r = a.from(r, k);
           E* out = sums + (i - tile0) * kMost * S::W;
           const From<E> from =
@@ -460,10 +311,20 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
               weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
             }
           } else if (rows == 1) {
-            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, k1 - k, from, ahead, out);
+            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, k1 - k, from, ahead(i), out);
+          } else if (rows == 2) {
+            tile_of<F, G, Tile::kUnitsTwoRows, 2>(U, M, factor, w_k, step, block, k1 - k, from, ahead(i),
+                                                  out);
           } else {
-            tile_of<F, G, Tile::kUnits, Tile::kRows>(U, M, factor, w_k, step, block, k1 - k, from, ahead,
-                                                     out);
+            const auto gates = [&](const auto& a_g, int g) {
+              const int64_t n = i * (G / Tile::kGates) + g / Tile::kGates;
+              const From<E> from_g{from.data ? from.data + g * from.gate : nullptr, from.row, from.unit,
+                                   from.gate};
+              tile_of<F, Tile::kGates, Tile::kUnits, Tile::kRows, G>(
+                  U, M, a_g, w_k + g * S::W, step, block, k1 - k, from_g, ahead(n), out + g * S::W);
+            };
+            gates(factor, 0);
+            if constexpr (Tile::kGates < G) gates(a_r, Tile::kGates);
           }
           if (k1 < K) continue;
           const E* sum = out;
