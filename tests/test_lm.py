@@ -308,6 +308,8 @@ def test_plot(tmp_path):
         comparison = None if counted is None else baseline.Comparison({"LSTM": 3.0}, 1234, counted, 10)
         report.plot(str(path), [curve, curve], "title", comparison)
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    many = baseline.Counted(4, 0.1, 5.0, 70, 3000**5, 500)  # more than 64 bits
+    report.plot(str(path), [curve], "title", baseline.Comparison({"LSTM": 3.0}, 1234, [many], 3000))
     with pytest.raises(UserError, match="cannot write"):
         report.plot(str(tmp_path / "none" / "plot.png"), [curve], "title")
 
