@@ -210,10 +210,10 @@ def test_a_lost_process_is_told_with_its_cause(tmp_path, monkeypatch):
         with world.joined(torch.device("cpu"), str(path)):
             raise RuntimeError("[gloo/x.cc:1] no route\nto host")
 
-    with pytest.raises(LostProcessError, match=r"\(\[gloo/x.cc:1\] no route\); it has saved no checkpoint"):
+    with pytest.raises(LostProcessError, match=r"no checkpoint yet: .*: \[gloo/x.cc:1\] no route\)$"):
         lose()
     path.touch()
-    with pytest.raises(LostProcessError, match=r"start all again with --resume$"):
+    with pytest.raises(LostProcessError, match="whole: start all again with --resume"):
         lose()
 
 

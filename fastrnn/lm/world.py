@@ -111,7 +111,7 @@ def joined(device: torch.device, path: str) -> Iterator[World]:
         if any(word in str(error).lower() for word in _LOST):
             cause = str(error).strip().splitlines()[0]
             raise LostProcessError(
-                f"another process of this run is gone, or cannot be reached ({cause}); {go_on()}"
+                f"another process of this run is gone; {go_on()} (the cause: {cause})"
             ) from error
         raise
     finally:
