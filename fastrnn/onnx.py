@@ -148,8 +148,8 @@ def export_onnx(
 
     A `lengths=` argument becomes the node's sequence_lens: onnxruntime takes no zeros there.
     Needs the packages onnx and onnxscript (ImportError otherwise). Raises ValueError where ONNX has no equal:
-    proj_size, reset=, a PackedSequence, the cell state under return_states=, recursive layers, a cell of one's
-    own; and for frozen and quantized layers.
+    proj_size, reset=, a PackedSequence, the cell state under return_states=, recursive layers, a cell of
+    your own; and for frozen and quantized layers.
     """
     try:
         import onnxscript  # noqa: F401

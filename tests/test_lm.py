@@ -323,7 +323,7 @@ def test_the_demo_drops_alike(cell, corpus):
 
 def test_the_demo_drops_nothing_on_a_gpu(tmp_path):
     config = Config(dropout=0.5)
-    with pytest.raises(UserError, match="--dropout: torch.nn draws other masks on cuda"):
+    with pytest.raises(UserError, match=r"--dropout: torch\.nn draws other masks on cuda"):
         demo.demo(config, None, str(tmp_path / "out"), 1.0, 100, torch.device("cuda"))
     assert not (tmp_path / "out").exists()
 
