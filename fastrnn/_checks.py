@@ -266,13 +266,18 @@ def one_of(name: str, value: str, allowed: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+def integer(name: str, value: object, least: int) -> None:
+    """TypeError unless value is an int, ValueError for one below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be {least} or more, got {value}")
+
+
 def positive(**sizes: int) -> None:
-    """TypeError for a size that is no int, ValueError for one below 1."""
+    """`integer` of 1 or more for each."""
     for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool):
-            raise TypeError(f"{name} must be an int, got {type(size).__name__}")
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
+        integer(name, size, 1)
 
 
 def shape(name: str, tensor: Tensor, symbols: str, expected: tuple[int, ...]) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.rnn import RNNBase
-from torch.nn.utils import parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from . import _checks
@@ -28,8 +27,10 @@ MERGES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 def _fresh(layer: RNNBase) -> RNNBase:
     """A layer of the same class, options, device and dtype, drawn anew; every parameter is trainable."""
-    if isinstance(layer, Packed) or parametrize.is_parametrized(layer):
-        kind = f"a {layer.word} layer" if isinstance(layer, Packed) else "a parametrized layer"
+    # Parametrizations, and the older weight_norm and pruning, take a weight out of the parameters.
+    replaced = any(name not in layer._parameters for name in layer._flat_weights_names)
+    if isinstance(layer, Packed) or replaced:
+        kind = f"a {layer.word} layer" if isinstance(layer, Packed) else "a pruned or parametrized layer"
         raise ValueError(f"forward_layer is {kind}, which cannot be drawn anew: give a backward_layer too")
     fresh = copy.deepcopy(layer).requires_grad_(True)
     fresh.reset_parameters()  # type: ignore[no-untyped-call]
@@ -129,7 +130,8 @@ class Bidirectional(torch.nn.Module):
     computes the same.
 
     Raises TypeError for what is no recurrent layer, ValueError for an unknown merge, for layers that do not
-    go together, and where backward_layer is None and forward_layer frozen, quantized or parametrized.
+    go together, and where backward_layer is None and forward_layer frozen, quantized, pruned or
+    parametrized.
     """
 
     def __init__(

@@ -129,6 +129,7 @@ class LSTMCell(_Cell):
         return "lstm"
 
     def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> Any:
+        """(h', c') of one step; arguments, shapes and errors are the class's."""
         if isinstance(input, Proxy):
             return leaf_call(self, input, (input, hx), {})
         streamed = self._streamed(input, hx)
@@ -180,6 +181,7 @@ class GRUCell(_Cell):
         return "gru" if self.reset_after else "gru_reset_before"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        """h' of one step; arguments, shapes and errors are the class's."""
         if isinstance(input, Proxy):
             return leaf_call(self, input, (input, hx), {})
         states = None if hx is None else (hx,)
@@ -231,6 +233,7 @@ class RNNCell(_Cell):
         return f"rnn_{self.nonlinearity}"
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
+        """h' of one step; arguments, shapes and errors are the class's."""
         if isinstance(input, Proxy):
             return leaf_call(self, input, (input, hx), {})
         states = None if hx is None else (hx,)

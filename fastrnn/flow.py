@@ -300,7 +300,8 @@ class GradientFlow:
 
         Of many Jacobians, or of large ones, only some are taken, evenly chosen, unless singular_values was
         read before; the picture says of how many. `diagnostics.plot` draws several flows.
-        Raises ImportError where matplotlib is missing, OSError where the file cannot be written.
+        Raises ImportError where matplotlib is missing, OSError where the file cannot be written, ValueError
+        for a suffix that names no format.
         """
         draw([self], path)
 
@@ -322,6 +323,9 @@ def draw(flows: Sequence[GradientFlow], path: str | Path) -> None:
     if not flows:
         raise ValueError("there is no flow to draw")
     figure = figure_class(figsize=(11, 3.9 * len(flows)), layout="constrained")
+    kind, kinds = Path(path).suffix[1:] or "png", figure.canvas.get_supported_filetypes()
+    if kind.lower() not in kinds:
+        raise ValueError(f"path must end in one of {', '.join(f'.{k}' for k in sorted(kinds))}, got {path}")
     parts = figure.subfigures(len(flows), 1, squeeze=False)[:, 0]
     for flow, part in zip(flows, parts, strict=True):
         left, right = part.subplots(1, 2, width_ratios=(3, 2))
@@ -329,7 +333,7 @@ def draw(flows: Sequence[GradientFlow], path: str | Path) -> None:
         _draw_norms(left, flow)
         _draw_spectrum(right, flow)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format=Path(path).suffix[1:] or "png", dpi=120)
+    figure.savefig(path, format=kind, dpi=120)
 
 
 def _draw_norms(axes: Any, flow: GradientFlow) -> None:

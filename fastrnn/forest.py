@@ -59,8 +59,8 @@ def _rows(name: str, values: Tensor, count: int, of: str) -> None:
         raise ValueError(f"{name} takes a row for each of {count} {of}, got {list(values.shape)}")
 
 
-def _local(parents: Tensor, lengths: Tensor | Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Parents that are counted within each tree as rows of the forest; and where each tree begins."""
+def _local(parents: Tensor, lengths: Tensor | Sequence[int]) -> Tensor:
+    """Parents that are counted within each tree, as rows of the forest."""
     sizes = _indices("lengths", lengths, of="tree")
     if sizes.numel() and int(sizes.min()) < 1:
         tree = int((sizes < 1).nonzero()[0])
@@ -84,7 +84,7 @@ def _local(parents: Tensor, lengths: Tensor | Sequence[int]) -> tuple[Tensor, Te
     if extra.numel():
         node, tree = int(roots[extra[0] + 1]), int(trees[extra[0] + 1])
         raise ValueError(f"node {node} is a second root of tree {tree}, whose root is {int(roots[extra[0]])}")
-    return shifted, starts
+    return shifted
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,15 @@ class Forest:
     Rows of x and h are in the order of the nodes. The schedules (the levels of either direction, computed in
     C++ in O(N) without recursion) belong to the forest: make one once and use it often. Nothing changes a
     forest.
+
+    parents    LongTensor [N], -1 at a root
+    slots      LongTensor [N]: which child of its parent a node is, from 0
+    roots      LongTensor [trees]: the roots' rows, in increasing order
+    leaves     LongTensor [leaves]: the rows of nodes without children, in increasing order
+    arity      what a cell needs at least: one more than the highest slot; 0 where all nodes are roots
+    device     where these tensors lie, and the inputs of a call are expected
+    num_nodes  N
+    num_trees  how many roots there are
     """
 
     def __init__(self, parents: Tensor, slots: Tensor | None) -> None:
@@ -173,17 +182,10 @@ class Forest:
             )
         children = parents[parents >= 0]
         inner = torch.zeros(parents.numel(), dtype=torch.bool).index_fill(0, children, True)
-        # LongTensor [N], -1 at a root.
-        self.parents = parents
-        # LongTensor [N]: which child of its parent a node is.
-        self.slots = slots
-        # LongTensor [trees]: the roots' rows, in increasing order.
+        self.parents, self.slots = parents, slots
         self.roots = (parents < 0).nonzero().squeeze(1)
-        # LongTensor [leaves]: the rows of nodes without children, in increasing order.
         self.leaves = (~inner).nonzero().squeeze(1)
-        # What arity a cell needs at least: one more than the highest slot; 0 where all nodes are roots.
         self.arity = int(slots[parents >= 0].max()) + 1 if children.numel() else 0
-        # Where the inputs of a call are expected.
         self.device = torch.device("cpu")
         self._own = parents, slots  # on the CPU
         # By direction, and by (direction, device).
@@ -209,7 +211,7 @@ class Forest:
         """
         own = _indices("parents", parents)
         if lengths is not None:
-            own, _ = _local(own, lengths)
+            own = _local(own, lengths)
         return Forest(own, None if slots is None else _indices("slots", slots, own.numel()))
 
     @staticmethod

@@ -34,13 +34,6 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
     return torch.multinomial(weights, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
-def _integer(name: str, value: object, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < low:
-        raise ValueError(f"{name} must be {low} or more, got {value}")
-
-
 def _check(
     step_fn: StepFn,
     start: Tensor,
@@ -61,17 +54,26 @@ def _check(
         raise ValueError(f"start must be a LongTensor [B], got {start.dtype} of shape {list(start.shape)}")
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {strategy!r}")
-    _integer("max_steps", max_steps, 0)
-    _integer("top_k", top_k, 0)
-    _integer("beam_size", beam_size, 1)
+    _checks.integer("max_steps", max_steps, 0)
+    _checks.integer("top_k", top_k, 0)
+    _checks.integer("beam_size", beam_size, 1)
     if end is not None:
-        _integer("end", end, 0)
+        _checks.integer("end", end, 0)
     _checks.finite("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature must be 0 or more, got {temperature}")
     _checks.finite("length_penalty", length_penalty)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    for name, owner, given in (
+        ("temperature", "sample", temperature != 1),
+        ("top_k", "sample", top_k != 0),
+        ("generator", "sample", generator is not None),
+        ("beam_size", "beam", beam_size != 1),
+        ("length_penalty", "beam", length_penalty != 0),
+    ):
+        if given and strategy != owner:
+            raise ValueError(f"{name} is of strategy={owner!r}, got strategy={strategy!r}")
 
 
 def _step(step_fn: StepFn, token: Tensor, state: Any, end: int | None) -> tuple[Tensor, Tensor, Any]:
@@ -169,6 +171,9 @@ def _beam(
         totals = scores[..., None] + gains  # [B, K, V]
         lengths = lengths + ~ended
         ranks = totals / lengths[..., None].to(totals.dtype) ** length_penalty
+        # However large the penalty: what is certain ranks at 0, and what is possible above what is not.
+        ranks = ranks.clamp(min=torch.finfo(ranks.dtype).min)
+        ranks = torch.where((totals == 0) | totals.isneginf(), totals, ranks)
         best = ranks.flatten(1).topk(K).indices  # [B, K], of K*V
         parent, token = best // V, best % V
         scores = totals.flatten(1).gather(1, best)
@@ -230,7 +235,7 @@ def generate(
                     Where there are fewer than beam_size sequences, the beams left over score -inf
 
     No gradients are kept. Raises TypeError and ValueError for options and tensors other than these, and
-    ValueError where logits are NaN.
+    ValueError for an option of another strategy and where logits are NaN.
     """
     _check(step_fn, start, max_steps, end, strategy, temperature, top_k, beam_size, length_penalty, generator)
     if strategy == "beam":

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import _checks
+
 Tokens = Tensor | Sequence[int]
 
 
@@ -31,17 +33,16 @@ class MarkovModel:
     """
 
     def __init__(self, vocab_size: int, order: int = 1, smoothing: float = 1.0) -> None:
-        for name, value in (("vocab_size", vocab_size), ("order", order)):
-            if not hasattr(value, "__index__"):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-        if vocab_size < 1 or vocab_size >= 2**31:
-            raise ValueError(f"vocab_size must be in [1, 2**31), got {vocab_size}")
-        if order < 0:
-            raise ValueError(f"order must be 0 or more, got {order}")
+        # numpy's integers too
+        vocab_size, order = (int(n) if hasattr(n, "__index__") else n for n in (vocab_size, order))
+        _checks.integer("vocab_size", vocab_size, 1)
+        _checks.integer("order", order, 0)
+        if vocab_size >= 2**31:
+            raise ValueError(f"vocab_size must be below 2**31, got {vocab_size}")
         if not (smoothing >= 0 and math.isfinite(smoothing)):
             raise ValueError(f"smoothing must be a finite number, 0 or more, got {smoothing}")
-        self.vocab_size = int(vocab_size)
-        self.order = int(order)
+        self.vocab_size = vocab_size
+        self.order = order
         self.smoothing = float(smoothing)
         # A trie of contexts: a context of j+1 tokens is the pair (id of its first j tokens, last token),
         # stored as id * vocab_size + token and numbered by its rank in _levels[j]. Ranks stay below the

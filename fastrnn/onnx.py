@@ -18,6 +18,7 @@ from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 
 from . import functional, reference
+from .inference import Packed
 from .modules import LSTM
 from .reference import CELLS, split_params
 from .tree import ChildSumTreeLSTM, NaryTreeLSTM, TreeRNN
@@ -66,6 +67,8 @@ def _record(
     reset: Tensor | None,
     return_states: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+    if cell not in _NODES:
+        raise _NoEqual(f"ONNX has no equal of the cell {cell!r}, only of {', '.join(_NODES)}")
     lacking = {"a PackedSequence": batch_sizes is not None, "reset=": reset is not None}
     lacking["return_states="] = return_states and CELLS[cell].states > 1
     lacking["proj_size"] = any(p.w_hr is not None for p in split_params(params, states[0].shape[0]))
@@ -145,7 +148,8 @@ def export_onnx(
 
     A `lengths=` argument becomes the node's sequence_lens: onnxruntime takes no zeros there.
     Needs the packages onnx and onnxscript (ImportError otherwise). Raises ValueError where ONNX has no equal:
-    proj_size, reset=, a PackedSequence, the cell state under return_states=, recursive layers.
+    proj_size, reset=, a PackedSequence, the cell state under return_states=, recursive layers, a cell of
+    your own; and for frozen and quantized layers.
     """
     try:
         import onnxscript  # noqa: F401
@@ -156,6 +160,10 @@ def export_onnx(
             raise ValueError(f"{name or 'the model'}: ONNX's LSTM has no equal of proj_size")
         if isinstance(module, ChildSumTreeLSTM | NaryTreeLSTM | TreeRNN):
             raise ValueError(f"{name or 'the model'}: ONNX has no equal of a recursive layer")
+        if isinstance(module, Packed):
+            raise ValueError(
+                f"{name or 'the model'}: a {module.word} layer is not exported, the one it was made from is"
+            )
     if isinstance(args, Tensor):
         args = (args,)
     if "dynamic_shapes" not in options:

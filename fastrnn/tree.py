@@ -33,15 +33,8 @@ class _Tree(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, value, least in (("input_size", input_size, 0), ("hidden_size", hidden_size, 1)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        if isinstance(arity, bool) or not isinstance(arity, int):
-            raise TypeError(f"arity should be of type int, got: {type(arity).__name__}")
-        if arity < 1:
-            raise ValueError(f"arity must be at least 1, got {arity}")
+        _checks.integer("input_size", input_size, 0)
+        _checks.positive(hidden_size=hidden_size, arity=arity)
         _checks.bool_option("bias", bias)
         self.input_size, self.hidden_size, self.arity = input_size, hidden_size, arity
         self.bias = bias

@@ -19,7 +19,7 @@ from ._checks import same_device
 from .backends import choose, decide_tree
 from .forest import Forest, schedule_steps
 from .kernels import LOADED
-from .ops import below_autograd, is_batched, wants_grad
+from .ops import below_autograd, is_batched, no_transforms, register_flops, wants_grad
 from .tree_reference import TREE_CELLS
 
 Grads = Sequence[Tensor | None]
@@ -204,18 +204,10 @@ def _fake_schedule(parents: Tensor, slots: Tensor, down: bool) -> Tensor:
     return parents.new_empty((5, parents.shape[0] + 1))
 
 
-def _no_transforms() -> None:
-    if transforms.active():  # forward-mode AD would drop the tangents without a word
-        raise RuntimeError(
-            "torch.ops.fastrnn.tree knows no transforms of torch.func and no forward-mode AD; fastrnn's "
-            "modules do"
-        )
-
-
 def _autograd_tree(
     keyset: Any, cell: str, x: Tensor | None, params: list[Tensor], schedule: Tensor, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    _no_transforms()
+    no_transforms()
     if not wants_grad(*params, *([] if x is None else [x])):
         unchanged: tuple[Tensor, list[Tensor], list[Tensor]]
         unchanged = below_autograd(keyset, torch.ops.fastrnn.tree.default, cell, x, params, schedule, save)
@@ -240,7 +232,7 @@ def _autograd_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    _no_transforms()
+    no_transforms()
     given = [g for g in (dh, *dstates) if g is not None]
     if not wants_grad(*given, *params, *([] if x is None else [x])):
         unchanged: tuple[Tensor, list[Tensor]] = below_autograd(
@@ -272,10 +264,8 @@ def _tree_backward_flops(
 
 
 if LOADED:
-    from torch.utils.flop_counter import register_flop_formula
-
-    register_flop_formula(torch.ops.fastrnn.tree)(_tree_flops)
-    register_flop_formula(torch.ops.fastrnn.tree_backward)(_tree_backward_flops)
+    register_flops("tree", _tree_flops)
+    register_flops("tree_backward", _tree_backward_flops)
     _LIBRARY = torch.library.Library("fastrnn", "IMPL")
     torch.library.register_fake("fastrnn::tree", _fake_tree)
     torch.library.register_fake("fastrnn::tree_backward", _fake_tree_backward)

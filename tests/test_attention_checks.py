@@ -82,7 +82,7 @@ def test_bad_input_of_the_function(backend):
             ValueError,
             "score must be one of 'dot', 'general', 'additive', got 'cosine'",
         ),
-        ((0,), {}, ValueError, "query_size must be greater than zero"),
+        ((0,), {}, ValueError, "query_size must be 1 or more, got 0"),
         ((4.0,), {}, TypeError, "query_size must be an int"),
         ((4,), {"batch_first": 1}, TypeError, "batch_first should be of type bool"),
         ((4,), {"scale": torch.tensor(0.5)}, TypeError, "scale must be a number, got Tensor"),

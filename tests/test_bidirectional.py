@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import torch
 from helpers import F64, assert_same, grads, hidden, pair, randn, tensors
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune, weight_norm
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fastrnn
@@ -282,6 +283,12 @@ def gru(*sizes, **options):
     return fastrnn.GRU(*sizes, **options)
 
 
+def older_weight_norm(layer):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of its age
+        return weight_norm(layer, "weight_hh_l0")
+
+
 BAD_LAYERS = [
     (
         (nn.Linear(3, 4),),
@@ -311,6 +318,13 @@ BAD_LAYERS = [
         "merge='mul' needs outputs of one width, got 4 and 5",
     ),
     ((parametrizations.weight_norm(nn.GRU(3, 4), "weight_hh_l0"),), {}, ValueError, "parametrized layer"),
+    ((older_weight_norm(nn.GRU(3, 4)),), {}, ValueError, "parametrized layer"),
+    (
+        (prune.l1_unstructured(gru(3, 4), "weight_hh_l0", 0.5),),
+        {},
+        ValueError,
+        "pruned or parametrized layer",
+    ),
     ((fastrnn.freeze(gru(3, 4)),), {}, ValueError, "frozen layer"),
 ]
 

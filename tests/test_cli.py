@@ -86,7 +86,9 @@ def test_train_then_resume_then_sample(capsys, text, tmp_path):
 @pytest.mark.parametrize("implementation", ["fastrnn", "torch"])
 def test_train_every_cell(capsys, text, tmp_path, cell, implementation):
     more = ("--cell", cell, "--implementation", implementation, "--layers", "1", "--dropout", "0.5")
-    assert train(capsys, text, tmp_path / "sub" / "lm.pt", "--steps", "2", *more)[0] == 0
+    code, _, err = train(capsys, text, tmp_path / "sub" / "lm.pt", "--steps", "2", *more)
+    assert code == 0
+    assert err.count("fastrnn: --dropout 0.5 falls between layers, and there is one\n") == 1
 
 
 def test_plot_of_a_training(capsys, text, tmp_path):
@@ -108,6 +110,14 @@ def test_demo(capsys, text, tmp_path):
     assert "largest relative difference of the loss curves" in printed
     assert {"demo.pt", "sample.txt"} <= {file.name for file in out.iterdir()}
     assert call(capsys, "lm", "sample", "--checkpoint", str(out / "demo.pt"), "--length", "5")[0] == 0
+
+
+def test_help_of_the_demo_has_both_defaults(capsys):
+    code, out, _ = call(capsys, "lm", "demo", "--help")
+    assert code == 0
+    words = " ".join(out.split())
+    assert "hidden and embedding size (default 256, with --quick 64)" in words
+    assert "recurrent layers (default 2)" in words
 
 
 def test_demo_without_matplotlib(capsys, text, tmp_path, monkeypatch):

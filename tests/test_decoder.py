@@ -477,7 +477,7 @@ def test_bad_input(name):
         ({"score": "general", "dropout": 2}, ValueError, r"dropout must be a number in \[0, 1\], got 2"),
         ({"score": "general", "dropout": True}, ValueError, "number in .*, got True"),
         ({}, ValueError, "query_size == memory_size"),
-        ({"num_layers": 0}, ValueError, "num_layers must be greater than zero"),
+        ({"num_layers": 0}, ValueError, "num_layers must be 1 or more, got 0"),
         ({"input_feeding": 1}, TypeError, "input_feeding should be of type bool"),
     ],
 )

@@ -13,7 +13,8 @@ import time
 import pytest
 import torch
 
-from fastrnn.lm import checkpoint
+from fastrnn.lm import checkpoint, world
+from fastrnn.lm.errors import LostProcessError, UserError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 OPTIONS = ["--hidden", "16", "--batch", "4", "--bptt", "10", "--save-every", "5", "--valid-every", "10"]
@@ -198,6 +199,36 @@ def test_a_lost_process_under_torchrun(text, tmp_path):
     assert checkpoint.load(str(path))["step"] >= 5
 
 
+def test_a_lost_process_is_told_with_its_cause(tmp_path, monkeypatch):
+    """What else mentions gloo can be told apart, and --resume only where there is a checkpoint."""
+    path = tmp_path / "c.pt"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("init_process_group", None), ("get_rank", 0), ("get_world_size", 2)):
+        monkeypatch.setattr(world.dist, name, lambda *args, value=value: value)
+
+    def lose():
+        with world.joined(torch.device("cpu"), str(path)):
+            raise RuntimeError("[gloo/x.cc:1] no route\nto host")
+
+    with pytest.raises(LostProcessError, match=r"no checkpoint yet: .*: \[gloo/x.cc:1\] no route\)$"):
+        lose()
+    path.touch()
+    with pytest.raises(LostProcessError, match="whole: start all again with --resume"):
+        lose()
+
+
+def test_no_two_processes_share_a_gpu(monkeypatch):
+    one, any_of_them = torch.device("cuda", 1), torch.device("cuda")
+    assert world.local_device(one) == one
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    assert world.local_device(one) == one
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert world.local_device(any_of_them) == torch.device("cuda", 3)
+    with pytest.raises(UserError, match="--device cuda:1: each process takes a GPU of its own"):
+        world.local_device(one)
+
+
 def test_each_process_has_random_numbers_of_its_own(text, tmp_path):
     """No two drop out alike; the first draws what one by itself would; a checkpoint keeps them all."""
     script = tmp_path / "draw.py"
@@ -216,7 +247,7 @@ def test_each_process_has_random_numbers_of_its_own(text, tmp_path):
 
         alone = train.Trainer(config, corpus, torch.device("cpu"))
         expected = draw()
-        with joined(torch.device("cpu")) as world:
+        with joined(torch.device("cpu"), "") as world:
             trainer = train.Trainer(config, corpus, torch.device("cpu"), world)
             saved = trainer.fields()
             own = draw()

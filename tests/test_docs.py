@@ -11,6 +11,7 @@ import doctest
 import importlib.util
 import io
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,27 @@ def test_programs_run_and_print_what_the_page_says(page):
                 expected, printed.getvalue(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
             )
             assert same, f"{page.name}:{line}: expected\n{expected}\ngot\n{printed.getvalue()}"
+
+
+def test_every_public_name_has_its_words():
+    """The API's page has it; it says what it is; and so does what a module is called by."""
+    page = (ROOT / "docs" / "guide" / "api.md").read_text(encoding="utf-8")
+    documented = re.findall(r"^\.\. auto\w+:: (?:fastrnn\.)?(\S+)", page, re.M)
+    modules = [name for name in fastrnn.__all__ if isinstance(getattr(fastrnn, name), types.ModuleType)]
+    for name in set(fastrnn.__all__) - {"__version__"}:
+        inside = name in modules and any(found.startswith(f"{name}.") for found in documented)
+        assert name in documented or inside, name
+        thing = getattr(fastrnn, name)
+        assert thing.__doc__, name
+        if isinstance(thing, type) and issubclass(thing, torch.nn.Module):
+            assert thing.forward.__doc__, name
+    assert "diagnostics.plot" in documented
+
+
+def test_a_forest_says_what_it_holds():
+    forest = fastrnn.Forest.from_nested(((1, 2), 3))
+    for name in ("num_nodes", "num_trees", *(name for name in vars(forest) if name[0] != "_")):
+        assert re.search(rf"^    {name} ", fastrnn.Forest.__doc__, re.M), name
 
 
 def test_no_block_is_left_out():

@@ -255,6 +255,9 @@ def test_plot(kind, tmp_path):
     assert (tmp_path / "new" / "folder" / "flow.png").exists()
     with pytest.raises(OSError, match=r"flow\.png"):  # a file is no folder
         flows[0].plot(path / "flow.png")
+    with pytest.raises(ValueError, match=r"path must end in one of .*\.png, .*got .*flow\.abc"):
+        flows[0].plot(tmp_path / "other" / "flow.abc")
+    assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="no flow"):
         diagnostics.plot([], path)
 

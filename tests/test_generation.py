@@ -236,6 +236,18 @@ def test_more_beams_than_sequences(end):
         assert all(s[1] == 0 for s in tokens[0].tolist() if s[0] == 0)
 
 
+@pytest.mark.parametrize("penalty", [1e3, -1e3])
+def test_a_large_penalty_makes_nothing_possible(penalty):
+    """Its powers overflow: no sequence with a forbidden token may come before one without."""
+    logits = torch.tensor([0.0, 1.0, -torch.inf])
+    tokens, scores = fastrnn.generate(
+        lambda token, state: (logits.repeat(len(token), 1), state), torch.zeros(1, dtype=torch.long),
+        max_steps=3, strategy="beam", beam_size=8, length_penalty=penalty,
+    )  # fmt: skip
+    assert sorted(map(tuple, tokens[0].tolist())) == list(itertools.product(range(2), repeat=3))
+    assert scores.isfinite().all()
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "sample", "beam"])
 def test_forbidden_tokens(model, strategy):
     forbidden = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], dtype=F64)
@@ -244,7 +256,8 @@ def test_forbidden_tokens(model, strategy):
         logits, state = model(token, state)
         return logits + forbidden, state
 
-    tokens, scores = fastrnn.generate(step, START, model.state(), max_steps=5, strategy=strategy, beam_size=2)
+    beams = {"beam_size": 2} if strategy == "beam" else {}
+    tokens, scores = fastrnn.generate(step, START, model.state(), max_steps=5, strategy=strategy, **beams)
     assert set(tokens.unique().tolist()) <= {0, 2}
     assert scores.isfinite().all()
 
@@ -253,10 +266,11 @@ def test_forbidden_tokens(model, strategy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_types_and_shapes(strategy, dtype):
     model = Model(dtype)
+    beams = {"beam_size": 2} if strategy == "beam" else {}
     for batch, steps in ((B, 5), (1, 1), (B, 0)):
         tokens, scores = fastrnn.generate(
             model, torch.zeros(batch, dtype=torch.long), model.state(batch), max_steps=steps,
-            strategy=strategy, beam_size=2,
+            strategy=strategy, **beams,
         )  # fmt: skip
         rows = (batch, 2) if strategy == "beam" else (batch,)
         assert tokens.shape == (*rows, steps)
@@ -269,10 +283,10 @@ def test_types_and_shapes(strategy, dtype):
 
 
 def test_an_empty_batch():
-    for strategy in ("greedy", "beam"):
+    for how in ({"strategy": "greedy"}, {"strategy": "beam", "beam_size": 2}):
         tokens, _ = fastrnn.generate(
             lambda token, state: (torch.zeros(len(token), V), state), torch.zeros(0, dtype=torch.long),
-            max_steps=3, end=END, strategy=strategy, beam_size=2,
+            max_steps=3, end=END, **how,
         )  # fmt: skip
         assert tokens.shape[0] == 0
 
@@ -333,6 +347,11 @@ BAD_OPTIONS = [
     ),
     ({"strategy": "beam", "state": object()}, TypeError, "nest of tensors, got a object"),
     ({"step_fn": 3}, TypeError, "step_fn must be callable, got int"),
+    ({"beam_size": 3}, ValueError, "beam_size is of strategy='beam', got strategy='greedy'"),
+    ({"length_penalty": 0.5}, ValueError, "length_penalty is of strategy='beam', got strategy='greedy'"),
+    ({"temperature": 0.5}, ValueError, "temperature is of strategy='sample', got strategy='greedy'"),
+    ({"top_k": 3, "strategy": "beam"}, ValueError, "top_k is of strategy='sample', got strategy='beam'"),
+    ({"generator": torch.Generator()}, ValueError, "generator is of strategy='sample'"),
 ]
 
 

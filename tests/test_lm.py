@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import random
 
 import pytest
@@ -60,7 +62,9 @@ def test_split_covers_the_text(corpus):
 def test_chunks_continue_each_other(n, batch, bptt):
     chunks = Chunks(torch.arange(n), batch, bptt)
     inputs, targets = zip(*(chunks.chunk(i) for i in range(len(chunks))), strict=True)
+    assert {len(x) for x in inputs[:-1]} <= {bptt}
     inputs, targets = torch.cat(inputs), torch.cat(targets)
+    assert len(inputs) == n // batch - 1  # to the last character
     assert torch.equal(targets, inputs + 1)
     assert torch.equal(inputs[1:], inputs[:-1] + 1)  # in every column, across the chunks
     assert torch.equal(inputs[0], torch.arange(batch) * (n // batch))
@@ -102,12 +106,13 @@ def test_state_is_carried_and_detached(corpus):
     assert trainer.train_step() == pytest.approx(train.cross_entropy(logits, targets).item(), rel=1e-5)
 
 
-def test_perplexity_is_the_mean_over_the_text(corpus):
-    trainer = Trainer(Config(hidden=12, batch=1, bptt=23), corpus, CPU)
+@pytest.mark.parametrize("bptt", [23, 20])  # 69 steps: three chunks of 23, or three and one of nine
+def test_perplexity_is_the_mean_over_the_text(corpus, bptt):
+    trainer = Trainer(Config(hidden=12, batch=1, bptt=bptt), corpus, CPU)
     with torch.no_grad():
         logits, _ = trainer.model(corpus.valid[:-1, None])
     want = math.exp(train.cross_entropy(logits, corpus.valid[1:, None]).item())
-    assert trainer.validate() == pytest.approx(want, rel=1e-5)  # 69 steps: three chunks of 23
+    assert trainer.validate() == pytest.approx(want, rel=1e-5)
 
 
 def test_validation_leaves_training_alone(corpus):
@@ -169,6 +174,19 @@ def test_checkpoint_is_whole_or_the_previous_one(tmp_path, corpus, monkeypatch):
         checkpoint.save(str(path), trainer.fields())
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["lm.pt"]  # no temporary file is left
+
+
+def test_a_killed_save_leaves_nothing_for_good(tmp_path, corpus, monkeypatch):
+    path, fields = tmp_path / "lm.pt", Trainer(TINY, corpus, CPU).fields()
+    with monkeypatch.context() as m:
+        m.setattr(type(path), "unlink", lambda *args, **options: None)  # as if killed before
+        m.setattr(os, "replace", lambda *args: (_ for _ in ()).throw(OSError(5, "Killed")))
+        m.setattr(os, "getpid", lambda: -1)
+        with pytest.raises(UserError, match="Killed"):
+            checkpoint.save(str(path), fields)
+    assert len(list(tmp_path.iterdir())) == 1
+    checkpoint.save(str(path), fields)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_checkpoint_through_a_link(tmp_path, corpus):
@@ -292,6 +310,42 @@ def test_diagnosis_is_of_the_last_characters_loss(implementation, corpus):
     torch.testing.assert_close(found[1].norms[-1], output.grad.norm())
 
 
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_demo_drops_alike(cell, corpus):
+    """Trained in turns, each goes on with its own random numbers."""
+    trainers = {
+        name: Trainer(Config(name, cell, hidden=12, batch=3, bptt=7, dropout=0.5), corpus, CPU)
+        for name in IMPLEMENTATIONS
+    }
+    outcome = demo.alternate(trainers, 0.0, train.Interrupt())
+    assert outcome.difference() < 1e-5
+
+
+def test_the_demo_drops_nothing_on_a_gpu(tmp_path):
+    config = Config(dropout=0.5)
+    with pytest.raises(UserError, match=r"--dropout: torch\.nn draws other masks on cuda"):
+        demo.demo(config, None, str(tmp_path / "out"), 1.0, 100, torch.device("cuda"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_before_the_last_step_leaves_a_finished_run(corpus, tmp_path, monkeypatch):
+    trainer, interrupt = Trainer(TINY, corpus, CPU), train.Interrupt()
+    monkeypatch.setattr(train, "interrupts", lambda: contextlib.nullcontext(interrupt))
+    step = trainer.train_step
+
+    def pressed_after(interrupted):
+        loss = step(interrupted)
+        interrupt.pressed = trainer.step >= 2
+        return loss
+
+    monkeypatch.setattr(trainer, "train_step", pressed_after)
+    path = str(tmp_path / "lm.pt")
+    assert train.run(trainer, 3, path, save_every=9, valid_every=9)
+    assert trainer.interrupted
+    assert checkpoint.load(path)["step"] == 3
+    assert not train.run(trainer, 9, path, save_every=9, valid_every=9)
+
+
 def test_outcome_of_the_demo():
     losses = {"fastrnn": [2.0, 1.0, 1.1], "torch": [2.0, 1.0, 1.0]}
     outcome = demo.Outcome([1.0, 3.0, 1.5], losses)
@@ -308,6 +362,8 @@ def test_plot(tmp_path):
         comparison = None if counted is None else baseline.Comparison({"LSTM": 3.0}, 1234, counted, 10)
         report.plot(str(path), [curve, curve], "title", comparison)
         assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    many = baseline.Counted(4, 0.1, 5.0, 70, 3000**5, 500)  # more than 64 bits
+    report.plot(str(path), [curve], "title", baseline.Comparison({"LSTM": 3.0}, 1234, [many], 3000))
     with pytest.raises(UserError, match="cannot write"):
         report.plot(str(tmp_path / "none" / "plot.png"), [curve], "title")
 

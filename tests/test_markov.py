@@ -110,7 +110,7 @@ def test_bad_construction(arguments):
 
 @pytest.mark.parametrize("arguments", [(3, 1.5), (3, 1.0), (3.5,), ("abc",)])
 def test_what_is_no_integer_is_not_rounded(arguments):
-    with pytest.raises(TypeError, match="must be an integer, got"):
+    with pytest.raises(TypeError, match="must be an int, got"):
         MarkovModel(*arguments)
 
 

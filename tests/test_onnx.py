@@ -142,6 +142,10 @@ def test_what_onnx_lacks(tmp_path):
     with pytest.raises(ValueError, match=r"^the model: ONNX has no equal of a recursive layer"):
         fastrnn.export_onnx(fastrnn.TreeRNN(4, 6), torch.randn(3, 4), path)
 
+    for pack, word in ((fastrnn.freeze, "frozen"), (fastrnn.quantize, "quantized")):
+        with pytest.raises(ValueError, match=rf"^0: a {word} layer is not exported"):
+            fastrnn.export_onnx(pack(nn.Sequential(fastrnn.GRU(4, 6))), torch.randn(3, 2, 4), path)
+
     class Reset(nn.Module):
         def __init__(self):
             super().__init__()
@@ -164,6 +168,12 @@ def test_what_onnx_lacks(tmp_path):
         export(Cells(), torch.randn(3, 2, 4), path)
     assert not path.exists()
     assert fastrnn.functional.RECORDER.take is None
+
+
+def test_a_cell_that_onnx_has_no_node_for(tmp_path, monkeypatch):
+    monkeypatch.delitem(fastrnn.onnx._NODES, "gru")
+    with pytest.raises(ValueError, match=r"^ONNX has no equal of the cell 'gru', only of lstm, "):
+        export(fastrnn.GRU(4, 6), torch.randn(3, 2, 4), tmp_path / "m.onnx")
 
 
 def test_keyword_arguments(tmp_path):

@@ -55,7 +55,8 @@ def save(path: str, fields: dict[str, Any]) -> None:
     it cannot be written.
     """
     target = Path(os.path.realpath(path))  # through a link, which os.replace would overwrite
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # One name, whatever the process: what a killed one has left is written over.
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,14 @@ QUICK_VALID = 10_000
 DEMO_SECONDS = 95.0
 
 
-def _config_options(parser: argparse.ArgumentParser, defaults: Config) -> None:
+def _config_options(parser: argparse.ArgumentParser, defaults: Config, quick: Config | None = None) -> None:
     """The fields of Config as options; an option not given stays None."""
+
+    def default(name: str) -> str:
+        plain = getattr(defaults, name)
+        other = plain if quick is None else getattr(quick, name)
+        return f"(default {plain})" if other == plain else f"(default {plain}, with --quick {other})"
+
     help_of: dict[str, tuple[type, str]] = {
         "layers": (int, "recurrent layers"),
         "hidden": (int, "hidden and embedding size"),
@@ -40,9 +47,9 @@ def _config_options(parser: argparse.ArgumentParser, defaults: Config) -> None:
         "clip": (float, "largest norm of the gradient"),
         "seed": (int, "of the start and of dropout"),
     }
-    parser.add_argument("--cell", choices=tuple(CELLS), help=f"(default {defaults.cell})")
+    parser.add_argument("--cell", choices=tuple(CELLS), help=default("cell"))
     for name, (kind, text) in help_of.items():
-        parser.add_argument(f"--{name}", type=kind, help=f"{text} (default {getattr(defaults, name)})")
+        parser.add_argument(f"--{name}", type=kind, help=f"{text} {default(name)}")
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -90,7 +97,7 @@ def add_parser(commands: Subparsers) -> None:
         type=float,
         help=f"of training (default {DEMO_SECONDS:g}, with --quick {QUICK_SECONDS:g})",
     )
-    _config_options(p, Config())
+    _config_options(p, Config(), QUICK)
     p.add_argument("--device", default="cpu", help="(default %(default)s)")
     p.set_defaults(run=_demo)
 
@@ -122,6 +129,13 @@ def _device(name: str) -> torch.device:
     except Exception as error:  # each kind of device has its own way to be absent
         raise UserError(f"--device {name}: this device cannot be used here") from error
     return device
+
+
+def _note_idle_dropout(config: Config) -> None:
+    if config.dropout and config.layers == 1:
+        print(
+            f"fastrnn: --dropout {config.dropout:g} falls between layers, and there is one", file=sys.stderr
+        )
 
 
 def _at_least(option: str, value: int, low: int) -> None:
@@ -158,7 +172,9 @@ def _train(args: argparse.Namespace) -> int:
     corpus.check_size(config.batch, config.bptt, args.data or "the standard library")
     config.check(len(corpus.vocabulary))
 
-    with joined(device) as world:
+    with joined(device, args.checkpoint) as world:
+        if world.first:
+            _note_idle_dropout(config)
         trainer = train.Trainer(config, corpus, device, world)
         if saved is not None:
             trainer.restore(saved, args.checkpoint)
@@ -221,6 +237,7 @@ def _demo(args: argparse.Namespace) -> int:
     if not (seconds > 0 and math.isfinite(seconds)):
         raise UserError(f"--seconds must be a finite number above 0, got {seconds}")
     valid_max = QUICK_VALID if args.quick else VALID_MAX
+    _note_idle_dropout(config)
     demo.demo(config, args.data, args.out, seconds, valid_max, _device(args.device))
     return 0
 

@@ -129,7 +129,7 @@ class Corpus:
 
 
 class Chunks:
-    """A text cut into B parallel streams and these into chunks of T steps.
+    """A text cut into B parallel streams and these into chunks of T steps, the last one of what is left.
 
     Chunk k of an epoch continues chunk k-1 in every column, so a state carried from chunk to chunk sees
     the text in order.
@@ -141,7 +141,7 @@ class Chunks:
             raise ValueError(f"batch {batch} needs at least {2 * batch} tokens, got {tokens.numel()}")
         self._streams = tokens[: length * batch].view(batch, length).t().contiguous()  # [length, B]
         self._bptt = min(bptt, length - 1)
-        self._count = (length - 1) // self._bptt
+        self._count = -(-(length - 1) // self._bptt)
 
     def __len__(self) -> int:
         return self._count
@@ -149,5 +149,5 @@ class Chunks:
     def chunk(self, index: int) -> tuple[Tensor, Tensor]:
         """Input and target of chunk `index`, both [T, B]; the target is the input one character later."""
         begin = index * self._bptt
-        end = begin + self._bptt
+        end = min(begin + self._bptt, self._streams.size(0) - 1)
         return self._streams[begin:end], self._streams[begin + 1 : end + 1]

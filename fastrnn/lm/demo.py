@@ -16,7 +16,7 @@ from .corpus import Corpus, read_text
 from .errors import UserError, os_reason
 from .model import CELLS, Config
 from .progress import Progress
-from .train import Interrupt, Trainer, interrupts
+from .train import Interrupt, Trainer, interrupts, random_state, set_random_state
 
 NAMES = {"fastrnn": "fastrnn", "torch": "torch.nn"}
 BLOCK_STEPS = 4
@@ -52,6 +52,8 @@ def alternate(trainers: dict[str, Trainer], seconds: float, interrupt: Interrupt
     progress = Progress(None)
     began = time.monotonic()
     order = list(trainers)
+    # Of each its own, from one beginning: both draw the same dropout.
+    states = {name: random_state(trainer.device) for name, trainer in trainers.items()}
     try:
         # Three pairs at least: one to warm up, and one with each of the two first.
         while len(ratios) < 3 or time.monotonic() - began < seconds:
@@ -59,9 +61,12 @@ def alternate(trainers: dict[str, Trainer], seconds: float, interrupt: Interrupt
                 raise KeyboardInterrupt
             spent: dict[str, float] = {}
             for name in order:
+                trainer = trainers[name]
+                set_random_state(states[name], trainer.device)
                 for _ in range(BLOCK_STEPS):
-                    trainers[name].train_step()
-                spent[name] = sum(trainers[name].seconds[-BLOCK_STEPS:])
+                    trainer.train_step()
+                states[name] = random_state(trainer.device)
+                spent[name] = sum(trainer.seconds[-BLOCK_STEPS:])
             ratios.append(spent["torch"] / spent["fastrnn"])
             last = (f"{shown} loss {trainers[name].losses[-1]:.4f}" for name, shown in NAMES.items())
             progress.update(", ".join(last), BLOCK_STEPS)
@@ -75,6 +80,8 @@ def demo(
     config: Config, data: str | None, out: str, seconds: float, valid_max: int, device: torch.device
 ) -> None:
     """Trains, compares, generates, and leaves a checkpoint, a text and a plot in `out`."""
+    if config.dropout and config.layers > 1 and device.type != "cpu":
+        raise UserError(f"--dropout: torch.nn draws other masks on {device}, the curves would not compare")
     folder = Path(out)
     files = {name: str(folder / name) for name in ("demo.pt", "sample.txt", "demo.png")}
     for path in files.values():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +70,7 @@ class CharacterModel(nn.Module):
         else:
             import torch.nn as library  # type: ignore[no-redef]
         layer: Any = getattr(library, CELLS[config.cell])
-        # torch.nn warns about dropout on a single layer, where it has no place to act.
+        # torch.nn warns about dropout on a single layer, where it has no place to act; the command line has.
         dropout = config.dropout if config.layers > 1 else 0.0
         self.embedding = nn.Embedding(vocab_size, config.hidden)
         self.rnn: nn.Module = layer(config.hidden, config.hidden, config.layers, dropout=dropout)
@@ -87,8 +88,8 @@ def build(config: Config, vocab_size: int, device: torch.device) -> CharacterMod
     return CharacterModel(config, vocab_size).to(device)
 
 
-def detach(state: State) -> State:
-    """Cuts the graph between chunks: the values go on, the gradient does not."""
-    if isinstance(state, Tensor):
-        return state.detach()
-    return state[0].detach(), state[1].detach()
+def each(state: State | None, f: Callable[[Tensor], Tensor]) -> State | None:
+    """f of every tensor of a recurrent state."""
+    if state is None:
+        return None
+    return f(state) if isinstance(state, Tensor) else (f(state[0]), f(state[1]))

@@ -40,12 +40,12 @@ def plot(path: str, curves: list[Curve], title: str, comparison: Comparison | No
     Raises UserError where matplotlib is missing or the file cannot be written.
     """
     try:
-        importlib.import_module("matplotlib").use("Agg")
-        pyplot: Any = importlib.import_module("matplotlib.pyplot")
+        figure_class: Any = importlib.import_module("matplotlib.figure").Figure
     except ImportError as error:
         raise UserError(MISSING) from error
     widths = (3, 2) if comparison is None else (3, 2, 3)
-    figure, panels = pyplot.subplots(1, len(widths), figsize=(2.2 * sum(widths), 4), width_ratios=widths)
+    figure = figure_class(figsize=(2.2 * sum(widths), 4))
+    panels = figure.subplots(1, len(widths), width_ratios=widths)
     left, right = panels[:2]
     if comparison is not None:
         _draw_sizes(panels[2], comparison)
@@ -67,15 +67,14 @@ def plot(path: str, curves: list[Curve], title: str, comparison: Comparison | No
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
         raise UserError(f"cannot write {path}: {os_reason(error)}") from error
-    finally:
-        pyplot.close(figure)
 
 
 def _draw_sizes(axes: Any, comparison: Comparison) -> None:
     """How many numbers each model is made of, by how far back it looks, with its perplexity."""
     counted = comparison.counted
     orders = [c.order for c in counted]
-    axes.plot(orders, [c.dense for c in counted], "C7--", label="Markov, a table of every possible n-gram")
+    dense = [float(c.dense) for c in counted]  # V ** 5 may take more than the 64 bits that numpy has
+    axes.plot(orders, dense, "C7--", label="Markov, a table of every possible n-gram")
     axes.plot(orders, [c.stored for c in counted], "C1o-", label="Markov, the n-grams of the text")
     for c in counted:
         axes.annotate(
@@ -94,7 +93,7 @@ def _draw_sizes(axes: Any, comparison: Comparison) -> None:
     axes.set(yscale="log", xlabel="characters of context", ylabel="numbers stored", xticks=orders)
     axes.set_title("size and perplexity by context")
     # Room for the words: the perplexities below, the legend above.
-    sizes = [comparison.size, *(c.stored for c in counted), *(c.dense for c in counted)]
+    sizes = [comparison.size, *(c.stored for c in counted), *dense]
     axes.set_ylim(min(sizes) / 100, max(sizes) * 3000)
     axes.margins(x=0.12)
     axes.grid(alpha=0.3)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from . import checkpoint
 from .corpus import Chunks, Corpus, Vocabulary
 from .errors import UserError
-from .model import CharacterModel, Config, State, build, detach
+from .model import CharacterModel, Config, State, build, each
 from .progress import Progress
-from .world import World, each
+from .world import World
 
 
 class Trainer:
@@ -67,6 +67,7 @@ class Trainer:
 
     @property
     def tokens_per_step(self) -> int:
+        """Of a whole chunk; the last one of a pass may be shorter."""
         return self.config.batch * self.config.bptt
 
     def train_step(self, interrupted: bool = False) -> float:
@@ -86,7 +87,7 @@ class Trainer:
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
-        self.state = detach(state)
+        self.state = each(state, Tensor.detach)  # the values go on to the next chunk, the gradient does not
         news = torch.stack([loss.detach(), loss.new_tensor(float(interrupted))])
         # Waits for the device, so that the time below is the step's.
         value, stop = self.world.mean(news).tolist()
@@ -103,13 +104,12 @@ class Trainer:
         return value
 
     def fields(self) -> dict[str, Any]:
-        """All that a checkpoint needs to go on as if nothing had happened, on any number of processes.
+        """All that a checkpoint needs to go on as if nothing had happened, on any number of processes that
+        divides the batch.
 
         Called by all of them.
         """
-        rng = {"cpu": self._of_each(torch.get_rng_state())}
-        if self.device.type == "cuda":
-            rng["cuda"] = self._of_each(torch.cuda.get_rng_state(self.device))
+        rng = {name: self._of_each(state) for name, state in random_state(self.device).items()}
         return {
             "config": asdict(self.config),
             "characters": self.corpus.vocabulary.characters,
@@ -141,14 +141,27 @@ class Trainer:
             self.state = each(saved["state"], lambda s: self.world.columns(s).to(self.device))
             rank, rng = self.world.rank, saved["rng"]
             if rank < len(rng["cpu"]):  # else one of more processes than before
-                torch.set_rng_state(rng["cpu"][rank])
-            if self.device.type == "cuda" and rank < len(rng.get("cuda", ())):
-                torch.cuda.set_rng_state(rng["cuda"][rank], self.device)
+                set_random_state({name: states[rank] for name, states in rng.items()}, self.device)
             self.losses = saved["losses"].tolist()
             self.seconds = saved["seconds"].tolist()
             self.validations = [(int(step), float(value)) for step, value in saved["validations"]]
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: its parts do not fit each other") from error
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of torch's own generators, from which a step on the device draws."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_state(states: dict[str, Tensor], device: torch.device) -> None:
+    """Goes on from what `random_state` gave, here or on another device."""
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -163,13 +176,14 @@ def perplexity(model: CharacterModel, tokens: Tensor, config: Config) -> float:
     chunks = Chunks(tokens, columns, config.bptt)
     model.eval()
     state: State | None = None
-    total = 0.0
+    total, count = 0.0, 0
     for index in range(len(chunks)):
         inputs, targets = chunks.chunk(index)
         logits, state = model(inputs, state)
-        total += cross_entropy(logits, targets).item()
+        total += cross_entropy(logits, targets).item() * targets.numel()
+        count += targets.numel()
     # exp overflows for a model that has diverged; infinity is the honest answer.
-    mean = total / len(chunks)
+    mean = total / count
     return math.exp(mean) if mean < 700 else math.inf
 
 
@@ -228,7 +242,8 @@ def interrupts() -> Iterator[Interrupt]:
 
 
 def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every: int) -> bool:
-    """Trains up to `steps` steps in all, saving to `path` on the way. Returns False after Ctrl-C."""
+    """Trains up to `steps` steps in all, saving to `path` on the way. Returns False where Ctrl-C left
+    steps to do."""
     progress = Progress(steps, trainer.step, silent=not trainer.world.first)
     saved_at = -1
 
@@ -253,6 +268,6 @@ def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every
                     save()
             if trainer.interrupted and saved_at != trainer.step:
                 save()
-            return not trainer.interrupted
+            return trainer.step >= steps
     finally:
         progress.close()

@@ -15,13 +15,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import LostProcessError, UserError
-from .model import State
 
 # What gloo and NCCL say when the other end has gone.
 _LOST = ("closed by peer", "reset by peer", "connection refused", "broken pipe", "gloo", "nccl", "timed out")
-
-
-_GO_ON = "its checkpoint is whole: start all again with --resume"
 
 
 @dataclass(frozen=True)
@@ -45,12 +41,12 @@ class World:
         """The model, its gradients averaged over the processes."""
         return model if self.size == 1 else nn.parallel.DistributedDataParallel(model)
 
-    def columns(self, batched: Tensor, dim: int = 1) -> Tensor:
-        """This process's share of the columns."""
+    def columns(self, batched: Tensor) -> Tensor:
+        """This process's share of the columns [.., B, ..]."""
         if self.size == 1:
             return batched
-        share = batched.size(dim) // self.size
-        return batched.narrow(dim, self.rank * share, share)
+        share = batched.size(1) // self.size
+        return batched.narrow(1, self.rank * share, share)
 
     def each(self, own: Tensor) -> list[Tensor]:
         """Every process's tensor of one shape, in the order of their ranks; called by all processes."""
@@ -71,29 +67,35 @@ class World:
         return values / self.size
 
 
-def each(state: State | None, f: object) -> State | None:
-    """f of every tensor of a recurrent state."""
-    if state is None:
-        return None
-    if isinstance(state, Tensor):
-        return f(state)  # type: ignore[operator, no-any-return]
-    return f(state[0]), f(state[1])  # type: ignore[operator]
-
-
 def local_device(device: torch.device) -> torch.device:
-    """`cuda` becomes the GPU of this process among those of its machine."""
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+    """`cuda` becomes the GPU of this process among those of its machine. UserError where several processes
+    would share one."""
+    if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
+        return device
+    if device.index is None:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+        raise UserError(f"--device {device}: each process takes a GPU of its own, give --device cuda")
     return device
 
 
-def _asked_to_end(number: int, frame: FrameType | None) -> None:
-    raise LostProcessError(f"asked to end (SIGTERM), as when another process of this run is gone; {_GO_ON}")
-
-
 @contextmanager
-def joined(device: torch.device) -> Iterator[World]:
-    """The run's processes, joined while the block lasts; LostProcessError where one of them is lost."""
+def joined(device: torch.device, path: str) -> Iterator[World]:
+    """The run's processes, joined while the block lasts; LostProcessError where one of them is lost.
+
+    path: the checkpoint from which the run can go on then, if it is there.
+    """
+
+    def go_on() -> str:
+        if os.path.exists(path):
+            return "its checkpoint is whole: start all again with --resume"
+        return "it has saved no checkpoint yet: start all again"
+
+    def asked_to_end(number: int, frame: FrameType | None) -> None:
+        raise LostProcessError(
+            f"asked to end (SIGTERM), as when another process of this run is gone; {go_on()}"
+        )
+
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield World()
         return
@@ -102,12 +104,15 @@ def joined(device: torch.device) -> Iterator[World]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     # When a process is lost torchrun's agent sends this to the others, often before they notice.
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, _asked_to_end) if main else None
+    before = signal.signal(signal.SIGTERM, asked_to_end) if main else None
     try:
         yield World(dist.get_rank(), dist.get_world_size())
     except RuntimeError as error:
         if any(word in str(error).lower() for word in _LOST):
-            raise LostProcessError(f"another process of this run is gone; {_GO_ON}") from error
+            cause = str(error).strip().splitlines()[0]
+            raise LostProcessError(
+                f"another process of this run is gone; {go_on()} (the cause: {cause})"
+            ) from error
         raise
     finally:
         if main:
