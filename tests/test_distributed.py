@@ -206,18 +206,24 @@ def test_a_lost_process_is_told_with_its_cause(tmp_path, monkeypatch):
     for name, value in (("init_process_group", None), ("get_rank", 0), ("get_world_size", 2)):
         monkeypatch.setattr(world.dist, name, lambda *args, value=value: value)
 
-    def lose():
-        with world.joined(torch.device("cpu"), str(path)):
+    def lose(resumed=False, save=False):
+        with world.joined(torch.device("cpu"), str(path), resumed):
+            if save:
+                path.write_text("new")
             raise RuntimeError("[gloo/x.cc:1] no route\nto host")
 
     with pytest.raises(LostProcessError, match=r"no checkpoint yet: .*: \[gloo/x.cc:1\] no route\)$"):
         lose()
-    path.touch()
-    with pytest.raises(LostProcessError, match="whole: start all again with --resume"):
+    path.touch()  # another run's, which this one was to overwrite
+    with pytest.raises(LostProcessError, match="no checkpoint yet"):
         lose()
+    for how in ({"resumed": True}, {"save": True}):
+        with pytest.raises(LostProcessError, match="whole: start all again with --resume"):
+            lose(**how)
 
 
 def test_no_two_processes_share_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     one, any_of_them = torch.device("cuda", 1), torch.device("cuda")
     assert world.local_device(one) == one
     monkeypatch.setenv("LOCAL_RANK", "3")
@@ -227,6 +233,9 @@ def test_no_two_processes_share_a_gpu(monkeypatch):
     assert world.local_device(any_of_them) == torch.device("cuda", 3)
     with pytest.raises(UserError, match="--device cuda:1: each process takes a GPU of its own"):
         world.local_device(one)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # each process is shown its own
+    for shown in (torch.device("cuda", 0), any_of_them):
+        assert world.local_device(shown) == shown
 
 
 def test_each_process_has_random_numbers_of_its_own(text, tmp_path):

@@ -13,7 +13,7 @@ import torch
 from .errors import UserError, os_reason
 
 FORMAT = "fastrnn-lm"
-VERSION = 1
+VERSION = 2  # 2: a pass over the text has its last, shorter chunk too
 FIELDS: dict[str, type] = {
     "config": dict,
     "characters": str,
@@ -55,8 +55,8 @@ def save(path: str, fields: dict[str, Any]) -> None:
     it cannot be written.
     """
     target = Path(os.path.realpath(path))  # through a link, which os.replace would overwrite
-    # One name, whatever the process: what a killed one has left is written over.
-    temporary = target.with_name(f".{target.name}.tmp")
+    # A name of its own for each process: two runs that save to one path must not write into one file.
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)

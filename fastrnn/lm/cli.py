@@ -172,7 +172,7 @@ def _train(args: argparse.Namespace) -> int:
     corpus.check_size(config.batch, config.bptt, args.data or "the standard library")
     config.check(len(corpus.vocabulary))
 
-    with joined(device, args.checkpoint) as world:
+    with joined(device, args.checkpoint, resumed=saved is not None) as world:
         if world.first:
             _note_idle_dropout(config)
         trainer = train.Trainer(config, corpus, device, world)
@@ -190,8 +190,7 @@ def _train(args: argparse.Namespace) -> int:
         comparison = baseline.compare({name: trainer.validations[-1][1]}, trainer.model, corpus)
         print(baseline.table(comparison))
     if args.plot is not None and trainer.losses:
-        curve = report.Curve(name, trainer.losses, trainer.seconds, trainer.tokens_per_step)
-        report.plot(args.plot, [curve], f"{name} {config.hidden} on characters", comparison)
+        report.plot(args.plot, [trainer.curve(name)], f"{name} {config.hidden} on characters", comparison)
     state = "trained" if whole else "interrupted"
     print(
         f"{state} at step {trainer.step}, saved to {args.checkpoint}"

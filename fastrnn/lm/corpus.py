@@ -146,8 +146,12 @@ class Chunks:
     def __len__(self) -> int:
         return self._count
 
+    def steps(self, index: int) -> int:
+        """Of chunk `index`."""
+        return min(self._bptt, self._streams.size(0) - 1 - index * self._bptt)
+
     def chunk(self, index: int) -> tuple[Tensor, Tensor]:
         """Input and target of chunk `index`, both [T, B]; the target is the input one character later."""
         begin = index * self._bptt
-        end = min(begin + self._bptt, self._streams.size(0) - 1)
+        end = begin + self.steps(index)
         return self._streams[begin:end], self._streams[begin + 1 : end + 1]

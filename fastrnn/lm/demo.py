@@ -106,10 +106,7 @@ def demo(
     trainers = {name: Trainer(replace(config, implementation=name), corpus, device) for name in NAMES}
     with interrupts() as interrupt:
         outcome = alternate(trainers, seconds, interrupt)
-    curves = [
-        report.Curve(f"{NAMES[name]}.{layer}", trainer.losses, trainer.seconds, trainer.tokens_per_step)
-        for name, trainer in trainers.items()
-    ]
+    curves = [trainer.curve(f"{NAMES[name]}.{layer}") for name, trainer in trainers.items()]
     _print_outcome(outcome, curves)
     reached = {
         curve.name: trainer.validate() for curve, trainer in zip(curves, trainers.values(), strict=True)

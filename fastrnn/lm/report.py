@@ -21,12 +21,12 @@ class Curve:
     name: str
     losses: list[float]
     seconds: list[float]
-    tokens_per_step: int
+    tokens: list[int]  # of each step, as the others
 
     @property
     def tokens_per_second(self) -> float:
         """By the median step, which a hiccup of the machine does not move."""
-        return self.tokens_per_step / statistics.median(self.seconds)
+        return statistics.median(n / s for n, s in zip(self.tokens, self.seconds, strict=True))
 
 
 def available() -> bool:

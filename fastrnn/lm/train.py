@@ -21,6 +21,7 @@ from .corpus import Chunks, Corpus, Vocabulary
 from .errors import UserError
 from .model import CharacterModel, Config, State, build, each
 from .progress import Progress
+from .report import Curve
 from .world import World
 
 
@@ -65,10 +66,13 @@ class Trainer:
         """
         self.parallel = self.model
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Of a whole chunk; the last one of a pass may be shorter."""
-        return self.config.batch * self.config.bptt
+    def tokens(self, step: int) -> int:
+        """That step `step` was of; a pass's last chunk may be shorter than the others."""
+        return self.config.batch * self.chunks.steps(step % len(self.chunks))
+
+    def curve(self, name: str) -> Curve:
+        """All steps so far, for a report."""
+        return Curve(name, self.losses, self.seconds, [self.tokens(step) for step in range(self.step)])
 
     def train_step(self, interrupted: bool = False) -> float:
         """One chunk forward and backward and one step of Adam; returns the loss before that step.
@@ -258,7 +262,7 @@ def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every
         with interrupts() as interrupt:
             while trainer.step < steps and not trainer.interrupted:
                 loss = trainer.train_step(interrupt.pressed)
-                rate = trainer.tokens_per_step / trainer.seconds[-1]
+                rate = trainer.tokens(trainer.step - 1) / trainer.seconds[-1]
                 progress.update(f"loss {loss:.4f}  {rate:,.0f} tokens/s")
                 last = trainer.step == steps
                 if last or trainer.step % valid_every == 0:

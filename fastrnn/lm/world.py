@@ -72,6 +72,8 @@ def local_device(device: torch.device) -> torch.device:
     would share one."""
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
+    if torch.cuda.device_count() == 1:  # as where each process is shown its own
+        return device
     if device.index is None:
         return torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -79,15 +81,25 @@ def local_device(device: torch.device) -> torch.device:
     return device
 
 
+def _identity(path: str) -> tuple[int, int] | None:
+    """Of the file as it is now; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 @contextmanager
-def joined(device: torch.device, path: str) -> Iterator[World]:
+def joined(device: torch.device, path: str, resumed: bool = False) -> Iterator[World]:
     """The run's processes, joined while the block lasts; LostProcessError where one of them is lost.
 
-    path: the checkpoint from which the run can go on then, if it is there.
+    path: the checkpoint from which the run can go on then, if it is of this run: `resumed`, or written since.
     """
+    found = _identity(path)
 
     def go_on() -> str:
-        if os.path.exists(path):
+        if _identity(path) not in (None, found) or resumed:
             return "its checkpoint is whole: start all again with --resume"
         return "it has saved no checkpoint yet: start all again"
 
