@@ -4,6 +4,7 @@ GPU where there is one."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,6 +113,59 @@ def test_tuning_wants_a_gpu(capsys):
         pytest.skip("tuning would run: there is a GPU")
     assert main(["tune", "--hidden", "8"]) == 2
     assert capsys.readouterr().err == "fastrnn: tune measures on a GPU, and torch sees none here\n"
+
+
+def test_tuned_without_a_home(monkeypatch):
+    """A user without a name has none; nothing was tuned there."""
+    from fastrnn.triton_kernels import heuristics
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    for name in ("FASTRNN_TUNED", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert heuristics.tuned.__wrapped__() == {}
+
+
+def test_rows_that_begin_anywhere():
+    """Of a projected layer either width may be the one."""
+    from fastrnn.triton_kernels.heuristics import Shape, configure
+
+    for processors in (0, 132):
+        for B in (16, 128):
+            shapes = (
+                Shape("lstm", H, P, 1, B, 2, True, 90, processors)
+                for H, P in ((500, 512), (512, 500), (500, 500))
+            )
+            assert len({configure(shape) for shape in shapes}) == 1
+
+
+def test_explain_compiles_for_the_inputs_device_and_widths(monkeypatch):
+    from fastrnn.triton_kernels import ahead
+
+    devices, found = [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: "of this device"))
+    monkeypatch.setattr(ahead.triton.runtime, "driver", driver)
+    monkeypatch.setattr(ahead, "alone", on)
+
+    def compile(name, dtype, target, options, aligned=True):
+        found.append((target, aligned))
+        return SimpleNamespace(metadata=SimpleNamespace(shared=2048))
+
+    monkeypatch.setattr(ahead, "compile", compile)
+    x = torch.empty(2, 3, 4)
+    for H, P in ((500, 0), (512, 0), (512, 100), (512, 128)):
+        assert "2 KB of shared memory" in ahead.describe("lstm", H, P, 3, 1, x)[1]
+    assert "2 KB of shared memory" in ahead.describe_attention(x, False, 20)
+    assert found == [("of this device", aligned) for aligned in (False, True, False, True, False)]
+    assert devices == [x.device] * 5
 
 
 # --- ahead of time
