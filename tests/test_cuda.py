@@ -22,6 +22,7 @@ from on_gpus import case, check, moved, results
 import fastrnn
 from fastrnn import cuda
 from fastrnn.backends import Decision
+from fastrnn.bench import gpu as bench
 from fastrnn.cuda import Config
 
 
@@ -374,6 +375,21 @@ def test_clusters_of_every_size(cell, dtype, mask, engine, monkeypatch):
         of = Config("cluster", units, tiles(B, rows), rows=rows)
         monkeypatch.setitem(OTHERS, "sized", lambda B, of=of: of)
         check(cell, "sized", engine, T=3, B=B, I=3, H=H, dtype=dtype, mask=mask)
+
+
+def test_the_benchmark_on_another_device(monkeypatch, tmp_path):
+    """Of several: its streams and graphs are of that one, and the machine has one driver."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(bench, "cases", lambda args: [])
+    lines = SimpleNamespace(stdout="580.159\n580.159\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: lines)
+    file = tmp_path / "gpu.json"
+    assert bench.main(["--device", "cuda:1", "--json", str(file)]) == 0
+    assert chosen == [torch.device("cuda", 1)]
+    machine = json.loads(file.read_text())["machine"]
+    assert (machine["device"], machine["driver"]) == ("cuda:1", "580.159")
 
 
 # --- ahead of time
