@@ -83,9 +83,10 @@ def precision(dtype: torch.dtype, target: GPUTarget) -> str:
 
 
 def kernels(
-    cell: str, config: heuristics.Config, *, projected: bool = False, **given: Any
+    cell: str, config: heuristics.Config, *, projected: bool = False, final: bool = False, **given: Any
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The kernels of a training step, by name, with the compile-time arguments that differ between them."""
+    """The kernels of a training step, by name, with the compile-time arguments that differ between them;
+    final: with the launch that makes the gradients of the first states in all but a scan."""
     saves = {**layer.forward_options(config), "BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
     backs = {**layer.backward_options(cell), "DY": True, "DSEQ": False, **given}
     if config.kernel == "scan":
@@ -97,6 +98,9 @@ def kernels(
         common = {"FIRST": first, "LAST": last, "GRID": grid}
         found.append(("step_forward", {**saves, **common}))
         found.append(("step_backward", {**backs, **common, "FINAL": False}))
+    if final:
+        last = {"FIRST": 0, "LAST": 0, "GRID": False, "FINAL": True}
+        found.append(("step_backward", {**backs, **last}))
     return found
 
 

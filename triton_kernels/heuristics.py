@@ -1,6 +1,7 @@
 """Which kernel a call takes and in what tiles: fixed by sizes, type and architecture, so that nothing is
-tried out at a first call. tests/test_triton.py compiles every configuration and holds its shared memory and
-registers against the architectures' limits. What `python -m fastrnn tune` has found goes before."""
+tried out at a first call. tests/test_triton.py compiles every configuration of widths that are multiples
+of 16, some of others, and holds their shared memory and registers against the architectures' limits. What
+`python -m fastrnn tune` has found goes before."""
 
 from __future__ import annotations
 
