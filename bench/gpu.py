@@ -181,14 +181,14 @@ def machine(device: torch.device) -> dict[str, str | None]:
     }
     if device.type != "cuda":
         return {"device": str(device), **found}
-    driver = subprocess.run(
+    drivers = subprocess.run(  # a line for each GPU, all of the one driver
         ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
+    ).stdout.split()
     import triton
 
     return {
         "device": torch.cuda.get_device_name(device),
-        "driver": driver or "unknown",
+        "driver": drivers[0] if drivers else "unknown",
         "cuda": torch.version.cuda,
         "cudnn": str(torch.backends.cudnn.version()),
         "triton": triton.__version__,
@@ -264,6 +264,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", type=torch.device, default=torch.device("cuda"))
     args = parser.parse_args(argv)
     end = time.monotonic() + 60 * args.minutes
+    if args.device.type == "cuda" and args.device.index is not None:
+        torch.cuda.set_device(args.device)  # whose streams and graphs are torch's current ones
     about = machine(args.device)
     print(", ".join(f"{name} {value}" for name, value in about.items()))
     chosen = list(cases(args))

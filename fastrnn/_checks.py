@@ -8,7 +8,7 @@ from: a replaced weight of the wrong shape and a PackedSequence of the wrong wid
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -106,6 +106,11 @@ def same_device(
                     f"Input and {kind} tensors are not at the same device, found input tensor at {device} "
                     f"and {kind} tensor at {tensor.device}"
                 )
+
+
+def dtype_names(dtypes: Iterable[torch.dtype]) -> str:
+    """As a message has them: "float32, bfloat16"."""
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def same_dtype(name: str, tensor: Tensor, weight: Tensor) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import cuda, kernels
+from ._checks import dtype_names
 from .reference import CELLS
 from .tree_reference import TREE_CELLS
 
@@ -112,8 +113,7 @@ def _why_not_cpu(x: Tensor) -> str | None:
     if x.device.type not in ("cpu", "meta"):
         return f"it takes CPU tensors, the input is on {x.device}"
     if x.dtype not in CPU_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in CPU_DTYPES)
-        return f"it takes {names}, the input is {str(x.dtype).removeprefix('torch.')}"
+        return f"it takes {dtype_names(CPU_DTYPES)}, the input is {dtype_names([x.dtype])}"
     return None
 
 
@@ -140,8 +140,7 @@ def _why_not_triton(x: Tensor) -> str | None:
     if kind not in (*TRITON_DEVICES, "cpu", "meta"):
         return f"it takes GPU tensors, the input is on {x.device}"
     if x.dtype not in TRITON_DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in TRITON_DTYPES)
-        return f"it takes {names}, the input is {str(x.dtype).removeprefix('torch.')}"
+        return f"it takes {dtype_names(TRITON_DTYPES)}, the input is {dtype_names([x.dtype])}"
     return None
 
 
@@ -315,7 +314,7 @@ def explained(
     if decision.backend == "reference":
         return Explanation("reference", f"{name} by plain torch operations", decision.reason)
     if decision.backend == "triton":
-        kernel = f"{name} {how} in Triton, {str(x.dtype).removeprefix('torch.')} products"
+        kernel = f"{name} {how} in Triton, {dtype_names([x.dtype])} products"
         return Explanation("triton", kernel, decision.reason)
     instructions = kernels.instruction_set()
     arithmetic = "float64 arithmetic" if x.dtype == torch.float64 else "float32 arithmetic"

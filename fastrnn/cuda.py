@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._checks import dtype_names
 from .gpu import TRAITS, Backward, Call, Forward, allows_tf32, capability
 from .reference import CELLS
 
@@ -118,9 +119,9 @@ def why_not(x: Tensor) -> str | None:
     if x.device.type not in ("cuda", "meta"):
         return f"it takes CUDA tensors, the input is on {x.device}"
     if x.dtype not in DTYPES:
-        names = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        return f"it takes {names}, the input is {str(x.dtype).removeprefix('torch.')}"
-    if type(x) is Tensor and x.device.type == "cuda":
+        return f"it takes {dtype_names(DTYPES)}, the input is {dtype_names([x.dtype])}"
+    # Not of a traced one: the device may not be there.
+    if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cuda":
         return _device_missing(x.device.index)
     return None
 
@@ -245,13 +246,14 @@ def shape_of(call: Call, backward: bool) -> Shape:
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
-    """Of a layer's forward pass: its kernel and its tiles."""
+    """Of a layer's forward pass: its kernel and its tiles. `_Pass.adopt` goes by steps instead where the
+    device does not hold a grid's blocks."""
     shape = Shape(
         cell,
         H,
         proj_size or H,
         D,
-        B,
+        max(1, B),
         x.element_size(),
         proj_size > 0,
         False,
@@ -260,10 +262,8 @@ def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tu
     )
     config = configure(shape)
     two = "two launches" if widths(shape).used[1] else "a launch"
-    launches = f"{two} a step" if config.mode == "step" else "one launch"
-    return f"{cell} {config.mode} in CUDA, {launches}, {str(x.dtype).removeprefix('torch.')} products", str(
-        config
-    )
+    launches = f"{two} a step" if config.mode == "step" else "a launch for many steps"
+    return f"{cell} {config.mode} in CUDA, {launches}, {dtype_names([x.dtype])} products", str(config)
 
 
 # --- a pass
@@ -405,10 +405,9 @@ class Cuda:
         self.library = LIBRARY
 
     def check(self, call: Call) -> None:
-        x = call.x
-        if self.library is None or why_not(x):
-            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            raise RuntimeError(f"the CUDA kernels take {known} on a GPU, got {x.dtype} on {x.device}")
+        reason = why_not(call.x)
+        if reason is not None:
+            raise RuntimeError(f"the CUDA kernels cannot serve this call: {reason}")
         if max(call.N, call.T * call.B) * call.D >= 1 << 31:
             raise RuntimeError(f"the CUDA kernels take fewer than 2**31 rows, got {call.N} x {call.D}")
 

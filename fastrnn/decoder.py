@@ -105,7 +105,8 @@ class AttentionDecoder(nn.Module):
         attention, layers = self.attention._explain(x), decide(x).backend
         if attention.backend is None:
             return attention
-        how = {"cpu": "scan in C++", "triton": "scan by Triton"}.get(str(layers), "by plain torch operations")
+        kernels = {"cpu": "scan in C++", "triton": "scan by Triton", "cuda": "scan in CUDA"}
+        how = kernels.get(str(layers), "by plain torch operations")
         return replace(attention, kernel=f"{self.cell} {how}, then {attention.kernel}")
 
     def _layer_weights(self) -> list[list[Tensor]]:

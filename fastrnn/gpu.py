@@ -4,6 +4,7 @@ time, and the products over all rows at once, which are torch's. The recurrence 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .reference import DirectionParams, split_params
 
 # Inference keeps no more of the gates at a time.
 CHUNK_BYTES = 32 << 20
+# Of a launch's blocks along its second and third dimension.
+GRID_LIMIT = (1 << 16) - 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,8 @@ class Call:
     def __init__(self, inputs: Inputs) -> None:
         check(inputs, heads=True)
         cell, x, states, params, lengths, batch_sizes, reset = inputs
+        if batch_sizes is not None:
+            batch_sizes = batch_sizes.cpu()
         self.cell, self.traits, self.x, self.states = cell, TRAITS[cell], x, states
         self.lengths, self.batch_sizes, self.reset = lengths, batch_sizes, reset
         self.D, self.B, self.P = states[0].shape
@@ -88,8 +93,8 @@ class Call:
         self.T = x.shape[0] if batch_sizes is None else batch_sizes.numel()
         self.params = [_contiguous(p) for p in split_params(params, self.D)]
         self.projected = self.params[0].w_hr is not None
-        self.heads = self.P // self.params[0].w_hh.shape[1]
-        self.rows = x.reshape(-1, x.shape[-1])
+        self.heads = self.P // (self.params[0].w_hh.shape[1] or 1)
+        self.rows = x.flatten(0, -2)  # no reshape to -1: rows of no elements have no number
         self.N = self.rows.shape[0]
         self.packed, self.masked = batch_sizes is not None, lengths is not None or reset is not None
         # Of packed rows the first of each step, and past the last one.
@@ -113,10 +118,11 @@ class Call:
         if self.packed:
             offsets = torch.tensor(self.begins, device=self.x.device)
         if self.masked:
-            on, cuts = self.active(), self.cuts()
-            flags = torch.stack([on.to(torch.uint8) | cut.to(torch.uint8) << 1 for cut in cuts])
+            on = self.active.to(torch.uint8)
+            flags = torch.stack([on | cut.to(torch.uint8) << 1 for cut in self.cuts])
         return offsets, flags
 
+    @functools.cached_property
     def active(self) -> Tensor:
         """[T, B]: whether the sequence runs at t."""
         if self.lengths is None:
@@ -124,11 +130,12 @@ class Call:
         steps = torch.arange(self.T, device=self.x.device)
         return steps[:, None] < self.lengths.to(self.x.device)[None, :]
 
+    @functools.cached_property
     def cuts(self) -> list[Tensor]:
         """[T, B] of each direction: whether its state is zeroed before it runs t."""
         if self.reset is None:
             return [torch.zeros(self.T, self.B, dtype=torch.bool, device=self.x.device)] * self.D
-        forward = self.reset.to(self.x.device) & self.active()
+        forward = self.reset.to(self.x.device) & self.active
         reverse = torch.cat([forward[1:], torch.zeros_like(forward[:1])])
         return [forward, reverse][: self.D]
 
@@ -136,18 +143,17 @@ class Call:
         """A state before each step [N, .], of the sequence of it after each [N, .] and its first [B, .]."""
         first = first.to(seq.dtype)
         if self.packed:
-            return torch.cat([seq, first]).index_select(0, self._rows_before(d))
+            return torch.cat([seq, first]).index_select(0, self._rows_before[d])
         steps = seq.unflatten(0, (self.T, self.B))
         if d == 0:
             shifted = torch.cat([first[None], steps[:-1]])
         else:
             shifted = torch.cat([steps[1:], first[None]])
             if self.lengths is not None:
-                runs = self.active()
-                starts = torch.cat([~runs[1:], torch.ones_like(runs[:1])])
+                starts = torch.cat([~self.active[1:], torch.ones_like(self.active[:1])])
                 shifted = torch.where(starts[:, :, None], first[None], shifted)
         if self.reset is not None:
-            shifted = shifted.masked_fill(self.cuts()[d][:, :, None], 0)
+            shifted = shifted.masked_fill(self.cuts[d][:, :, None], 0)
         return shifted.flatten(0, 1)
 
     def all_before(self, seqs: Sequence[Tensor], state: int) -> Tensor:
@@ -155,19 +161,21 @@ class Call:
         firsts = self.states[state]
         return torch.stack([self.before(seq, firsts[d], d) for d, seq in enumerate(seqs)])
 
-    def _rows_before(self, d: int) -> Tensor:
-        """Where, of the packed rows and then the first states, each row's state before lies."""
+    @functools.cached_property
+    def _rows_before(self) -> list[Tensor]:
+        """Where, of the packed rows and then the first states, each row's state before lies, of each
+        direction."""
         assert self.batch_sizes is not None
         sizes = self.batch_sizes
         begins = torch.tensor(self.begins)
         t = torch.repeat_interleave(torch.arange(self.T), sizes)
         i = torch.arange(self.N) - begins[t]
-        if d == 0:
-            found = torch.where(t > 0, begins[(t - 1).clamp(min=0)] + i, self.N + i)
-        else:
-            after = torch.cat([sizes[1:], sizes.new_zeros(1)])
-            found = torch.where(i < after[t], begins[t + 1] + i, self.N + i)
-        return found.to(self.x.device)
+        after = torch.cat([sizes[1:], sizes.new_zeros(1)])
+        found = (
+            torch.where(t > 0, begins[(t - 1).clamp(min=0)] + i, self.N + i),
+            torch.where(i < after[t], begins[t + 1] + i, self.N + i),
+        )
+        return [rows.to(self.x.device) for rows in found[: self.D]]
 
 
 def _contiguous(p: DirectionParams) -> DirectionParams:
@@ -228,6 +236,15 @@ class Engine(Protocol):
         """All steps, last first."""
 
 
+def _check(engine: Engine, call: Call) -> None:
+    groups = call.D * call.heads
+    if groups > GRID_LIMIT:
+        raise RuntimeError(
+            f"the {engine.name} backend takes at most {GRID_LIMIT} directions x heads, got {groups}"
+        )
+    engine.check(call)
+
+
 def forward(
     engine: Engine,
     cell: str,
@@ -250,16 +267,16 @@ def _forward(
     engine: Engine, call: Call, save: bool, return_states: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
     traits, x, D, B, H, P, T = call.traits, call.x, call.D, call.B, call.H, call.P, call.T
-    engine.check(call)
+    _check(engine, call)
     y = x.new_empty(*x.shape[:-1], D * P)
     keep_seq = traits.cell_state and return_states
     seq = [x.new_empty(D, *x.shape[:-1], H, dtype=torch.float32)] if keep_seq else []
     per_step = D * B * traits.saved * H * x.element_size()
     steps = T if save or per_step == 0 else max(1, min(T, CHUNK_BYTES // per_step))
-    chunks = [(s, min(T, s + steps)) for s in range(0, T, steps or 1)]
+    chunks = [(s, min(T, s + steps)) for s in range(0, T, steps)]
     # The rows of a chunk, forward and in reverse.
     spans = [((call.begin(s), call.begin(e)), (call.begin(T - e), call.begin(T - s))) for s, e in chunks]
-    rows = max((end - begin for span in spans for begin, end in span[:D]), default=0)
+    rows = max(end - begin for span in spans for begin, end in span[:D])
     gates = x.new_empty(D, rows, traits.saved * H)
     mid = x.new_empty(D, rows, H) if call.projected and save else None
     saved = [gates, *([] if mid is None else [mid])] if save else []
@@ -314,7 +331,7 @@ def backward(
                 f"{cell}: {name} must be {dtype} {list(shape)} on {x.device}, "
                 f"got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
-    engine.check(call)
+    _check(engine, call)
     with alone(x.device):
         return _backward(engine, call, dy, dlast, dseq, y, seq, saved, need_x, need_params)
 
@@ -396,7 +413,7 @@ def _products(
     shifts = h_before is None and call.heads == 1 and not call.traits.mid
     if h_before is None and not shifts:
         h_before = call.all_before(y_rows.unbind(1), 0)
-    past = None if call.lengths is None else ~call.active().view(-1, 1)
+    past = None if call.lengths is None else ~call.active.view(-1, 1)
 
     def held(t: Tensor) -> Tensor:
         """What lies past an end may be no number, and its gradient of 0 times that would be none either."""

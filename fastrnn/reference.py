@@ -111,9 +111,9 @@ def split_params(params: Sequence[Tensor], directions: int) -> list[DirectionPar
 
 def _dense(R: Tensor, width: int) -> Tensor:
     """R [G*H, H/n] of n heads as the block-diagonal matrices [G*H, H] that they stand for."""
-    n = width // R.shape[1]
-    if n == 1:
+    if R.shape[1] == width:  # one head, of 0 units too
         return R
+    n = width // R.shape[1]
     blocks = R.reshape(-1, n, width // n, 1, R.shape[1])
     own = torch.eye(n, dtype=torch.bool, device=R.device)[None, :, None, :, None]
     return torch.where(own, blocks, torch.zeros((), dtype=R.dtype, device=R.device)).reshape(

@@ -129,7 +129,7 @@ def random_case(cell, T, B, I, H, D=1, P=0, bias=True, dtype=torch.float64):
 
     # Weights small enough that a long sequence is not chaotic: else rounding errors would grow with T.
     def randn(*shape):
-        return torch.randn(*shape, dtype=dtype) * (0.7 / shape[-1] ** 0.5)
+        return torch.randn(*shape, dtype=dtype) * (0.7 / max(1, shape[-1]) ** 0.5)
 
     params = []
     for _ in range(D):

@@ -136,7 +136,9 @@ def test_16_bits(cell, dtype, kernel, engine):
     check(cell, kernel, engine, dtype=dtype, D=2)
 
 
-@pytest.mark.parametrize(("T", "B", "I", "H"), [(1, 1, 1, 1), (2, 0, 3, 4)])
+@pytest.mark.parametrize(
+    ("T", "B", "I", "H"), [(1, 1, 1, 1), (2, 0, 3, 4), (2, 3, 0, 4), (2, 3, 4, 0), (2, 0, 0, 0)]
+)
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_smallest_sizes(cell, T, B, I, H, kernel, engine):
     check(cell, kernel, engine, T=T, B=B, I=I, H=H, D=2)
@@ -230,7 +232,7 @@ def test_the_operators_trust_nobody(engine):
         call("lstm", x, [h, c[:, :1]], params, None, None, None, True, True)
     with pytest.raises(ValueError, match="w_hh must be"):
         call("lstm", x, [h, c], [params[0], params[1][:, :3], *params[2:]], None, None, None, True, True)
-    with pytest.raises(RuntimeError, match=r"float32, bfloat16, float16 on a GPU.*got torch\.float64"):
+    with pytest.raises(RuntimeError, match=r"float32, bfloat16, float16.*(got|is) torch\.float64"):
         call(
             "lstm",
             x.double(),
@@ -259,6 +261,28 @@ def test_the_operators_trust_nobody(engine):
         rows, steps = x.reshape(6, 3), torch.tensor(sizes)
         with pytest.raises(ValueError, match="batch_sizes must be positive"):
             call("lstm", rows, [h, c], params, None, steps, None, True, True)
+
+
+def test_batch_sizes_on_the_device(engine):
+    """As an operator's caller may have them; a PackedSequence's lie on the CPU."""
+    x, states, params, masks = case("lstm", 4, 3, 3, 4, "packed", D=2)
+    flat = [t.to(engine.device, torch.float32) for t in (x, *states, *params)]
+    sizes = masks["batch_sizes"]
+    found = []
+    for given in (sizes, sizes.to(engine.device)):
+        args = (flat[0], flat[1:3], flat[3:], None, given, None)
+        y, last, seq, saved = engine.layer("lstm", *args, True, True)
+        back = engine.layer_backward("lstm", y, last, [], *args, y, seq, saved, True, True)
+        found.append([y, *last, back[0], *back[1], *back[2]])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_more_heads_than_a_launch_has_blocks(engine):
+    heads = gpu.GRID_LIMIT + 1
+    x, h = torch.zeros(1, 1, 1, device=engine.device), torch.zeros(1, 1, heads, device=engine.device)
+    weight = torch.zeros(heads, 1, device=engine.device)
+    with pytest.raises(RuntimeError, match="at most 65535 directions x heads, got 65536"):
+        engine.layer("rnn_tanh", x, [h], [weight, weight], None, None, None, False, False)
 
 
 def test_heads_of_a_projected_layer_are_refused(engine):

@@ -21,6 +21,8 @@ from on_gpus import case, check, moved, results
 
 import fastrnn
 from fastrnn import cuda
+from fastrnn.backends import Decision
+from fastrnn.bench import gpu as bench
 from fastrnn.cuda import Config
 
 
@@ -94,7 +96,7 @@ def engine(request, monkeypatch):
 
 
 def emulated_why_not(x):
-    return None if x.dtype in cuda.DTYPES else "it takes float32, bfloat16, float16"
+    return None if x.dtype in cuda.DTYPES else f"it takes float32, bfloat16, float16, the input is {x.dtype}"
 
 
 # --- what can go wrong between blocks, in the emulation
@@ -273,7 +275,7 @@ def test_modules_and_the_compiler(engine):
             y.sum().backward()
             said = fastrnn.explain(ours, x)
         assert said.backend == "cuda"
-        assert "grid in CUDA, one launch, float32 products" in said.kernel
+        assert "grid in CUDA, a launch for many steps, float32 products" in said.kernel
         assert "blocks of 16 units, 1 tile of 16 sequences at once" in said.split
 
 
@@ -288,6 +290,43 @@ def test_explain_without_a_gpu(monkeypatch):
         assert "it takes float32, bfloat16, float16" in str(fastrnn.explain(fastrnn.LSTM(4, 7), x))
         said = fastrnn.explain(fastrnn.LSTM(4, 700), x.bfloat16())
         assert said.kernel == "lstm step in CUDA, a launch a step, bfloat16 products"
+        # A batch of nobody, where programs share it out.
+        for capability in (80, 90):
+            monkeypatch.setattr(cuda, "processors", lambda device: 132)
+            monkeypatch.setattr(cuda, "capability", lambda device, capability=capability: capability)
+            empty = torch.empty(2, 0, 4, device="meta")
+            assert "a launch for many steps" in str(fastrnn.explain(fastrnn.LSTM(4, 7), empty))
+
+
+def test_a_parameter_is_asked_for_its_device(monkeypatch):
+    """Not only a plain tensor."""
+
+    class Parameter(SimpleNamespace):
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    monkeypatch.setattr(torch.nn, "Parameter", Parameter)
+    monkeypatch.setattr(cuda, "LIBRARY", object())
+    monkeypatch.setattr(cuda, "_device_missing", lambda index: "it takes newer GPUs")
+    assert cuda.why_not(Parameter()) == "it takes newer GPUs"
+
+
+def test_who_calls_the_operator_is_told_why_not(monkeypatch):
+    monkeypatch.setattr(cuda, "why_not", lambda x: "it takes newer GPUs")
+    layer = fastrnn.GRU(3, 4)
+    with pytest.raises(RuntimeError, match="CUDA kernels cannot serve this call: it takes newer GPUs"):
+        torch.ops.fastrnn.cuda_layer(
+            "gru",
+            torch.randn(2, 2, 3),
+            [torch.zeros(1, 2, 4)],
+            list(layer.parameters()),
+            *(None, None, None, False, False),
+        )
+
+
+def test_a_decoder_says_which_layers_it_has(monkeypatch):
+    monkeypatch.setattr(fastrnn.decoder, "decide", lambda x: Decision("cuda", "the fastest"))
+    decoder = fastrnn.AttentionDecoder(3, 4, 4, input_feeding=False)
+    assert "lstm scan in CUDA, then dot attention" in str(fastrnn.explain(decoder, torch.randn(5, 2, 3)))
 
 
 def test_the_choice_fits_the_device():
@@ -336,6 +375,21 @@ def test_clusters_of_every_size(cell, dtype, mask, engine, monkeypatch):
         of = Config("cluster", units, tiles(B, rows), rows=rows)
         monkeypatch.setitem(OTHERS, "sized", lambda B, of=of: of)
         check(cell, "sized", engine, T=3, B=B, I=3, H=H, dtype=dtype, mask=mask)
+
+
+def test_the_benchmark_on_another_device(monkeypatch, tmp_path):
+    """Of several: its streams and graphs are of that one, and the machine has one driver."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_name", str)
+    monkeypatch.setattr(bench, "cases", lambda args: [])
+    lines = SimpleNamespace(stdout="580.159\n580.159\n")
+    monkeypatch.setattr(bench.subprocess, "run", lambda *args, **options: lines)
+    file = tmp_path / "gpu.json"
+    assert bench.main(["--device", "cuda:1", "--json", str(file)]) == 0
+    assert chosen == [torch.device("cuda", 1)]
+    machine = json.loads(file.read_text())["machine"]
+    assert (machine["device"], machine["driver"]) == ("cuda:1", "580.159")
 
 
 # --- ahead of time

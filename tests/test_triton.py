@@ -4,6 +4,7 @@ GPU where there is one."""
 from __future__ import annotations
 
 import ast
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +115,59 @@ def test_tuning_wants_a_gpu(capsys):
     assert capsys.readouterr().err == "fastrnn: tune measures on a GPU, and torch sees none here\n"
 
 
+def test_tuned_without_a_home(monkeypatch):
+    """A user without a name has none; nothing was tuned there."""
+    from fastrnn.triton_kernels import heuristics
+
+    def nobody(uid):
+        raise KeyError(uid)
+
+    for name in ("FASTRNN_TUNED", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    assert heuristics.tuned.__wrapped__() == {}
+
+
+def test_rows_that_begin_anywhere():
+    """Of a projected layer either width may be the one."""
+    from fastrnn.triton_kernels.heuristics import Shape, configure
+
+    for processors in (0, 132):
+        for B in (16, 128):
+            shapes = (
+                Shape("lstm", H, P, 1, B, 2, True, 90, processors)
+                for H, P in ((500, 512), (512, 500), (500, 500))
+            )
+            assert len({configure(shape) for shape in shapes}) == 1
+
+
+def test_explain_compiles_for_the_inputs_device_and_widths(monkeypatch):
+    from fastrnn.triton_kernels import ahead
+
+    devices, found = [], []
+
+    @contextlib.contextmanager
+    def on(device):
+        devices.append(device)
+        yield
+
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: "of this device"))
+    monkeypatch.setattr(ahead.triton.runtime, "driver", driver)
+    monkeypatch.setattr(ahead, "alone", on)
+
+    def compile(name, dtype, target, options, aligned=True):
+        found.append((target, aligned))
+        return SimpleNamespace(metadata=SimpleNamespace(shared=2048))
+
+    monkeypatch.setattr(ahead, "compile", compile)
+    x = torch.empty(2, 3, 4)
+    for H, P in ((500, 0), (512, 0), (512, 100), (512, 128)):
+        assert "2 KB of shared memory" in ahead.describe("lstm", H, P, 3, 1, x)[1]
+    assert "2 KB of shared memory" in ahead.describe_attention(x, False, 20)
+    assert found == [("of this device", aligned) for aligned in (False, True, False, True, False)]
+    assert devices == [x.device] * 5
+
+
 # --- ahead of time
 
 # Of a block's shared memory, in KB.
@@ -158,12 +213,14 @@ def resources(cubin: bytes) -> tuple[int, ...]:
     return tuple(map(int, match.groups()))
 
 
-# Units, batches and multiprocessors (0: programs cannot meet) that have every configuration between them.
+# Units, batches and multiprocessors (0: programs cannot meet) that have every configuration between them of
+# rows that begin at multiples of 16; others lack registers for some tiles on some architectures.
 SIZES, BATCHES, PROCESSORS = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128), (0, 132)
 
 
 def jobs():
-    """Every configuration of each cell, type and architecture; each option with one of each kernel."""
+    """Every configuration of each cell, type and architecture whose rows are aligned, with the last launch of
+    an LSTM's; each option with one of each kernel."""
     from fastrnn.triton_kernels.heuristics import Shape, configure
 
     def job(capability, cell, dtype, H, B, processors, special, P=0, **options):
@@ -178,6 +235,8 @@ def jobs():
                 sizes = itertools.product(SIZES, BATCHES, PROCESSORS)
                 every = [job(capability, cell, dtype, *size, {}) for size in sizes]
                 yield from {job[1]: job for job in every}.values()
+            for processors in PROCESSORS:
+                yield job(capability, "lstm", dtype, 1024, 128, processors, {"final": True})
     half, brain = torch.float16, torch.bfloat16
     yield job(90, "lstm", brain, 2048, 128, 132, {}, masked=True)
     for H, processors in ((64, 0), (500, 0), (500, 132)):
@@ -222,7 +281,7 @@ def _without_interpreter() -> None:
 
 @pytest.mark.slow
 def test_compiled_ahead():
-    """Every kernel for NVIDIA's capabilities 8.0, 9.0, 10.0, 12.0, some for AMD's gfx942, without a GPU."""
+    """For NVIDIA's capabilities 8.0, 9.0, 10.0, 12.0, some for AMD's gfx942, without a GPU: see jobs."""
     seen = set()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_without_interpreter) as pool:

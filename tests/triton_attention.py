@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastrnn
 from fastrnn import functional, fused, reference
@@ -142,6 +143,87 @@ def test_no_number_in_a_score_reaches_its_query():
 
 
 @pytest.mark.parametrize("additive", [False, True])
+def test_scores_of_minus_infinity_alone(additive):
+    """They have no softmax, as in the reference; only a mask leaves nothing to attend to."""
+    given, _ = case(3, 20, 1, 5, 2, additive, "none")
+    query, keys, values, v = (None if t is None else t.to(DEVICE, torch.float32) for t in given)
+    if additive:
+        v[0], query[1, 0, 0] = float("inf"), -100.0
+        query[[0, 2], 0, 0] = 100.0
+    else:
+        keys[:, 0, 0] = keys[:, 0, 0].abs() + 1
+        query[1, 0, 0] = float("-inf")
+    cpu = [None if t is None else t.cpu().to(F64) for t in (query, keys, values, v)]
+    expected = reference.attention(*cpu, None, 1.0)
+    context, weights, _ = kernels.forward(query, keys, values, v, None, 1.0, True)
+    assert expected[0][1].isnan().all()
+    for ours, theirs in zip((context, weights), expected, strict=True):
+        torch.testing.assert_close(ours.cpu().to(F64), theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+    allowed = torch.ones(1, 3, 20, dtype=torch.bool, device=DEVICE)
+    allowed[:, 1] = False
+    context, weights, lse = kernels.forward(query, keys, values, v, allowed, 1.0, True)
+    assert all((t == 0).all() for t in (context[1], weights[0, 1], lse[0, 1]))
+
+
+def test_additive_scores_of_small_sums():
+    """Whose tanh is nearly themselves: a difference of numbers near 1 would have lost their digits."""
+    given, _ = case(5, 20, 1, 7, 3, True, "none")
+    query, keys, values, v = given[0] * 1e-4, given[1] * 1e-4, given[2], given[3] * 1e4
+    flat = [t.to(DEVICE, torch.float32) for t in (query, keys, values, v)]
+    expected = reference.attention(*(t.cpu().to(F64) for t in flat), None, 1.0)
+    assert error(kernels.forward(*flat, None, 1.0, True)[:2], expected) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", EPSILON)
+@pytest.mark.parametrize("additive", [False, True])
+def test_the_same_gradient_of_all_weights_reaches_nothing(additive, dtype):
+    """They sum up to 1 whatever the scores are. Rounded to 16 bits they would not."""
+    given, _ = case(5, 40, 1, 7, 3, additive, "none")
+    flat = [None if t is None else t.to(DEVICE, dtype) for t in given]
+    context, weights, lse = kernels.forward(*flat, None, 1.0, True)
+    back = kernels.backward(None, torch.full_like(weights, 100.0), *flat, None, 1.0, context, lse, *ALL)
+    assert all(g.abs().max() < 1e-3 for g in back if g.numel())
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_transposed_logarithm(additive):
+    given, _ = case(5, 7, 3, 4, 3, additive, "none")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    context, weights, lse = kernels.forward(*flat, None, 1.0, True)
+    laid = lse.t().contiguous().t()
+    assert not laid.is_contiguous()
+    found = [kernels.backward(context, weights, *flat, None, 1.0, context, of, *ALL) for of in (lse, laid)]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_the_weights_are_allocated_once():
+    class Allocations(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.found = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func is torch.ops.aten.new_empty.default:
+                self.found.append(tuple(out.shape))
+            return out
+
+    given, _ = case(5, 7, 2, 4, 3, False, "none")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    with Allocations() as allocations:
+        kernels.forward(*flat, None, 1.0, True)
+    assert allocations.found.count((2, 5, 7)) == 1
+
+
+@pytest.mark.parametrize("sizes", [(16 * 65535 + 1, 1, 1, 1, 1), (1, 32 * 65535 + 1, 1, 1, 1)])
+def test_more_tiles_than_a_launch_has_programs(sizes):
+    given, _ = case(*sizes, False, "none")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    with pytest.raises(RuntimeError, match=f"at most 65535 tiles .*, got .*Tq={sizes[0]}, S={sizes[1]}"):
+        kernels.forward(*flat, None, 1.0, False)
+
+
+@pytest.mark.parametrize("additive", [False, True])
 def test_a_gradient_of_no_weight_reaches_nothing(additive):
     """The loss of a logarithm of the weights has infinite ones."""
     given, allowed = case(5, 7, 3, 4, 3, additive, "lengths")
@@ -174,9 +256,10 @@ def test_bad_input():
     given, _ = case(5, 7, 2, 4, 3, True, "none")
     query, keys, values, v = (t.to(DEVICE, torch.float32) for t in given)
     for flat, mask, text in (
-        ((query, keys[:, :, 1:], values, v), None, r"keys must be \[7, 2, 4\], got \[7, 2, 3\]"),
-        ((query, keys, values, v[1:]), None, r"v must be \[4\], got \[3\]"),
-        ((query, keys, values, v), torch.ones(2, 6, dtype=torch.bool), r"mask must be torch.bool \[2, 7\]"),
+        ((query, keys[:, :, 1:], values, v), None, r"keys must be .* = \[7, 2, 4\], got \[7, 2, 3\]"),
+        ((query, keys, values, v[1:]), None, r"v must be \[K\] = \[4\], got \[3\]"),
+        ((query, keys, values, v), torch.ones(2, 6, dtype=torch.bool), r"mask must be .* = \[2, 7\] or"),
+        ((query[0], keys, values, v), None, "query must have 3 dimensions, got 2"),
     ):
         with pytest.raises(ValueError, match=text):
             kernels.forward(*flat, mask, 1.0, True)

@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from on_gpus import *  # noqa: F403 (all its tests are this file's too, with the engine below)
 
 import fastrnn
+from fastrnn.reference import DirectionParams
 from fastrnn.triton_kernels import heuristics, layer
 
+STEPS = ("step_forward", "step_backward")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 KERNELS = {"scan": None, **{name: heuristics.Config(name, 16, 16, 16, 4, 2) for name in ("step", "grid")}}
 
@@ -69,6 +72,8 @@ def test_modules_and_the_compiler():
 
 def test_tuning(monkeypatch, tmp_path, capsys):
     """Tries the candidates, keeps the fastest, and calls of that shape take it from then on."""
+    from triton.runtime.errors import OutOfResources
+
     from fastrnn.__main__ import main
     from fastrnn.triton_kernels import tune
 
@@ -97,6 +102,19 @@ def test_tuning(monkeypatch, tmp_path, capsys):
     assert str(file) in said
     assert fresh() == {shape: KERNELS["step"]}
     assert heuristics.configure(shape) == KERNELS["step"] != was
+    # One that only inference has room for is not kept, though training is not what is timed.
+    back = layer.Triton.backward
+
+    def cramped(self, *given):
+        if heuristics.configure(shape) == KERNELS["step"]:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        back(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer.Triton, "backward", cramped)
+        assert main(["tune", "--cell", "gru", "--forward", *options]) == 0
+    capsys.readouterr()
+    assert fresh() == {shape: KERNELS["grid"]}
     other = layer.shape_of("gru", torch.empty(0, device=DEVICE), 5, 5, 3, 2, 1, False)
     assert heuristics.configure(other) == was
     assert main(["tune", "--cell", "rnn_tanh", "--proj-size", "2", *options]) == 2
@@ -107,6 +125,47 @@ def test_tuning(monkeypatch, tmp_path, capsys):
     assert heuristics.configure(shape) == was
     monkeypatch.undo()
     fresh()
+
+
+@pytest.mark.parametrize("projected", [0, 3])
+def test_pointers_that_no_kernel_reads_are_aligned(projected, kernel, engine, monkeypatch):
+    """Those in place of what a call lacks: else a slice of an input would compile every kernel anew."""
+    x = torch.randn(4 * 2 * 4 + 1, device=DEVICE)[1:].view(4, 2, 4)
+    given = []
+
+    class Noted:
+        def __init__(self, kernel):
+            self.kernel = kernel
+
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                given.extend(t.data_ptr() for t in args if isinstance(t, torch.Tensor))
+                return self.kernel[grid](*args, **options)
+
+            return launch
+
+    for home, names in ((layer.scan, ("scan_forward", "scan_backward")), (layer.step, STEPS)):
+        for name in names:
+            monkeypatch.setattr(home, name, Noted(getattr(home, name)))
+    kind = fastrnn.LSTM(4, 7, bias=False, proj_size=projected, device=DEVICE)
+    with engine.use(kernel):
+        y = kind(x)[0]
+        with torch.no_grad():
+            kind(x)
+        torch.autograd.grad(y.sum(), list(kind.parameters()))
+    assert len(given) > 30
+    assert x.data_ptr() % 16 != 0
+    assert x.data_ptr() not in given
+
+
+def test_more_weights_than_an_int_counts():
+    weight = torch.empty(1 << 16, 1 << 15, device="meta")
+    small = torch.empty(1, 1, device="meta")
+    x = torch.empty(0, device=DEVICE)
+    for w_hh, w_hr in ((weight, None), (small, weight)):
+        params = DirectionParams(small, w_hh, None, None, w_hr)
+        with pytest.raises(RuntimeError, match=r"fewer than 2\*\*31 numbers .*\[65536, 32768\]"):
+            layer.Triton().check(SimpleNamespace(x=x, params=[params]))
 
 
 def test_what_tuning_tries():

@@ -11,6 +11,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fastrnn._checks import dtype_names
+from fastrnn.gpu import alone
+
 from . import attend, attention, heuristics, layer, scan, step
 
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -44,15 +47,15 @@ def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tu
     launches = _LAUNCHES[config.kernel]
     if config.kernel == "step" and len(layer.stages(cell, config, proj_size > 0)) == 2:
         launches = "two launches a step"
-    kernel = f"{cell} {config.kernel} in Triton, {launches}, {str(x.dtype).removeprefix('torch.')} products"
+    kernel = f"{cell} {config.kernel} in Triton, {launches}, {dtype_names([x.dtype])} products"
     if layer.INTERPRETED:
         return kernel, f"tiles of {config}, interpreted"
     if type(x) is not Tensor or x.device.type == "meta":  # no GPU to compile for
         return kernel, f"tiles of {config}"
-    target = triton.runtime.driver.active.get_current_target()
     name, special = kernels(cell, config, projected=proj_size > 0)[0]
     shared = layer.options(cell, config, x.dtype, layer.precision(x), projected=proj_size > 0)
-    compiled = compile(name, x.dtype, target, {**shared, **special})
+    aligned = heuristics.aligned(H, proj_size or H)
+    compiled = compile(name, x.dtype, target_of(x), {**shared, **special}, aligned)
     return kernel, f"tiles of {config}, {compiled.metadata.shared / 1024:.0f} KB of shared memory"
 
 
@@ -63,9 +66,15 @@ def describe_attention(x: Tensor, additive: bool, values: int) -> str:
     tiles = f"tiles of {given['BLOCK_Q']} queries x {given['BLOCK_S']} positions, {width} columns of values"
     if layer.INTERPRETED or type(x) is not Tensor or x.device.type == "meta":
         return tiles
-    target = triton.runtime.driver.active.get_current_target()
-    compiled = compile("attend_forward", x.dtype, target, {**given, "BLOCK_V": width}, values % 16 == 0)
+    aligned = heuristics.aligned(values)
+    compiled = compile("attend_forward", x.dtype, target_of(x), {**given, "BLOCK_V": width}, aligned)
     return f"{tiles}, {compiled.metadata.shared / 1024:.0f} KB of shared memory"
+
+
+def target_of(x: Tensor) -> GPUTarget:
+    """The architecture of the GPU that x is on."""
+    with alone(x.device):
+        return triton.runtime.driver.active.get_current_target()
 
 
 def precision(dtype: torch.dtype, target: GPUTarget) -> str:
@@ -74,9 +83,10 @@ def precision(dtype: torch.dtype, target: GPUTarget) -> str:
 
 
 def kernels(
-    cell: str, config: heuristics.Config, *, projected: bool = False, **given: Any
+    cell: str, config: heuristics.Config, *, projected: bool = False, final: bool = False, **given: Any
 ) -> list[tuple[str, dict[str, Any]]]:
-    """The kernels of a training step, by name, with the compile-time arguments that differ between them."""
+    """The kernels of a training step, by name, with the compile-time arguments that differ between them;
+    final: with the launch that makes the gradients of the first states in all but a scan."""
     saves = {**layer.forward_options(config), "BIAS": True, "SAVE": True, "SEQ": cell == "lstm", **given}
     backs = {**layer.backward_options(cell), "DY": True, "DSEQ": False, **given}
     if config.kernel == "scan":
@@ -88,6 +98,9 @@ def kernels(
         common = {"FIRST": first, "LAST": last, "GRID": grid}
         found.append(("step_forward", {**saves, **common}))
         found.append(("step_backward", {**backs, **common, "FINAL": False}))
+    if final:
+        last = {"FIRST": 0, "LAST": 0, "GRID": False, "FINAL": True}
+        found.append(("step_backward", {**backs, **last}))
     return found
 
 

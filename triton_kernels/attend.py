@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import cells
+
 # Values that differ from call to call, for which no kernel is compiled anew.
 FREE = ("Tq", "S", "B", "mask_b", "mask_q")
 
@@ -54,7 +56,7 @@ def _tanh_of_sums(query, keys, row_q, row_s, K, k, has_q, has_s):
     """[BLOCK_Q, BLOCK_S, BLOCK_K]"""
     q = _rows(query, row_q, K, k, has_q, k < K).to(tl.float32)
     key = _rows(keys, row_s, K, k, has_s, k < K).to(tl.float32)
-    return 2.0 * tl.sigmoid(2.0 * (q[:, None, :] + key[None, :, :])) - 1.0
+    return cells.tanh(q[:, None, :] + key[None, :, :])
 
 
 @triton.jit
@@ -130,8 +132,11 @@ def attend_forward(
             input_precision=PRECISION,
         )
         most = higher
-    some = total != 0.0  # NaN too: it must not pass for nothing to attend to
+    # NaN is not 0, and without a mask nothing is left out: scores of -inf alone have no softmax.
     has_q = q < Tq
+    some = has_q
+    if MASKED:
+        some = total != 0.0
     out = tl.where(some[:, None], acc / tl.where(some, total, 1.0)[:, None], 0.0)
     _put(context, q.to(tl.int64) * B + b, V, column, out, has_q, column < V)
     if tl.program_id(2) == 0:

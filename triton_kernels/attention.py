@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastrnn._checks import same_device
-from fastrnn.gpu import alone
+from fastrnn._checks import attention_sizes, dtype_names, same_device
+from fastrnn.gpu import GRID_LIMIT, alone
 
 from . import attend
 from .layer import DTYPES, INTERPRETED
@@ -56,22 +56,14 @@ class Call:
     def __init__(
         self, query: Tensor, keys: Tensor, values: Tensor, v: Tensor | None, mask: Tensor | None, scale: float
     ) -> None:
+        attention_sizes(query, keys, values, v, mask)
         (self.Tq, self.B, self.K), (self.S, _, self.V) = query.shape, values.shape
         given = (query, keys, values) if v is None else (query, keys, values, v)
         same_device(query, (keys, values), given[3:], (mask,))
         if any(t.dtype != query.dtype for t in given) or query.dtype not in DTYPES:
-            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-            found = ", ".join(str(t.dtype).removeprefix("torch.") for t in given)
-            raise RuntimeError(f"attention's Triton kernels take one of {known} for all tensors, got {found}")
-        shapes = ((self.S, self.B, self.K), (self.S, self.B, self.V), (self.K,))
-        for name, tensor, shape in zip(("keys", "values", "v"), (keys, values, v), shapes, strict=True):
-            if tensor is not None and tuple(tensor.shape) != shape:
-                raise ValueError(f"attention: {name} must be {list(shape)}, got {list(tensor.shape)}")
-        masks = ((self.B, self.S), (self.B, self.Tq, self.S))
-        if mask is not None and (tuple(mask.shape) not in masks or mask.dtype != torch.bool):
-            raise ValueError(
-                f"attention: mask must be torch.bool {list(masks[0])} or {list(masks[1])}, got {mask.dtype} "
-                f"{list(mask.shape)}"
+            raise RuntimeError(
+                f"attention's Triton kernels take one of {dtype_names(DTYPES)} for all tensors, "
+                f"got {dtype_names(t.dtype for t in given)}"
             )
         self.query, self.keys, self.values = query.contiguous(), keys.contiguous(), values.contiguous()
         self.v = self.query if v is None else v.contiguous()
@@ -84,10 +76,27 @@ class Call:
             self.mask = mask.contiguous().view(torch.uint8)
             self.attended = mask.any(1).view(torch.uint8) if whole else self.mask
             self.strides = (self.Tq * self.S, self.S) if whole else (self.S, 0)
+        tiles = self.options()
+        programs = (
+            self.of_queries(tiles),
+            self.of_positions(tiles),
+            triton.cdiv(self.K, self.columns_of_keys),
+            triton.cdiv(self.V, columns(self.V)),
+        )
+        if max(programs) > GRID_LIMIT:
+            raise RuntimeError(
+                f"attention's Triton kernels take at most {GRID_LIMIT} tiles of queries, positions and "
+                f"columns, got {programs} of Tq={self.Tq}, S={self.S}, K={self.K}, V={self.V}"
+            )
 
     @property
     def empty(self) -> bool:
         return 0 in (self.Tq, self.S, self.B)
+
+    @property
+    def columns_of_keys(self) -> int:
+        """Of the gradients of queries and keys that a program makes."""
+        return ADDITIVE_PIECE if self.additive else columns(self.K)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -102,9 +111,9 @@ class Call:
     def of_positions(self, options: dict[str, Any]) -> int:
         return int(triton.cdiv(self.S, options["BLOCK_S"]))
 
-    def weights(self, lse: Tensor) -> Tensor:
+    def weights(self, lse: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, Tq, S]"""
-        out = self.query.new_empty(self.B, self.Tq, self.S)
+        out = self.query.new_empty(self.B, self.Tq, self.S, dtype=dtype)
         options = self.options()
         attend.attend_weights[(self.B, self.of_queries(options), self.of_positions(options))](
             self.query, self.keys, self.v, self.mask, self.attended, lse, out,
@@ -125,9 +134,9 @@ def forward(
     """torch.ops.fastrnn.attention's arguments and results."""
     call = Call(query, keys, values, v, mask, scale)
     lse = query.new_empty(call.B, call.Tq, dtype=torch.float32)
-    weights = query.new_empty((call.B, call.Tq, call.S) if need_weights else 0)
     context = query.new_empty(call.Tq, call.B, call.V)
     if call.empty:
+        weights = query.new_empty((call.B, call.Tq, call.S) if need_weights else 0)
         return context.zero_(), weights, lse.zero_()
     options = call.options()
     width = columns(call.V)
@@ -136,8 +145,7 @@ def forward(
             call.query, call.keys, call.values, call.v, call.mask, call.attended, context, lse,
             *call.sizes, call.V, scale, *call.strides, BLOCK_V=width, **options,
         )  # fmt: skip
-        if need_weights:
-            weights = call.weights(lse)
+        weights = call.weights(lse, query.dtype) if need_weights else query.new_empty(0)
     return context, weights, lse
 
 
@@ -181,6 +189,7 @@ def backward(
         return dquery.zero_(), dkeys.zero_(), dvalues.zero_(), dv.zero_()
     with alone(query.device):
         dcontext = torch.zeros_like(context) if dcontext is None else dcontext.contiguous()
+        lse = lse.contiguous()
         if need_values and call.V:
             width = columns(call.V)
             attend.attend_dvalues[(call.B, call.of_positions(call.options()), triton.cdiv(call.V, width))](
@@ -193,7 +202,7 @@ def backward(
         given = call.query
         if dweights is not None:
             given = dweights.contiguous()
-            weights = call.weights(lse).float()
+            weights = call.weights(lse, torch.float32)  # rounded, they would not sum up to 1
             delta += (given.float() * weights).masked_fill(weights == 0, 0).sum(-1)
         options = {**call.options(), "DWEIGHTS": dweights is not None}
         common = (
@@ -215,7 +224,7 @@ def backward(
             dscores = delta.new_empty(call.B, call.Tq, call.S)
             parts = delta.new_empty(call.B, queries, call.K) if need_v else delta
             attend.attend_dscores[(call.B, queries, positions)](*common, dscores, *rest, **options)
-        width = ADDITIVE_PIECE if call.additive else columns(call.K)
+        width = call.columns_of_keys
         tiles = triton.cdiv(call.K, width)
         if call.K and (need_query or need_v):
             attend.attend_dquery[(call.B, queries, tiles)](

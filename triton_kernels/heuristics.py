@@ -1,6 +1,7 @@
 """Which kernel a call takes and in what tiles: fixed by sizes, type and architecture, so that nothing is
-tried out at a first call. tests/test_triton.py compiles every configuration and holds its shared memory and
-registers against the architectures' limits. What `python -m fastrnn tune` has found goes before."""
+tried out at a first call. tests/test_triton.py compiles every configuration of widths that are multiples
+of 16, some of others, and holds their shared memory and registers against the architectures' limits. What
+`python -m fastrnn tune` has found goes before."""
 
 from __future__ import annotations
 
@@ -88,9 +89,14 @@ def tiles(shape: Shape) -> tuple[tuple[int, int], ...]:
     return (*small[:1], *large) if shape.itemsize == 2 else large
 
 
+def aligned(*widths: int) -> bool:
+    """Whether rows so wide begin at multiples of 16: those of the gates, of h and of the weights."""
+    return all(width % 16 == 0 for width in widths)
+
+
 def wide(shape: Shape) -> bool:
     """Whether registers hold tiles of 64 sequences x 32 units."""
-    return shape.capability in WIDE_CAPABILITIES and shape.H % 16 == 0
+    return shape.capability in WIDE_CAPABILITIES and aligned(shape.H, shape.P)
 
 
 def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
@@ -105,9 +111,9 @@ def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
     if block_b == 16:
         early = kernel == "grid" and block_u <= 32
         # Large pieces of rows that begin anywhere would take more registers than there are.
-        block_k = 128 if block_u == 16 and shape.H % 16 == 0 else 32
+        block_k = 128 if block_u == 16 and aligned(shape.H, shape.P) else 32
         return Config(kernel, block_b, block_u, block_k, 4, 3 if large else 2, early)
-    if not large or shape.H % 16:
+    if not large or not aligned(shape.H, shape.P):
         return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
     return Config(kernel, block_b, block_u, 64, *((4, 4) if block_u == 16 else (8, 3)))
 
@@ -149,8 +155,9 @@ def path() -> Path:
     given = os.environ.get("FASTRNN_TUNED")
     if given:
         return Path(given)
+    # Path.home() would raise where there is none, as in a container's user without a name.
     cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "fastrnn" / "triton.json"
+    return Path(cache or os.path.expanduser("~/.cache")) / "fastrnn" / "triton.json"
 
 
 @functools.cache

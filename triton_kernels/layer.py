@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastrnn._checks import dtype_names
 from fastrnn.gpu import TRAITS, Backward, Call, Forward, allows_tf32, capability
 
 from . import heuristics, scan, step
@@ -42,10 +43,15 @@ class Triton:
 
     def check(self, call: Call) -> None:
         if call.x.dtype not in DTYPES or (call.x.device.type == "cpu" and not INTERPRETED):
-            known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
             raise RuntimeError(
-                f"the Triton kernels take {known} on a GPU (with TRITON_INTERPRET=1 on a CPU), "
+                f"the Triton kernels take {dtype_names(DTYPES)} on a GPU (with TRITON_INTERPRET=1 on a CPU), "
                 f"got {call.x.dtype} on {call.x.device}"
+            )
+        weights = [w for p in call.params for w in (p.w_hh, p.w_hr) if w is not None]
+        if max(w.numel() for w in weights) >= 1 << 31:
+            found = ", ".join(str(list(w.shape)) for w in weights)
+            raise RuntimeError(
+                f"the Triton kernels take fewer than 2**31 numbers of w_hh and w_hr, got {found}"
             )
 
     def forward(self, call: Call, tensors: Forward) -> Callable[[int, int, tuple[int, int]], None]:
@@ -53,14 +59,12 @@ class Triton:
         in_stages = stages(call.cell, config, call.projected)
         mid = tensors.mid
         if mid is None:
-            mid = (
-                x.new_empty(call.D, tensors.rows, call.H) if call.projected or len(in_stages) == 2 else gates
-            )
+            mid = x.new_empty(call.D, tensors.rows, call.H) if len(in_stages) == 2 else gates
         states = [s.to(torch.float32, copy=True).contiguous() for s in call.states]
         seq = gates if tensors.seq is None else tensors.seq
         names = ("w_hh", "b_ih", "b_hh", "w_hr")
-        pointers = (states[0], states[-1], *(p for name in names for p in of(call, name)))
-        masks = tuple(call.rows if m is None else m for m in (tensors.offsets, tensors.flags))
+        pointers = (states[0], states[-1], *(p for name in names for p in of(call, name, gates)))
+        masks = tuple(gates if m is None else m for m in (tensors.offsets, tensors.flags))
         given = {
             **options_of(call, config),
             **forward_options(config),
@@ -85,7 +89,7 @@ class Triton:
             else:
                 all_pointers = (gates, tensors.y, seq, mid, exchange, *pointers, *masks)
                 launch_steps(
-                    call, config, step.step_forward, columns, all_pointers, sizes, begin, end, **given
+                    call, config, step.step_forward, columns, all_pointers, gates, sizes, begin, end, **given
                 )
             if end == call.T:
                 for last, state in zip(tensors.last, states, strict=True):
@@ -112,8 +116,8 @@ class Triton:
                 tensors.dmid,
                 grads[0],
                 grads[-1],
-                *of(call, "w_hh"),
-                *of(call, "w_hr"),
+                *of(call, "w_hh", gates),
+                *of(call, "w_hr", gates),
                 tensors.offsets,
                 tensors.flags,
             )
@@ -132,10 +136,12 @@ class Triton:
             in_stages = stages(call.cell, config, call.projected)
             columns = (call.P // call.heads, call.H // call.heads)[: len(in_stages)]
             kernel = step.step_backward
-            launch_steps(call, config, kernel, columns, pointers, sizes, 0, call.T, FINAL=False, **given)
+            launch_steps(
+                call, config, kernel, columns, pointers, gates, sizes, 0, call.T, FINAL=False, **given
+            )
             kernel[step_grid(call, config, columns[0])](
                 *pointers,
-                call.rows,
+                gates,
                 *sizes,
                 call.T,
                 call.T + 1,
@@ -154,10 +160,11 @@ def configure(call: Call) -> heuristics.Config:
     return heuristics.configure(shape)
 
 
-def of(call: Call, name: str) -> tuple[Tensor, Tensor]:
-    """A parameter of both directions; a pointer that no kernel reads where there is none."""
+def of(call: Call, name: str, nothing: Tensor) -> tuple[Tensor, Tensor]:
+    """A parameter of both directions; where there is none `nothing`, a pointer that no kernel reads. That is
+    of memory just allocated: for one that is no multiple of 16 a kernel would be compiled anew."""
     found = [getattr(p, name) for p in call.params]
-    first = call.rows if found[0] is None else found[0]
+    first = nothing if found[0] is None else found[0]
     return first, first if found[-1] is None else found[-1]
 
 
@@ -186,10 +193,10 @@ def step_grid(call: Call, config: heuristics.Config, columns: int) -> tuple[int,
 
 def launch_steps(
     call: Call, config: heuristics.Config, kernel: Any, columns: Sequence[int], pointers: Sequence[Tensor],
-    sizes: Sequence[int], begin: int, end: int, **options: Any,
+    nothing: Tensor, sizes: Sequence[int], begin: int, end: int, **options: Any,
 ) -> None:  # fmt: skip
     """Steps begin to end of all groups, by one launch each stage, which has so many columns of a head; or
-    by one in all, of programs that meet."""
+    by one in all, of programs that meet. nothing: see `of`."""
     in_stages = stages(call.cell, config, call.projected)
     if config.kernel == "grid":
         grid = step_grid(call, config, max(columns))
@@ -200,7 +207,7 @@ def launch_steps(
     for i in range(begin, end):
         for stage, width in zip(in_stages, columns, strict=True):
             kernel[step_grid(call, config, width)](
-                *pointers, call.rows, *sizes, i, i + 1, FIRST=stage, LAST=stage, GRID=False, **options
+                *pointers, nothing, *sizes, i, i + 1, FIRST=stage, LAST=stage, GRID=False, **options
             )
 
 

@@ -84,7 +84,7 @@ def _dot(a, b, acc, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _biases(b_ih, b_hh, unit, has, H, CELL: tl.constexpr, GATES: tl.constexpr, BIAS: tl.constexpr):
+def _biases(b_ih, b_hh, unit, has, H, GATES: tl.constexpr, BIAS: tl.constexpr):
     """Of the gates' input and recurrent parts, [GATES] rows each. They are added in float32."""
     ih, hh = (), ()
     for g in tl.static_range(GATES):
@@ -146,7 +146,7 @@ def scan_forward(
             mask=has_u[:, None] & has_k[None, :],
             other=0.0,
         )
-    bias_x, bias_h = _biases(b_ih, b_hh, unit, has_u, H, CELL, GATES, BIAS)
+    bias_x, bias_h = _biases(b_ih, b_hh, unit, has_u, H, GATES, BIAS)
 
     state = direction * B + b
     h = _tile(h_state, state, P, column, live_k)

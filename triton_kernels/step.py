@@ -86,8 +86,7 @@ def step_forward(
 ):  # fmt: skip
     """Stages FIRST to LAST of steps begin to end of all groups; grid (tiles of the batch, tiles of a head's
     units, D * HEADS), in the second stage of a projected cell tiles of P. Stage 0: the only one. EARLY: the
-    gates' input parts
-    are loaded before the product, which hides the wait for them and takes registers."""
+    gates' input parts are loaded before the product, which hides the wait for them and takes registers."""
     group = tl.program_id(2)
     d, head = group // HEADS, group % HEADS
     base = _of(d, base_0, base_1)
@@ -100,7 +99,7 @@ def step_forward(
     unit = head * HH + u
     live, live_p = (b < B)[:, None] & has[None, :], (b < B)[:, None] & has_p[None, :]
     w_hh = _of(d, w_hh_0, w_hh_1)
-    bias_x, bias_h = _biases(_of(d, b_ih_0, b_ih_1), _of(d, b_hh_0, b_hh_1), unit, has, H, CELL, GATES, BIAS)
+    bias_x, bias_h = _biases(_of(d, b_ih_0, b_ih_1), _of(d, b_hh_0, b_hh_1), unit, has, H, GATES, BIAS)
 
     for step in range(begin, end):
         row, here, on, cut = _place(step, d, T, B, b, base, offsets, flags, PACKED, MASKED)

@@ -72,14 +72,18 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
     return statistics.median(sample(calls) for _ in range(SAMPLES))
 
 
-def fastest(shape: Shape, call: Callable[[], Any], device: torch.device) -> list[tuple[float, Config]]:
-    """Each candidate that this GPU runs, with its seconds a call, fastest first."""
+def fastest(
+    shape: Shape, call: Callable[[], Any], training: Callable[[], Any], device: torch.device
+) -> list[tuple[float, Config]]:
+    """Each candidate that this GPU runs, with its seconds a call, fastest first. training: a step of it,
+    which takes the same configuration and must fit too, whatever is timed."""
     found = []
     before = heuristics.tuned().get(shape)
     try:
         for config in candidates(shape):
             heuristics.tuned()[shape] = config
             try:
+                training()
                 found.append((seconds(call, device), config))
             except OutOfResources:
                 continue  # more shared memory or registers than a program may have
@@ -124,7 +128,7 @@ def run(args: Namespace) -> None:
 
         with fastrnn.backend("triton"):
             was = heuristics.configure(shape)
-            found = fastest(shape, forward if args.forward else training, where)
+            found = fastest(shape, forward if args.forward else training, training, where)
         if not found:
             raise RuntimeError(f"no configuration ran for {shape}")
         best, config = found[0]

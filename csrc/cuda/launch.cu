@@ -90,12 +90,18 @@ int64_t device_limit() {
   return bytes;
 }
 
+// What was said to the caller is not said again to who asks for the last error.
+int told(cudaError_t error) {
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
 // A launch of args' grid in clusters along y.
 cudaLaunchConfig_t in_clusters(const Kernel& kernel, const Args& args, int64_t bytes,
                                cudaLaunchAttribute* attribute) {
   constexpr int kPortable = 8;
   if (args.grid_y > kPortable)
-    cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    told(cudaFuncSetAttribute(kernel.function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
   attribute->id = cudaLaunchAttributeClusterDimension;
   attribute->val.clusterDim = {1, static_cast<unsigned>(args.grid_y), 1};
   cudaLaunchConfig_t config{};
@@ -106,22 +112,16 @@ cudaLaunchConfig_t in_clusters(const Kernel& kernel, const Args& args, int64_t b
   return config;
 }
 
-// What was said to the caller is not said again to who asks for the last error.
-int told(cudaError_t error) {
-  if (error != cudaSuccess) cudaGetLastError();
-  return error;
-}
-
 // As much shared memory as there is, whoever asks for how much: another thread may be about to start the
 // kernel.
-cudaError_t allow_shared(const void* function) {
-  return cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(device_limit()));
+int allow_shared(const Kernel& kernel) {
+  const void* function = reinterpret_cast<const void*>(kernel.function);
+  return told(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   static_cast<int>(device_limit())));
 }
 
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue queue) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
-  if (const cudaError_t error = allow_shared(function)) return told(error);
   const dim3 grid(args.grid_x, args.grid_y, args.grid_z), block(kernel.threads);
   Args copy = args;
   void* values[] = {&copy};
@@ -140,7 +140,7 @@ int resident(const Kernel& kernel, const Args& args, int64_t bytes) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
   int device = 0, blocks = 0, processors = 0, together = 0;
   cudaFuncAttributes compiled{};
-  if (told(allow_shared(function)) || told(cudaFuncGetAttributes(&compiled, function))) return 0;
+  if (allow_shared(kernel) || told(cudaFuncGetAttributes(&compiled, function))) return 0;
   if (args.mode == kCluster) {
     constexpr int kFirst = 90;  // what this device runs may be compiled for an older one, without clusters
     cudaLaunchAttribute cluster;
@@ -166,20 +166,23 @@ bool has_image() {
 template <class T>
 int start_prepare(unsigned blocks, const Args& a, const Weights& first, const Weights& second,
                   int64_t parts_1, int64_t parts_2, int64_t places, Queue queue) {
-  prepare<T><<<blocks, kThreads, 0, queue>>>(a, first, second, parts_1, parts_2, places);
-  return told(cudaPeekAtLastError());
+  Args args = a;
+  Weights weights[] = {first, second};
+  void* values[] = {&args, &weights[0], &weights[1], &parts_1, &parts_2, &places};
+  const void* function = reinterpret_cast<const void*>(prepare<T>);
+  return told(cudaLaunchKernel(function, dim3(blocks), dim3(kThreads), values, 0, queue));
 }
 
 int fill(int64_t to, int value, int64_t bytes, Queue queue) {
-  return cudaMemsetAsync(reinterpret_cast<void*>(to), value, bytes, queue);
+  return told(cudaMemsetAsync(reinterpret_cast<void*>(to), value, bytes, queue));
 }
 // `width` bytes of each of so many rows.
 int clear_columns(int64_t to, int64_t pitch, int64_t width, int64_t rows, Queue queue) {
-  return cudaMemset2DAsync(reinterpret_cast<void*>(to), pitch, 0, width, rows, queue);
+  return told(cudaMemset2DAsync(reinterpret_cast<void*>(to), pitch, 0, width, rows, queue));
 }
 int copy(int64_t to, int64_t from, int64_t bytes, Queue queue) {
-  return cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes,
-                         cudaMemcpyDeviceToDevice, queue);
+  return told(cudaMemcpyAsync(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes,
+                              cudaMemcpyDeviceToDevice, queue));
 }
 
 #else
@@ -188,6 +191,7 @@ using Queue = void*;
 int most_resident = 1 << 20;
 
 int64_t device_limit() { return 99 << 10; }
+int allow_shared(const Kernel&) { return 0; }
 int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue) {
   const dim3 grid{unsigned(args.grid_x), unsigned(args.grid_y), unsigned(args.grid_z)};
   if (args.mode == kGrid && int(grid.x * grid.y * grid.z) > most_resident) return kNotResident;
@@ -308,6 +312,7 @@ FASTRNN_EXPORT int fastrnn_cuda_run(const Args* given, int weights, void* stream
   if (!kernel.function) return kNoKernel;
   const int64_t limit = limit_of(args), bytes = share_out(kernel, args, limit);
   if (bytes > limit) return kNoKernel;
+  if (const int error = allow_shared(kernel)) return error;
   const int64_t begin = args.begin, end = args.end, most = args.mode == kGrid ? args.slots - 1 : end - begin;
   const bool starts = args.starts, leaves = args.leaves;
   const int64_t slot = args.D * args.heads * args.B * args.stride_1 * bytes_of(args);

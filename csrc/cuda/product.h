@@ -2,9 +2,8 @@
 //
 // A *piece* is 64 bytes of k: of a sequence's row of the source four lanes read 16 bytes each, which are a
 // lane's operands of two steps of mma, and so are two times 16 bytes of 16 columns of the weights. Weights
-// are packed [k / piece, N / 16, 2, lane, 16 bytes]. Eight warps share the work: WK parts of k (pieces wk, wk
-// + WK
-// ...), 8 / WK parts of N. Their sums meet in shared memory.
+// are packed [k / piece, N / 16, 2, lane, 16 bytes]. Eight warps share the work: WK parts of k (pieces wk,
+// wk + WK ...), 8 / WK parts of N. Their sums meet in shared memory.
 #pragma once
 
 #include "types.h"
