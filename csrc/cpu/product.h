@@ -17,7 +17,7 @@ struct TileShape {
   static constexpr int kGates = G == 4 ? kAcross : G;
   static constexpr int kUnits = G < 3 ? kAcross / G : 1;
   static constexpr int kRows = kAccumulators / (kGates * kUnits);
-  // Two rows: all gates, and more blocks, or the sums would be too few to hide the multiply-add's latency.
+  // Two rows: all gates, and as many blocks, or the sums would be too few to hide the multiply-add's latency.
   static constexpr int kUnitsTwoRows = G < 3 ? 4 / G : 1;
   // Of int8 weights, whose sums take two registers each where the instruction set wants it so.
   static constexpr int kInt8Rows = FASTRNN_VECTOR_BYTES == 64 ? kRows / 2 : 8 / (G * kUnits);
