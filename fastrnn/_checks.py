@@ -313,7 +313,7 @@ def attention_sizes(
     shape("values", values, "[S, B, V]", (S, B, values.shape[2]))
     if v is not None:
         shape("v", v, "[K]", (K,))
-    attention_mask(None, mask, (B, Tq, S), query.device, True)
+    attention_mask(None, mask, (B, Tq, S), query.device if mask is None else mask.device, True)
 
 
 def attention_mask(

@@ -248,10 +248,10 @@ def shape_of(call: Call, backward: bool) -> Shape:
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
     """Of a layer's forward pass: its kernel and its tiles. `_Pass.adopt` goes by steps instead where the
     device does not hold a grid's blocks."""
-    shape = Shape(
+    shape = Shape(  # of one unit and one sequence at least: there may be none, which no tile shares out
         cell,
-        H,
-        proj_size or H,
+        max(1, H),
+        max(1, proj_size or H),
         D,
         max(1, B),
         x.element_size(),

@@ -96,7 +96,9 @@ def engine(request, monkeypatch):
 
 
 def emulated_why_not(x):
-    return None if x.dtype in cuda.DTYPES else f"it takes float32, bfloat16, float16, the input is {x.dtype}"
+    if x.dtype in cuda.DTYPES:
+        return None
+    return f"it takes float32, bfloat16, float16, the input is {cuda.dtype_names([x.dtype])}"
 
 
 # --- what can go wrong between blocks, in the emulation
@@ -296,6 +298,7 @@ def test_explain_without_a_gpu(monkeypatch):
             monkeypatch.setattr(cuda, "capability", lambda device, capability=capability: capability)
             empty = torch.empty(2, 0, 4, device="meta")
             assert "a launch for many steps" in str(fastrnn.explain(fastrnn.LSTM(4, 7), empty))
+            assert "in CUDA" in str(fastrnn.explain(fastrnn.LSTMCell(4, 0), torch.empty(2, 4, device="meta")))
 
 
 def test_a_parameter_is_asked_for_its_device(monkeypatch):

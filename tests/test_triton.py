@@ -115,8 +115,8 @@ def test_tuning_wants_a_gpu(capsys):
     assert capsys.readouterr().err == "fastrnn: tune measures on a GPU, and torch sees none here\n"
 
 
-def test_tuned_without_a_home(monkeypatch):
-    """A user without a name has none; nothing was tuned there."""
+def test_tuned_without_a_home(monkeypatch, tmp_path):
+    """A user without a name has none; nothing was tuned there, nor is it read or written elsewhere."""
     from fastrnn.triton_kernels import heuristics
 
     def nobody(uid):
@@ -125,7 +125,14 @@ def test_tuned_without_a_home(monkeypatch):
     for name in ("FASTRNN_TUNED", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.chdir(tmp_path)
+    stray = tmp_path / "~/.cache/fastrnn/triton.json"
+    stray.parent.mkdir(parents=True)
+    stray.write_text("no JSON")
     assert heuristics.tuned.__wrapped__() == {}
+    with pytest.raises(RuntimeError, match=r"no home folder .* set FASTRNN_TUNED"):
+        heuristics.save()
+    assert stray.read_text() == "no JSON"
 
 
 def test_rows_that_begin_anywhere():

@@ -220,7 +220,7 @@ def test_more_tiles_than_a_launch_has_programs(sizes):
     given, _ = case(*sizes, False, "none")
     flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
     with pytest.raises(RuntimeError, match=f"at most 65535 tiles .*, got .*Tq={sizes[0]}, S={sizes[1]}"):
-        kernels.forward(*flat, None, 1.0, False)
+        kernels.forward(*flat, None, 1.0, need_weights=True)
 
 
 @pytest.mark.parametrize("additive", [False, True])

@@ -76,11 +76,15 @@ class Call:
             self.mask = mask.contiguous().view(torch.uint8)
             self.attended = mask.any(1).view(torch.uint8) if whole else self.mask
             self.strides = (self.Tq * self.S, self.S) if whole else (self.S, 0)
+
+    def check_tiles(self, positions: bool, gradients: bool) -> None:
+        """RuntimeError where a launch would have more programs than there may be: of queries and of values'
+        columns in each pass, of positions where they are shared out, of keys' columns for the gradients."""
         tiles = self.options()
         programs = (
             self.of_queries(tiles),
-            self.of_positions(tiles),
-            triton.cdiv(self.K, self.columns_of_keys),
+            self.of_positions(tiles) if positions else 1,
+            triton.cdiv(self.K, self.columns_of_keys) if gradients else 1,
             triton.cdiv(self.V, columns(self.V)),
         )
         if max(programs) > GRID_LIMIT:
@@ -133,6 +137,7 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """torch.ops.fastrnn.attention's arguments and results."""
     call = Call(query, keys, values, v, mask, scale)
+    call.check_tiles(positions=need_weights, gradients=False)
     lse = query.new_empty(call.B, call.Tq, dtype=torch.float32)
     context = query.new_empty(call.Tq, call.B, call.V)
     if call.empty:
@@ -167,6 +172,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """torch.ops.fastrnn.attention_backward's arguments and results."""
     call = Call(query, keys, values, v, mask, scale)
+    call.check_tiles(positions=True, gradients=True)
     shapes = (
         ("dcontext", dcontext, (call.Tq, call.B, call.V)),
         ("dweights", dweights, (call.B, call.Tq, call.S)),

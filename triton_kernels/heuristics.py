@@ -1,6 +1,6 @@
 """Which kernel a call takes and in what tiles: fixed by sizes, type and architecture, so that nothing is
 tried out at a first call. tests/test_triton.py compiles every configuration of widths that are multiples
-of 16, some of others, and holds their shared memory and registers against the architectures' limits. What
+of 16, some of H = 500, and holds their shared memory and registers against the architectures' limits. What
 `python -m fastrnn tune` has found goes before."""
 
 from __future__ import annotations
@@ -150,33 +150,39 @@ def configure(shape: Shape) -> Config:
 # --- what tuning has found
 
 
-def path() -> Path:
-    """The file of tuned configurations: FASTRNN_TUNED, else in the user's cache folder."""
+def path() -> Path | None:
+    """The file of tuned configurations: FASTRNN_TUNED, else in the user's cache folder, if there is one."""
     given = os.environ.get("FASTRNN_TUNED")
     if given:
         return Path(given)
     # Path.home() would raise where there is none, as in a container's user without a name.
     cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache or os.path.expanduser("~/.cache")) / "fastrnn" / "triton.json"
+    folder = Path(cache or os.path.expanduser("~/.cache"))
+    return folder / "fastrnn" / "triton.json" if folder.is_absolute() else None
 
 
 @functools.cache
 def tuned() -> dict[Shape, Config]:
     """By shape; read once, at the first call."""
+    file = path()
+    if file is None:
+        return {}
     try:
-        entries = json.loads(path().read_text() or "[]")
+        entries = json.loads(file.read_text() or "[]")
         return {Shape(**entry["shape"]): Config(**entry["config"]) for entry in entries}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        warnings.warn(f"{path()} is left out, `python -m fastrnn tune` writes it anew: {error}", stacklevel=2)
+        warnings.warn(f"{file} is left out, `python -m fastrnn tune` writes it anew: {error}", stacklevel=2)
         return {}
 
 
 def save() -> None:
-    """Writes what is in `tuned()`, at once or not at all."""
-    entries = [{"shape": asdict(shape), "config": asdict(config)} for shape, config in tuned().items()]
+    """Writes what is in `tuned()`, at once or not at all; RuntimeError where there is no place for it."""
     target = path()
+    if target is None:
+        raise RuntimeError("there is no home folder to keep tuned configurations in: set FASTRNN_TUNED")
+    entries = [{"shape": asdict(shape), "config": asdict(config)} for shape, config in tuned().items()]
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(entries, indent=1) + "\n")
