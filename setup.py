@@ -1,9 +1,10 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
-Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. The CUDA sources take part where torch is a CUDA build and nvcc
-is there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names
-the GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for
-another processor (CXX=aarch64-linux-gnu-g++).
+Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. FASTRNN_INSTRUMENT: options, a sanitizer's, for all but what
+this machine lacks the instructions for. The CUDA sources take part where torch is a CUDA build and nvcc is there;
+FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names the GPU
+architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for another
+processor (CXX=aarch64-linux-gnu-g++).
 """
 
 from __future__ import annotations
@@ -137,6 +138,13 @@ def find_cuda(torch_version: str) -> tuple[str, Path] | None:
     return None
 
 
+def runs(options: list[str]) -> bool:
+    """Whether this machine has the instructions of these options; True where it does not say."""
+    flags = re.search(r"^flags\s*:(.*)", output("cat", "/proc/cpuinfo"), re.MULTILINE)
+    needed = {o.removeprefix("-m").replace("-", "") for o in options if "=" not in o}
+    return flags is None or needed <= {flag.replace("_", "") for flag in flags[1].split()}
+
+
 @dataclass
 class Plan:
     """What to compile, each source with its whole command, and what to link."""
@@ -148,14 +156,16 @@ class Plan:
 def make_plan(compiler: Compiler, torch: Path, torch_version: str) -> Plan:
     include = [f"-isystem{torch / 'include'}"]
     common = [*compiler.command, *FLAGS["common"], *include, *words("CXXFLAGS")]
+    instrument = words("FASTRNN_INSTRUMENT")
     plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *words("LDFLAGS", "-s")])
     isa: list[tuple[Path, list[str]]] = []
     for source in sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]):
         name = source.stem.rpartition("_")[2]
         if name not in FLAGS["isa"]:
-            plan.units.append((source, [*common, "-c"]))
+            plan.units.append((source, [*common, *instrument, "-c"]))
         elif compiler.target == "x86_64":
-            isa.append((source, [*common, *FLAGS["isa"][name], "-c"]))
+            options = FLAGS["isa"][name]
+            isa.append((source, [*common, *(instrument if runs(options) else []), *options, "-c"]))
     # Last: of an inline function that several units emit, the linker keeps the first copy, and that one must
     # run on every machine.
     plan.units += sorted(isa, key=lambda unit: list(FLAGS["isa"]).index(unit[0].stem.rpartition("_")[2]))
@@ -238,7 +248,7 @@ class BuildExt(build_ext):
             part.replace(target)  # a process that has the old library loaded keeps it
 
     def run(self) -> None:
-        for variable in ("CXX", "CXXFLAGS", "LDFLAGS"):
+        for variable in ("CXX", "CXXFLAGS", "FASTRNN_INSTRUMENT", "LDFLAGS"):
             words(variable)  # before setuptools reads them, with a traceback for an open quote
         super().run()
         if self.inplace:

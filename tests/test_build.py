@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import fastrnn
+from fastrnn.kernels import instruction_sets
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = (
@@ -97,6 +99,20 @@ def test_library_needs_no_python() -> None:
 
 
 @pytest.mark.slow
+def test_what_can_run_is_instrumented() -> None:
+    """The build and the library agree on what this machine has the instructions for."""
+    code = (
+        "import runpy, sys; sys.argv = ['setup.py', '--quiet', '--version']; it = runpy.run_path('setup.py');"
+        "print(*[name for name, options in it['FLAGS']['isa'].items() if it['runs'](options)])"
+    )
+    told = python("-c", code)
+    assert told.returncode == 0, told.stderr
+    instrumented, used = {*told.stdout.splitlines()[-1].split()}, {*instruction_sets()} - {"baseline"}
+    assert used <= instrumented
+    # The system may not lend AMX; other processors have none of these.
+    assert instrumented - used <= {"amx"} or platform.machine() != "x86_64"
+
+
 def test_wheel_and_sdist(checkout: Path, tmp_path: Path) -> None:
     built = python(
         "-c", f"from setuptools import build_meta as b; b.build_sdist({str(tmp_path)!r})", cwd=checkout
