@@ -246,11 +246,12 @@ def test_scratch_is_of_the_widest_pattern_of_slots_not_of_all():
     assert int(Fresh("test_trees.peak_memory_of_slots", 16, OMP_NUM_THREADS="1").finish()) < 200 * 2**20
 
 
+@pytest.mark.parametrize("hidden", [64, 256])  # of the wider one each sum is cut
 @directions
 @cells
-def test_bits_do_not_depend_on_threads(cell, direction):
+def test_bits_do_not_depend_on_threads(cell, direction, hidden):
     trees = forest(*random_tree(800, random.Random(2)))
-    layer, x = make(cell, 32, 64, dtype=torch.float32, direction=direction), torch.randn(800, 32)
+    layer, x = make(cell, 32, hidden, dtype=torch.float32, direction=direction), torch.randn(800, 32)
     before, found = torch.get_num_threads(), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)

@@ -62,10 +62,8 @@ struct InRows {
   int64_t ld;
   int64_t longest = kLongest<F>;  // of a piece
   FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld, longest}; }
-  FASTRNN_HD int64_t piece(int64_t K) const {
-    const int64_t pieces = (K + longest - 1) / longest;
-    return pieces > 1 ? (K + pieces - 1) / pieces : K;
-  }
+  // Whatever K is, the cuts are the same: zeros behind a row's end, as trees have them, do not move them.
+  FASTRNN_HD int64_t piece(int64_t K) const { return K < longest ? K : longest; }
   template <bool kAhead, class Add>
   FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
 #pragma GCC unroll 2
