@@ -246,10 +246,18 @@ def test_scratch_is_of_the_widest_pattern_of_slots_not_of_all():
     assert int(Fresh("test_trees.peak_memory_of_slots", 16, OMP_NUM_THREADS="1").finish()) < 200 * 2**20
 
 
-@pytest.mark.parametrize("hidden", [64, 256])  # of the wider one each sum is cut
 @directions
 @cells
-def test_bits_do_not_depend_on_threads(cell, direction, hidden):
+def test_bits_do_not_depend_on_threads(cell, direction):
+    check_bits(cell, direction, 64)
+
+
+def test_bits_of_cut_sums_do_not_depend_on_threads():
+    """A node's gradient is a sum over 3 to 6 times H, by the slots of nodes beside it: the longest is cut."""
+    check_bits("nary", "up", 176)
+
+
+def check_bits(cell, direction, hidden):
     trees = forest(*random_tree(800, random.Random(2)))
     layer, x = make(cell, 32, hidden, dtype=torch.float32, direction=direction), torch.randn(800, 32)
     before, found = torch.get_num_threads(), []
