@@ -59,7 +59,10 @@ def test_the_page_is_right_about_torch():
             kinds = entry.kinds if len(lines) == 1 else line.split(":")[0].split(", ")
             passes |= set() if "**fails**" in line else set(kinds)
         found = {kind: compatibility.attempt(torch.nn, kind, entry.run) for kind in entry.kinds}
-        assert passes == {kind for kind, text in found.items() if text == "passes"}, (name, found)
+        # oneDNN has no LSTM of bfloat16 without AVX-512; torch calls it under autocast all the same.
+        refused = {kind for kind, text in found.items() if "could not create a primitive descriptor" in text}
+        assert not (refused and torch.ops.mkldnn._is_mkldnn_bf16_supported()), (name, found)
+        assert passes - refused == {kind for kind, text in found.items() if text == "passes"}, (name, found)
 
 
 def test_a_wrong_number_is_no_pass(monkeypatch):
