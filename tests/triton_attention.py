@@ -158,7 +158,7 @@ def test_scores_of_minus_infinity_alone(additive):
     context, weights, _ = kernels.forward(query, keys, values, v, None, 1.0, True)
     assert expected[0][1].isnan().all()
     for ours, theirs in zip((context, weights), expected, strict=True):
-        torch.testing.assert_close(ours.cpu().to(F64), theirs, rtol=1e-4, atol=1e-5, equal_nan=True)
+        torch.testing.assert_close(ours.cpu(), theirs.float(), equal_nan=True)  # float32's own bounds
     allowed = torch.ones(1, 3, 20, dtype=torch.bool, device=DEVICE)
     allowed[:, 1] = False
     context, weights, lse = kernels.forward(query, keys, values, v, allowed, 1.0, True)
