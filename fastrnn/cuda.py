@@ -132,7 +132,8 @@ def why_not(x: Tensor) -> str | None:
 @dataclass(frozen=True)
 class Shape:
     """What the choice depends on: groups (directions x heads) of H units, with K columns of h; B sequences,
-    elements of itemsize bytes; so many multiprocessors, of this compute capability."""
+    elements of itemsize bytes; so many multiprocessors, of this compute capability, whose clusters have at
+    most so many blocks."""
 
     cell: str
     H: int
@@ -144,6 +145,7 @@ class Shape:
     backward: bool
     processors: int
     capability: int = MIN_CAPABILITY
+    cluster_blocks: int = MOST_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,7 @@ def clusters(shape: Shape) -> Config | None:
     each takes as few of these as it can. Multiprocessors are neighbours by 16, and some lack one."""
     for units in (16, 32):
         size = -(-max(shape.H, shape.K) // units)
-        if shape.capability < CLUSTERS or size > MOST_BLOCKS:
+        if shape.capability < CLUSTERS or size > shape.cluster_blocks:
             continue
         at_once = (shape.processors // MOST_BLOCKS * (MOST_BLOCKS // size) - 1) // shape.groups
         rows = -(-shape.B // at_once) if at_once > 0 else ROWS + 1
@@ -316,7 +318,8 @@ class _Pass:
         self.adopt(configure(self.shape))
 
     def adopt(self, config: Config) -> None:
-        """This configuration, or where the device does not hold its blocks at once, one of steps."""
+        """This configuration. Where the device does not hold its blocks at once: of a grid the same in steps, of
+        a cluster, which more than 8 blocks are an extra of some devices, one of fewer blocks or none."""
         call, shape, values = self.call, self.shape, self.values
         tiles = -(-max(shape.H, shape.K) // config.units)
         values |= {
@@ -348,7 +351,7 @@ class _Pass:
             self.adopt_steps(config)
             return
         if config.mode == "cluster" and plan[0] < tiles:
-            self.adopt(configure(replace(shape, capability=MIN_CAPABILITY)))
+            self.adopt(configure(replace(shape, cluster_blocks=tiles - 1)))
             return
         self.config = config
         row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]

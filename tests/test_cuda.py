@@ -194,9 +194,37 @@ def test_a_device_without_such_clusters_does_without(engine, faults, modes, monk
     x, states, params, masks = case("lstm", 4, 3, 4, 18)
     with engine.use("cluster"), monkeypatch.context() as patch:
         patch.setattr(cuda, "capability", lambda device: 90)
-        patch.setattr(cuda, "configure", lambda of: (cluster if of.capability >= 90 else grid)(of.B))
+        patch.setattr(cuda, "configure", lambda of: (cluster if of.cluster_blocks == 16 else grid)(of.B))
         results("lstm", moved((x, *states, *params), torch.float32, "cpu"), 2, masks)
     assert set(modes) == {cuda.MODES["step"]}
+
+
+@pytest.mark.parametrize("engine", ["emulated"], indirect=True)
+@pytest.mark.parametrize(
+    ("most", "mode", "units"), [(16, "cluster", 16), (8, "cluster", 32), (7, "grid", 16)]
+)
+def test_a_device_of_small_clusters_has_wider_blocks(most, mode, units, engine, monkeypatch):
+    """Not every device has clusters of 16 blocks: 8 of twice the units come next, then none."""
+    found, configure = set(), cuda.configure
+
+    def plan(library, sizes, device):
+        asked = dict(sizes)
+        refused = asked["mode"] == cuda.MODES["cluster"] and asked["grid_y"] > most
+        return (0 if refused else 1 << 20, *library.plan(asked)[1:])
+
+    x, states, params, masks = case("lstm", 1, 3, 4, 250)
+    with engine.use(), monkeypatch.context() as patch:
+        patch.setattr(cuda, "capability", lambda device: 90)
+        patch.setattr(cuda, "processors", lambda device: 132)
+        patch.setattr(cuda, "configure", configure)
+        patch.setattr(cuda, "_plan", plan)
+        patch.setattr(
+            cuda.Library,
+            "run",
+            lambda self, values, *rest: found.add((values["mode"], values["units"])) or True,
+        )
+        results("lstm", moved((x, *states, *params), torch.bfloat16, "cpu"), 2, masks)
+    assert found == {(cuda.MODES[mode], units)}
 
 
 def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):

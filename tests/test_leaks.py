@@ -59,7 +59,7 @@ def grow(name, calls):
     """Prints what `calls` calls left behind, after others to warm up."""
     call = globals()[name]
     # Small enough for one thread: a team's barriers would take long on a busy machine.
-    layer, x = fastrnn.LSTM(8, 16, bidirectional=True), torch.randn(8, 4, 8, requires_grad=True)
+    layer, x = fastrnn.LSTM(8, 16, bidirectional=True), torch.randn(3, 4, 8, requires_grad=True)
     for _ in range(calls // 4):
         call(layer, x)
     before = held()

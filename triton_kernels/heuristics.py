@@ -115,7 +115,9 @@ def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
         return Config(kernel, block_b, block_u, block_k, 4, 3 if large else 2, early)
     if not large or not aligned(shape.H, shape.P):
         return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
-    return Config(kernel, block_b, block_u, 64, *((4, 4) if block_u == 16 else (8, 3)))
+    # At 10.x an LSTM's four gates spill from four warps (Triton 3.6).
+    warps = 4 if block_u == 16 and shape.capability in (80, 87, 90) else 8
+    return Config(kernel, block_b, block_u, 64, warps, 4 if block_u == 16 else 3)
 
 
 def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
