@@ -41,7 +41,8 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Row:
-    """ours, theirs: microseconds a step; limit: its least, where that is known."""
+    """ours, theirs: microseconds a step; limit: its least, where that is known; kernel: the forward pass's,
+    with its tiles."""
 
     cell: str
     mode: str
@@ -160,7 +161,8 @@ def measure(case: tuple[str, str, int, int, int], device: torch.device, graphs: 
     modules = [layer(package, case, device) for package in (fastrnn, torch.nn)]
     x = sequence(case, device)
     ours, theirs = (calls(module, x) for module in modules)
-    kernel = str(fastrnn.explain(modules[0], x).kernel)
+    said = fastrnn.explain(modules[0], x)
+    kernel = f"{said.kernel}, {said.split}"
     rows = []
     for mode in ours:
         if graphs:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ._checks import dtype_names
-from .gpu import TRAITS, Backward, Call, Forward, allows_tf32, capability
+from .gpu import TRAITS, Backward, Call, Forward, allows_tf32, alone, capability
 from .reference import CELLS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -22,7 +22,11 @@ MIN_CAPABILITY = 80
 MODES = {"step": 0, "grid": 1, "block": 2, "cluster": 3}
 # Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
 EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
-CLUSTERS, MOST_BLOCKS = 90, 16  # the compute capability from which there are clusters, and a cluster's blocks
+CLUSTERS, MOST_BLOCKS = (
+    90,
+    16,
+)  # the compute capability from which there are clusters, and the most blocks of one
+NEIGHBOURS = 16  # multiprocessors that clusters are put together from
 BLOCK_UNITS = 64  # of a block that is alone in its group
 # What all blocks read of each other a step, up to which they look for all of it at once.
 EAGER_BYTES = 1 << 20
@@ -55,9 +59,9 @@ class Library:
         return args
 
     def plan(self, values: dict[str, int]) -> tuple[int, ...]:
-        """Blocks of such a launch that the device holds at once (0: there is no such kernel); a block's bytes
-        of shared memory; of each stage a warp's pieces of the weights, how many of them registers and then
-        shared memory hold, and the bytes of all, packed."""
+        """Blocks of such a launch that the device holds at once (0: none, for want of a kernel, of shared
+        memory or of such clusters); a block's bytes of shared memory; of each stage a warp's pieces of the
+        weights, how many of them registers and then shared memory hold, and the bytes of all, packed."""
         out = (ctypes.c_int64 * 10)()
         self.functions.fastrnn_cuda_plan(self._args(values), out)
         return tuple(out)
@@ -132,8 +136,8 @@ def why_not(x: Tensor) -> str | None:
 @dataclass(frozen=True)
 class Shape:
     """What the choice depends on: groups (directions x heads) of H units, with K columns of h; B sequences,
-    elements of itemsize bytes; so many multiprocessors, of this compute capability, whose clusters have at
-    most so many blocks."""
+    elements of itemsize bytes; so many multiprocessors, of this compute capability; the most blocks of a
+    cluster to ask them for."""
 
     cell: str
     H: int
@@ -191,12 +195,13 @@ def widths(shape: Shape) -> Widths:
 
 def clusters(shape: Shape) -> Config | None:
     """One of clusters, where one holds a group's units and as many at once as the device has all sequences:
-    each takes as few of these as it can. Multiprocessors are neighbours by 16, and some lack one."""
+    each takes as few of these as it can. Multiprocessors are neighbours by 16, and some lack one; `fit` asks
+    the device."""
     for units in (16, 32):
         size = -(-max(shape.H, shape.K) // units)
         if shape.capability < CLUSTERS or size > shape.cluster_blocks:
             continue
-        at_once = (shape.processors // MOST_BLOCKS * (MOST_BLOCKS // size) - 1) // shape.groups
+        at_once = (shape.processors // NEIGHBOURS * (NEIGHBOURS // size) - 1) // shape.groups
         rows = -(-shape.B // at_once) if at_once > 0 else ROWS + 1
         if rows <= ROWS:
             return Config("cluster", units, -(-shape.B // rows), rows=rows)
@@ -248,8 +253,7 @@ def shape_of(call: Call, backward: bool) -> Shape:
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
-    """Of a layer's forward pass: its kernel and its tiles. `_Pass.adopt` goes by steps instead where the
-    device does not hold a grid's blocks."""
+    """Of a layer's forward pass: its kernel and its tiles, on a device that there is what it has room for."""
     shape = Shape(  # of one unit and one sequence at least: there may be none, which no tile shares out
         cell,
         max(1, H),
@@ -263,9 +267,81 @@ def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tu
         capability(x.device) or MIN_CAPABILITY,
     )
     config = configure(shape)
+    if ENGINE.library is not None and type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta":
+        with alone(x.device):
+            config = fit(ENGINE.library, shape, config, D, x.dtype, x.device)[0]
     two = "two launches" if widths(shape).used[1] else "a launch"
     launches = f"{two} a step" if config.mode == "step" else "a launch for many steps"
     return f"{cell} {config.mode} in CUDA, {launches}, {dtype_names([x.dtype])} products", str(config)
+
+
+# --- what the device holds at once
+
+
+def sizes(shape: Shape, D: int, dtype: torch.dtype) -> dict[str, int]:
+    """Of a pass: what csrc/cuda/args.h calls them."""
+    wide, heads = widths(shape), shape.groups // D
+    return {
+        "cell": list(CELLS).index(shape.cell),
+        "dtype": DTYPES[dtype],
+        "backward": shape.backward,
+        "projected": shape.projected,
+        "used_1": wide.used[0],
+        "used_2": wide.used[1],
+        "stride_1": wide.strides[0],
+        "stride_2": wide.strides[1],
+        "B": shape.B,
+        "H": shape.H * heads,
+        "P": shape.K * heads,
+        "D": D,
+        "heads": heads,
+    }
+
+
+def tiles_of_units(shape: Shape, config: Config) -> int:
+    """Blocks that a group's units are shared out over."""
+    return -(-max(shape.H, shape.K) // config.units)
+
+
+def launch(shape: Shape, config: Config) -> dict[str, int]:
+    """Of its launches: what csrc/cuda/args.h calls them."""
+    return {
+        "mode": MODES[config.mode],
+        "units": config.units,
+        "grid_x": config.at_once,
+        "grid_y": tiles_of_units(shape, config),
+        "grid_z": shape.groups,
+        "tile_rows": config.rows,
+        "in_registers": config.in_registers,
+    }
+
+
+def in_steps(shape: Shape, config: Config) -> Config:
+    return replace(config, mode="step", at_once=-(-shape.B // ROWS), rows=ROWS)
+
+
+@functools.lru_cache(maxsize=512)
+def fit(
+    library: Library, shape: Shape, config: Config, D: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Config, tuple[int, ...]]:
+    """This configuration, or the next one that the device, the current one, has room for; and Library.plan of
+    it. If not all blocks of a grid are resident at once, the same goes in steps. If not all clusters are,
+    tiles of more sequences need fewer of them; if those are too many too, clusters of fewer blocks are tried,
+    then none."""
+    plan = library.plan({**sizes(shape, D, dtype), **launch(shape, config)})
+    tiles = tiles_of_units(shape, config)
+    if config.mode == "grid" and plan[0] < config.at_once * tiles * shape.groups:
+        return fit(library, shape, in_steps(shape, config), D, dtype, device)
+    if config.mode == "cluster":
+        at_once = plan[0] // tiles // shape.groups
+        rows = -(-shape.B // at_once) if at_once > 0 else ROWS + 1
+        if rows > ROWS:
+            smaller = replace(shape, cluster_blocks=tiles - 1)
+            return fit(library, smaller, configure(smaller), D, dtype, device)
+        if rows > config.rows:
+            config = replace(config, at_once=-(-shape.B // rows), rows=rows)
+            return fit(library, shape, config, D, dtype, device)
+    return config, plan
 
 
 # --- a pass
@@ -273,11 +349,6 @@ def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tu
 
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-@functools.lru_cache(maxsize=512)
-def _plan(library: Library, sizes: tuple[tuple[str, int], ...], device: torch.device) -> tuple[int, ...]:
-    return library.plan(dict(sizes))
 
 
 class _Pass:
@@ -290,25 +361,13 @@ class _Pass:
         two = self.widths.used[1] > 0
         first, last = call.params[0], call.params[-1]
         self.values: dict[str, int] = {
-            "cell": list(CELLS).index(call.cell),
-            "dtype": DTYPES[call.x.dtype],
-            "backward": backward,
-            "projected": call.projected,
-            "used_1": self.widths.used[0],
-            "used_2": self.widths.used[1],
-            "stride_1": self.widths.strides[0],
-            "stride_2": self.widths.strides[1],
+            **sizes(self.shape, call.D, call.x.dtype),
             "w_hh_0": _address(first.w_hh),
             "w_hh_1": _address(last.w_hh),
             "w_hr_0": _address(first.w_hr),
             "w_hr_1": _address(last.w_hr),
             "T": call.T,
-            "B": call.B,
             "N": call.N,
-            "H": call.H,
-            "P": call.P,
-            "D": call.D,
-            "heads": call.heads,
             "first": 1 if two else 0,
             "last": 2 if two else 0,
             "exact": not allows_tf32(call.x.device),
@@ -318,42 +377,12 @@ class _Pass:
         self.adopt(configure(self.shape))
 
     def adopt(self, config: Config) -> None:
-        """This configuration. Where the device does not hold its blocks at once: of a grid the same in steps, of
-        a cluster, which more than 8 blocks are an extra of some devices, one of fewer blocks or none."""
+        """This configuration, or what `fit` makes of it."""
         call, shape, values = self.call, self.shape, self.values
-        tiles = -(-max(shape.H, shape.K) // config.units)
-        values |= {
-            "mode": MODES[config.mode],
-            "units": config.units,
-            "grid_x": config.at_once,
-            "grid_y": tiles,
-            "grid_z": shape.groups,
-            "tile_rows": config.rows,
-            "in_registers": config.in_registers,
-        }
-        names = ("cell", "dtype", "backward", "projected", "units", "mode", "grid_x", "grid_y", "grid_z")
-        more = (
-            "tile_rows",
-            "stride_1",
-            "stride_2",
-            "used_1",
-            "used_2",
-            "in_registers",
-            "B",
-            "H",
-            "P",
-            "D",
-            "heads",
-        )
-        plan = _plan(self.library, tuple((name, int(values[name])) for name in names + more), call.x.device)
-        blocks = config.at_once * tiles * shape.groups
-        if config.mode == "grid" and plan[0] < blocks:
-            self.adopt_steps(config)
-            return
-        if config.mode == "cluster" and plan[0] < tiles:
-            self.adopt(configure(replace(shape, cluster_blocks=tiles - 1)))
-            return
-        self.config = config
+        self.config, plan = fit(self.library, shape, config, call.D, call.x.dtype, call.x.device)
+        config = self.config
+        values |= launch(shape, config)
+        blocks = config.at_once * tiles_of_units(shape, config) * shape.groups
         row_bytes = [stride * shape.itemsize * call.B * shape.groups for stride in self.widths.strides]
         read = min(call.B, ROWS) * self.widths.strides[0] * shape.itemsize * blocks
         values["eager"] = read <= EAGER_BYTES
@@ -368,7 +397,7 @@ class _Pass:
         values["slots"] = slots
         kept = [4 * call.D * call.B * call.P, 4 * call.D * call.B * call.H]
         parts = ("weights_1", "weights_2", "exchange_1", "exchange_2", "h_kept", "c_kept")
-        sizes = (
+        bytes_each = (
             plan[5],
             plan[9] * bool(self.widths.used[1]),
             slots * row_bytes[0],
@@ -376,16 +405,13 @@ class _Pass:
             *kept,
         )
         offsets = [0]
-        for size in sizes:
+        for size in bytes_each:
             offsets.append(offsets[-1] + round_up(size, 256))
         # float32, as use_deterministic_algorithms fills no bytes with NaN.
         self.workspace = call.x.new_empty(offsets[-1] // 4, dtype=torch.float32)
         base = self.workspace.data_ptr()
         values |= {name: base + offset for name, offset in zip(parts, offsets, strict=False)}
         self.packs = True
-
-    def adopt_steps(self, config: Config) -> None:
-        self.adopt(replace(config, mode="step", at_once=-(-self.call.B // ROWS), rows=ROWS))
 
     def run(self, begin: int, end: int, leaves: bool) -> None:
         self.values |= {"begin": begin, "end": end, "starts": begin == 0, "leaves": leaves}
@@ -395,7 +421,7 @@ class _Pass:
                     f"fastrnn's CUDA kernels: the device held the blocks of a grid until step {begin}, and "
                     "does not now: others use it"
                 )
-            self.adopt_steps(self.config)
+            self.adopt(in_steps(self.shape, self.config))
         self.packs = False
 
 

@@ -1,16 +1,9 @@
-"""The CUDA kernels: their sources run on the CPU (emulated.py), on the GPU where there is one, and compiled
-for every architecture."""
+"""The CUDA kernels: their sources run on the CPU (emulated.py), and on the GPU where there is one."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
-import shutil
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import emulated
@@ -112,12 +105,12 @@ def faults(engine, request):
     emulation = request.getfixturevalue("emulation")
 
     def fault(resident=1 << 20, slow=-1, seed=1):
-        cuda._plan.cache_clear()
+        cuda.fit.cache_clear()
         emulation.functions.fastrnn_cuda_emulation(resident, slow, seed)
 
     yield fault
     emulation.functions.fastrnn_cuda_emulation(1 << 20, -1, 1)
-    cuda._plan.cache_clear()
+    cuda.fit.cache_clear()
 
 
 @pytest.fixture
@@ -141,8 +134,10 @@ def test_a_grid_that_the_device_does_not_hold_goes_by_steps(cell, engine, faults
     assert set(modes) == {cuda.MODES["step"]}
     # Nor where the device says so only when asked to start them.
     modes.clear()
+    plan = cuda.Library.plan
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "_plan", lambda library, sizes, device: (1 << 20, *library.plan(dict(sizes))[1:]))
+        cuda.fit.cache_clear()
+        patch.setattr(cuda.Library, "plan", lambda *given: (1 << 20, *plan(*given)[1:]))
         check(cell, "grid", engine, H=18)
     assert modes[:2] == [cuda.MODES["grid"], cuda.MODES["step"]]
 
@@ -193,7 +188,6 @@ def test_a_device_without_such_clusters_does_without(engine, faults, modes, monk
     modes.clear()
     x, states, params, masks = case("lstm", 4, 3, 4, 18)
     with engine.use("cluster"), monkeypatch.context() as patch:
-        patch.setattr(cuda, "capability", lambda device: 90)
         patch.setattr(cuda, "configure", lambda of: (cluster if of.cluster_blocks == 16 else grid)(of.B))
         results("lstm", moved((x, *states, *params), torch.float32, "cpu"), 2, masks)
     assert set(modes) == {cuda.MODES["step"]}
@@ -201,30 +195,31 @@ def test_a_device_without_such_clusters_does_without(engine, faults, modes, monk
 
 @pytest.mark.parametrize("engine", ["emulated"], indirect=True)
 @pytest.mark.parametrize(
-    ("most", "mode", "units"), [(16, "cluster", 16), (8, "cluster", 32), (7, "grid", 16)]
+    ("most", "clusters", "mode", "units", "rows"),
+    [(16, 9, "cluster", 16, 3), (16, 5, "cluster", 16, 4), (8, 9, "cluster", 32, 2), (8, 1, "grid", 16, 16)],
 )
-def test_a_device_of_small_clusters_has_wider_blocks(most, mode, units, engine, monkeypatch):
-    """Not every device has clusters of 16 blocks: 8 of twice the units come next, then none."""
-    found, configure = set(), cuda.configure
+def test_clusters_that_the_device_holds(most, clusters, mode, units, rows, engine, faults, monkeypatch):
+    """Of at most so many blocks, and so many at once: then of fewer blocks, or of more sequences."""
+    found, configure, plan = [], cuda.configure, cuda.Library.plan
 
-    def plan(library, sizes, device):
-        asked = dict(sizes)
-        refused = asked["mode"] == cuda.MODES["cluster"] and asked["grid_y"] > most
-        return (0 if refused else 1 << 20, *library.plan(asked)[1:])
+    def made_up(self, values):
+        blocks = values["grid_y"]
+        held = blocks * clusters * (blocks <= most) if values["mode"] == cuda.MODES["cluster"] else 1 << 20
+        return (held, *plan(self, values)[1:])
 
-    x, states, params, masks = case("lstm", 1, 3, 4, 250)
+    x, states, params, masks = case("lstm", 1, 18, 4, 250)
     with engine.use(), monkeypatch.context() as patch:
+        cuda.fit.cache_clear()
         patch.setattr(cuda, "capability", lambda device: 90)
         patch.setattr(cuda, "processors", lambda device: 132)
         patch.setattr(cuda, "configure", configure)
-        patch.setattr(cuda, "_plan", plan)
-        patch.setattr(
-            cuda.Library,
-            "run",
-            lambda self, values, *rest: found.add((values["mode"], values["units"])) or True,
-        )
+        patch.setattr(cuda.Library, "plan", made_up)
+        patch.setattr(cuda.Library, "run", lambda _, values, *rest: found.append(values) or True)
+        said = fastrnn.explain(fastrnn.LSTM(4, 250), torch.empty(1, 18, 4, dtype=torch.bfloat16))
         results("lstm", moved((x, *states, *params), torch.bfloat16, "cpu"), 2, masks)
-    assert found == {(cuda.MODES[mode], units)}
+    assert f"lstm {mode} in CUDA" in said.kernel
+    assert f"blocks of {units} units" in said.split
+    assert {(v["mode"], v["units"], v["tile_rows"]) for v in found} == {(cuda.MODES[mode], units, rows)}
 
 
 def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):
@@ -368,8 +363,19 @@ def test_the_choice_fits_the_device():
                 for groups in (1, 2, 16):
                     for backward in (False, True):
                         for itemsize in (2, 4):
-                            for capability in (80, 90):
-                                sizes = (H, H, groups, B, itemsize, projected, backward, 132, capability)
+                            for capability, most in ((80, 16), (90, 16), (90, 8), (90, 7), (90, 0)):
+                                sizes = (
+                                    H,
+                                    H,
+                                    groups,
+                                    B,
+                                    itemsize,
+                                    projected,
+                                    backward,
+                                    132,
+                                    capability,
+                                    most,
+                                )
                                 config = cuda.configure(cuda.Shape(cell, *sizes))
                                 of_units = -(-H // config.units)
                                 tiles = -(-B // config.rows)
@@ -377,7 +383,7 @@ def test_the_choice_fits_the_device():
                                 assert 1 <= config.at_once <= tiles
                                 assert config.mode not in ("grid", "cluster") or blocks <= 132
                                 assert config.mode != "block" or config.units >= H
-                                assert config.mode != "cluster" or (of_units <= 16 and capability == 90)
+                                assert config.mode != "cluster" or (of_units <= most and capability == 90)
                                 assert config.mode == "cluster" or config.rows == 16
                                 assert config.mode == "grid" or config.at_once == tiles
 
@@ -394,7 +400,7 @@ def test_a_block_of_several_tiles(cell, engine, monkeypatch):
 # Units of a block, sequences of a tile, H, B: of every kernel that clusters have, with pairs of warps and
 # tiles that have nothing, and the last tile of eight sequences and fewer.
 CLUSTERS = [(16, 8, 40, 9), (16, 16, 120, 11), (16, 7, 136, 8), (16, 16, 150, 17)]
-WIDE_CLUSTERS = [(32, 8, 300, 9), (32, 16, 384, 13), (32, 16, 400, 17), (32, 7, 500, 16)]
+WIDE_CLUSTERS = [(32, 8, 250, 9), (32, 8, 300, 9), (32, 16, 384, 13), (32, 16, 400, 17), (32, 7, 500, 16)]
 
 
 @pytest.mark.parametrize("mask", ["none", "lengths+reset", "packed"])
@@ -421,80 +427,3 @@ def test_the_benchmark_on_another_device(monkeypatch, tmp_path):
     assert chosen == [torch.device("cuda", 1)]
     machine = json.loads(file.read_text())["machine"]
     assert (machine["device"], machine["driver"]) == ("cuda:1", "580.159")
-
-
-# --- ahead of time
-
-ROOT = Path(__file__).resolve().parents[1]
-# All of setup.py's, where FASTRNN_ALL_ARCHS is set; a minute of two cores else does for two.
-ARCHITECTURES = (
-    ("80", "86", "89", "90a", "100", "120") if os.environ.get("FASTRNN_ALL_ARCHS") else ("80", "90a")
-)
-MOST_SPILLED = 64  # bytes a thread
-# What nvcc gave: of each kernel registers, bytes that are spilled, and of static shared memory. Written anew
-# by this test where FASTRNN_WRITE_REGISTERS is set.
-TABLE = Path(__file__).parent / "cuda_registers.json"
-VIA = {"0": "cache", "1": "alone", "2": "cluster"}
-
-
-def compiled_kernels(source, report):
-    """{kernel: what it takes} of ptxas -v."""
-    found = {}
-    for name, text in re.findall(
-        r"Compiling entry function '(\w+)'(.*?)(?=Compiling entry|\Z)", report, re.S
-    ):
-        kernel = re.search(r"scan_[a-z]+_?[a-z]*ward|prepare", name)[0]
-        via, projected = re.search(r"ViaE(\d)", name), "Lb1E" in name
-        if kernel == "prepare":
-            kind = re.search(r"BFloat16|Float16|Float32", name)[0]
-        elif via:
-            kind = VIA[via[1]]
-        else:
-            units, chunks, halves = re.findall(r"Li(\d+)E", name)
-            kind = f"{units} units, {int(chunks) * 128} columns, {halves}"
-        key = f"{source.stem}: {kernel} {kind}{' projected' if projected else ''}"
-        shared = re.search(r"(\d+) bytes smem", text)
-        registers = re.search(r"Used (\d+) registers", text)[1]
-        spilled = re.search(r"(\d+) bytes spill stores", text)[1]
-        assert int(spilled) <= MOST_SPILLED, f"{key}: {spilled} bytes"
-        found[key] = f"{registers} registers, {spilled} bytes spilled, {shared[1] if shared else 0} shared"
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile with")
-def test_compiled_ahead(tmp_path):
-    """The kernels of one cell and a width, and what starts them, as setup.py would compile them."""
-    flags = emulated.json_flags()
-    one = ["-DFASTRNN_CELLS(X)=X(::fastrnn::Lstm)", "-Xptxas=-v"]
-
-    def compile(job):
-        source, arch = job
-        units = 32 if "bfloat16" in source.stem else 16
-        target = [
-            f"-gencode=arch=compute_{arch},code=sm_{arch}",
-            f"-DFASTRNN_UNITS={units}",
-            "-c",
-            str(source),
-        ]
-        out = ["-o", str(tmp_path / f"{source.stem}-{arch}.o")]
-        return subprocess.run(["nvcc", *flags, *one, *target, *out], capture_output=True, text=True, cwd=ROOT)
-
-    names = ("launch", "forward_bfloat16", "backward_bfloat16", "backward_float32")
-    sources = [ROOT / f"csrc/cuda/{name}.cu" for name in names]
-    jobs = [(source, arch) for source in sources for arch in ARCHITECTURES]
-    found = {arch: {} for arch in ARCHITECTURES}
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (source, arch), run in zip(jobs, pool.map(compile, jobs), strict=True):
-            assert run.returncode == 0, run.stdout + run.stderr
-            kernels = compiled_kernels(source, run.stdout + run.stderr)
-            assert kernels
-            found[arch] |= kernels
-    said = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
-    nvcc = re.search(r"release ([\d.]+)", said)[1]
-    if os.environ.get("FASTRNN_WRITE_REGISTERS"):
-        TABLE.write_text(json.dumps({"nvcc": nvcc, "kernels": found}, indent=1) + "\n")
-    table = json.loads(TABLE.read_text())
-    if nvcc == table["nvcc"]:  # another one shares registers out otherwise
-        for arch in ARCHITECTURES:
-            assert found[arch] == table["kernels"][arch]

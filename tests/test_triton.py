@@ -245,7 +245,8 @@ def jobs():
             for processors in PROCESSORS:
                 yield job(capability, "lstm", dtype, 1024, 128, processors, {"final": True})
     half, brain = torch.float16, torch.bfloat16
-    yield job(90, "lstm", brain, 2048, 128, 132, {}, masked=True)
+    for capability in (90, 100):
+        yield job(capability, "lstm", brain, 2048, 128, 132, {}, masked=True)
     for H, processors in ((64, 0), (500, 0), (500, 132)):
         for dtype in (half, torch.float32):
             yield job(90, "rnn_relu", dtype, H, 128, processors, {})

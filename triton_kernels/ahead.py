@@ -36,7 +36,11 @@ _KERNELS = {
         *(attend.attend_dquery, attend.attend_dkeys, attend.attend_dvalues),
     )
 }
-_LAUNCHES = {"scan": "one launch", "grid": "one launch of programs that meet", "step": "a launch a step"}
+_LAUNCHES = {
+    "scan": "a launch for many steps",
+    "grid": "a launch of programs that meet, for many steps",
+    "step": "a launch a step",
+}
 _SIZES = (*scan.FREE, "H", "P", "D", *attend.FREE, "K", "V", "mask_b", "mask_q")
 
 

@@ -17,10 +17,10 @@ from fastrnn.gpu import TRAITS
 
 @dataclass(frozen=True)
 class Config:
-    """kernel: "scan", one launch with R on the chip; "grid", one launch whose programs meet after every stage
-    of a step; "step", a launch a step and stage. block_b sequences and block_u units (in a scan all of a
-    head's) a program; block_k: the piece of a product's sum that is loaded at once (in a scan all of h,
-    padded); early: see step_forward."""
+    """kernel: "scan", a launch for many steps with R on the chip; "grid", the same whose programs meet after
+    every stage of a step; "step", a launch a step and stage. block_b sequences and block_u units (in a scan
+    all of a head's) a program; block_k: the piece of a product's sum that is loaded at once (in a scan all of
+    h, padded); early: see step_forward."""
 
     kernel: str
     block_b: int
@@ -102,8 +102,8 @@ def wide(shape: Shape) -> bool:
 def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
     """A grid or step in these tiles.
 
-    In 16 bits four warps were faster than eight on an H200 in every tile, and large pieces, loaded two or
-    three ahead, up to twice as fast as pieces of 32: what a step waits for is one piece after another.
+    In 16 bits four warps were faster than eight on an H200 in tiles of 16 units, and large pieces, loaded two
+    or three ahead, up to twice as fast as pieces of 32: what a step waits for is one piece after another.
     """
     large = shape.capability in LARGE_CAPABILITIES
     if shape.itemsize == 4:
@@ -115,9 +115,12 @@ def stepping(shape: Shape, kernel: str, block_b: int, block_u: int) -> Config:
         return Config(kernel, block_b, block_u, block_k, 4, 3 if large else 2, early)
     if not large or not aligned(shape.H, shape.P):
         return Config(kernel, block_b, block_u, 32, 8, 3 if large else 2)
-    # At 10.x an LSTM's four gates spill from four warps (Triton 3.6).
-    warps = 4 if block_u == 16 and shape.capability in (80, 87, 90) else 8
-    return Config(kernel, block_b, block_u, 64, warps, 4 if block_u == 16 else 3)
+    if block_u > 16:
+        return Config(kernel, block_b, block_u, 64, 8, 3)
+    # From four warps an LSTM's four gates spill 72 bytes a thread at 10.x (Triton 3.6), from eight none;
+    # neither has been timed there.
+    spills = shape.cell == "lstm" and shape.capability not in (80, 87, 90)
+    return Config(kernel, block_b, block_u, 64, 8 if spills else 4, 4)
 
 
 def resident_bytes(shape: Shape, block_h: int, block_p: int) -> int:
