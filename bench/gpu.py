@@ -162,7 +162,7 @@ def measure(case: tuple[str, str, int, int, int], device: torch.device, graphs: 
     x = sequence(case, device)
     ours, theirs = (calls(module, x) for module in modules)
     said = fastrnn.explain(modules[0], x)
-    kernel = f"{said.kernel}, {said.split}"
+    kernel = ", ".join(filter(None, (said.kernel, said.split)))
     rows = []
     for mode in ours:
         if graphs:

@@ -125,10 +125,13 @@ def repeats(slowest: float) -> int:
     return int(min(50, max(1, WAKE / slowest)))
 
 
+MOST = 4  # times the seconds that a row should take, for the least rounds
+
+
 def rounds(one: float, seconds: float, least: int) -> int:
-    """Of `one` second each: what fits into `seconds`, or `least` within 4 times that; from 3 to 1000."""
+    """Of `one` second each: what fits into `seconds`, or `least` within MOST times that; from 3 to 1000."""
     fit = seconds / one
-    return int(min(1000, max(3, fit, min(least, 4 * fit))))
+    return int(min(1000, max(3, fit, min(least, MOST * fit))))
 
 
 def alternate(

@@ -22,10 +22,8 @@ MIN_CAPABILITY = 80
 MODES = {"step": 0, "grid": 1, "block": 2, "cluster": 3}
 # Bytes of what blocks tell each other in one launch, which must be fresh memory, unless that is so few steps.
 EXCHANGE_BYTES, LEAST_STEPS = 32 << 20, 16
-CLUSTERS, MOST_BLOCKS = (
-    90,
-    16,
-)  # the compute capability from which there are clusters, and the most blocks of one
+CLUSTERS = 90  # the compute capability from which there are clusters
+MOST_BLOCKS = 16  # of a cluster
 NEIGHBOURS = 16  # multiprocessors that clusters are put together from
 BLOCK_UNITS = 64  # of a block that is alone in its group
 # What all blocks read of each other a step, up to which they look for all of it at once.
@@ -253,7 +251,7 @@ def shape_of(call: Call, backward: bool) -> Shape:
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
-    """Of a layer's forward pass: its kernel and its tiles, on a device that there is what it has room for."""
+    """Of a layer's forward pass: its kernel and its tiles; on a real device what `fit` makes of them."""
     shape = Shape(  # of one unit and one sequence at least: there may be none, which no tile shares out
         cell,
         max(1, H),
@@ -324,10 +322,10 @@ def in_steps(shape: Shape, config: Config) -> Config:
 def fit(
     library: Library, shape: Shape, config: Config, D: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Config, tuple[int, ...]]:
-    """This configuration, or the next one that the device, the current one, has room for; and Library.plan of
-    it. If not all blocks of a grid are resident at once, the same goes in steps. If not all clusters are,
-    tiles of more sequences need fewer of them; if those are too many too, clusters of fewer blocks are tried,
-    then none."""
+    """This configuration, or, of a grid or clusters, the next one that the device, the current one, has room
+    for; and Library.plan of it. If not all blocks of a grid are resident at once, the same goes in steps. If
+    not all clusters are, tiles of more sequences need fewer of them; if those are too many too, clusters of
+    fewer blocks are tried, then none."""
     plan = library.plan({**sizes(shape, D, dtype), **launch(shape, config)})
     tiles = tiles_of_units(shape, config)
     if config.mode == "grid" and plan[0] < config.at_once * tiles * shape.groups:

@@ -195,10 +195,16 @@ def test_a_device_without_such_clusters_does_without(engine, faults, modes, monk
 
 @pytest.mark.parametrize("engine", ["emulated"], indirect=True)
 @pytest.mark.parametrize(
-    ("most", "clusters", "mode", "units", "rows"),
-    [(16, 9, "cluster", 16, 3), (16, 5, "cluster", 16, 4), (8, 9, "cluster", 32, 2), (8, 1, "grid", 16, 16)],
+    ("most", "clusters", "config"),
+    [
+        (16, 9, Config("cluster", 16, 6, rows=3)),
+        (16, 5, Config("cluster", 16, 5, rows=4)),
+        (8, 9, Config("cluster", 32, 9, rows=2)),
+        (8, 1, Config("grid", 16, 2)),
+    ],
+    ids=str,
 )
-def test_clusters_that_the_device_holds(most, clusters, mode, units, rows, engine, faults, monkeypatch):
+def test_clusters_that_the_device_holds(most, clusters, config, engine, faults, monkeypatch):
     """Of at most so many blocks, and so many at once: then of fewer blocks, or of more sequences."""
     found, configure, plan = [], cuda.configure, cuda.Library.plan
 
@@ -217,9 +223,10 @@ def test_clusters_that_the_device_holds(most, clusters, mode, units, rows, engin
         patch.setattr(cuda.Library, "run", lambda _, values, *rest: found.append(values) or True)
         said = fastrnn.explain(fastrnn.LSTM(4, 250), torch.empty(1, 18, 4, dtype=torch.bfloat16))
         results("lstm", moved((x, *states, *params), torch.bfloat16, "cpu"), 2, masks)
-    assert f"lstm {mode} in CUDA" in said.kernel
-    assert f"blocks of {units} units" in said.split
-    assert {(v["mode"], v["units"], v["tile_rows"]) for v in found} == {(cuda.MODES[mode], units, rows)}
+    assert f"lstm {config.mode} in CUDA" in said.kernel
+    assert said.split == str(config)
+    launches = {(v["mode"], v["units"], v["grid_x"], v["tile_rows"]) for v in found}
+    assert launches == {(cuda.MODES[config.mode], config.units, config.at_once, config.rows)}
 
 
 def test_a_block_that_never_comes_is_an_error(engine, faults, monkeypatch):
@@ -363,19 +370,8 @@ def test_the_choice_fits_the_device():
                 for groups in (1, 2, 16):
                     for backward in (False, True):
                         for itemsize in (2, 4):
-                            for capability, most in ((80, 16), (90, 16), (90, 8), (90, 7), (90, 0)):
-                                sizes = (
-                                    H,
-                                    H,
-                                    groups,
-                                    B,
-                                    itemsize,
-                                    projected,
-                                    backward,
-                                    132,
-                                    capability,
-                                    most,
-                                )
+                            for device in ((132, 80, 16), *((132, 90, n) for n in (16, 8, 7, 0))):
+                                sizes = (H, H, groups, B, itemsize, projected, backward, *device)
                                 config = cuda.configure(cuda.Shape(cell, *sizes))
                                 of_units = -(-H // config.units)
                                 tiles = -(-B // config.rows)
@@ -383,7 +379,7 @@ def test_the_choice_fits_the_device():
                                 assert 1 <= config.at_once <= tiles
                                 assert config.mode not in ("grid", "cluster") or blocks <= 132
                                 assert config.mode != "block" or config.units >= H
-                                assert config.mode != "cluster" or (of_units <= most and capability == 90)
+                                assert config.mode != "cluster" or (of_units <= device[2] and device[1] == 90)
                                 assert config.mode == "cluster" or config.rows == 16
                                 assert config.mode == "grid" or config.at_once == tiles
 

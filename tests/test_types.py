@@ -30,8 +30,8 @@ by_name = {"ids": lambda v: str(v).removeprefix("torch.")}
 each_reduced = pytest.mark.parametrize("dtype", REDUCED, **by_name)
 each_any_layer = pytest.mark.parametrize("name", ALL_LAYERS)
 each_any_cell = pytest.mark.parametrize("name", ALL_CELLS)
-# torch warns of all complex modules, of a projection in the types that oneDNN has no kernel for, and of what
-# its switch for oneDNN has not here.
+# torch warns of all complex modules, of a projection in the types that oneDNN has no kernel for, and,
+# from its switch for oneDNN, of TF32 that this machine lacks.
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Complex modules", "ignore:LSTM with projections", "ignore:TF32 acceleration"
 )
@@ -117,7 +117,7 @@ def results(module, x, autocast=None):
 
 
 def onednn_trains_lstms_of(dtype):
-    """Of none in float16, and in bfloat16 where the processor has instructions for it."""
+    """Whether oneDNN can: never of float16; of bfloat16 where the processor has instructions for it."""
     return dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 

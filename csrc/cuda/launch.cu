@@ -279,9 +279,9 @@ FASTRNN_EXPORT const char* fastrnn_cuda_fields() {
 #undef FASTRNN_NAME
 }
 
-// [blocks of a launch that the device holds at once (0: it has no such kernel), a block's bytes of shared
-// memory, then of each stage a warp's pieces of the weights: all, in registers, in shared memory; bytes of
-// the packed weights].
+// [blocks of a launch that the device holds at once (0: none, for want of a kernel, of shared memory or of
+// such clusters), a block's bytes of shared memory, then of each stage a warp's pieces of the weights: all,
+// in registers, in shared memory; bytes of the packed weights].
 FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
   Args args = *given;
   std::fill(out, out + 10, 0);
