@@ -206,7 +206,14 @@ def sequence_lengths(
         low, high = (int(v) for v in lengths.aminmax())
         if low < 0 or high > T:
             raise ValueError(f"lengths must lie in [0, {symbol}] = [0, {T}], got {low if low < 0 else high}")
-    return lengths.to(device, torch.int64)
+    return moved("lengths", lengths, device).to(torch.int64)
+
+
+def moved(name: str, mask: Tensor, device: torch.device) -> Tensor:
+    """A mask of a call on the input's device."""
+    if mask.device.type == "meta" and device.type != "meta":
+        raise ValueError(f"{name} must be on the input's device, {device}, or on the CPU, got one on meta")
+    return mask.to(device)
 
 
 def reset_mask(
@@ -226,7 +233,7 @@ def reset_mask(
         reset = reset.unsqueeze(1)
     elif batch_first:
         reset = reset.transpose(0, 1)
-    return reset.to(device)
+    return moved("reset", reset, device)
 
 
 def cell_ranks(owner: str, x: Tensor, hx: Any, named: Sequence[str]) -> None:

@@ -196,7 +196,7 @@ def _copied(model: _M, kind: type[Packed], dtypes: frozenset[torch.dtype]) -> _M
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN (fastrnn.convert makes them of "
-            "torch.nn's)"
+            "torch.nn's); subclasses, cells, and layers that are frozen or quantized already do not count"
         )
     for where, module in found:
         for name in module._flat_weights_names:
@@ -232,6 +232,9 @@ def freeze(model: _M) -> _M:
              CPU. Cells and all other modules are copied as they are
     returns  the copy, in eval mode, its layers called as before. Its state dict is the model's, and loads
              both ways. The packed weights take their own memory beside it
+
+    A model's `train()`, `half()` and the like raise when they come to such a layer: what stands before it in
+    the model is changed by then, as torch goes from module to module.
 
     Raises TypeError where the model is no module, ValueError where it holds no such layer, or one of another
     dtype or device. The copy's layers raise RuntimeError on `train()`, and where a gradient of their input is

@@ -345,6 +345,7 @@ def test_bad_inputs(kind):
         (x, {"lengths": torch.tensor([1, 2, 3])}, ValueError, r"lengths must be \[B\] = \[4\], got \[3\]"),
         (x, {"lengths": torch.tensor([1, 2, 6, 0])}, ValueError, r"\[0, T\] = \[0, 5\], got 6"),
         (x, {"lengths": ENDS}, TypeError, "lengths must be a LongTensor"),
+        (x, {"lengths": torch.tensor(ENDS, device="meta")}, ValueError, "device, cpu, .* got one on meta"),
         (x[0, 0], {}, ValueError, "Expected input to be 2D or 3D, got 1D"),
         (x[:, 0], {"lengths": torch.tensor([2])}, ValueError, "lengths needs a batched input"),
         (packed, {"lengths": torch.tensor(ENDS)}, ValueError, "cannot be combined with a PackedSequence"),

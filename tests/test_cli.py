@@ -104,6 +104,7 @@ def test_demo(capsys, text, tmp_path):
         capsys, "lm", "demo", "--quick", "--data", text, "--out", str(out), "--seconds", "0.1", *SMALL
     )
     assert code == 0
+    assert "trained in turns, 0.1 s in all" in printed
     assert "torch.nn.LSTM / fastrnn.LSTM training time: " in printed
     assert "Markov order 1" in printed
     assert "parameters, the same for any context" in printed

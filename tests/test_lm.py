@@ -358,6 +358,18 @@ def test_outcome_of_the_demo():
     assert outcome.difference(2) == 0.0
 
 
+@pytest.mark.parametrize(
+    ("ratios", "note"),
+    [([1.0] * 10, ""), ([1.0] * 9, "of so few pairs"), ([1.0] * 9 + [3.5], "other programs run here")],
+)
+def test_times_that_say_little(ratios, note, capsys):
+    outcome = demo.Outcome(ratios, {"fastrnn": [2.0], "torch": [2.0]})
+    demo._print_outcome(outcome, [report.Curve(name, [2.0], [0.1], [300]) for name in ("ours", "theirs")])
+    printed = capsys.readouterr().out
+    assert ("not to be trusted" in printed) == bool(note)
+    assert note in printed
+
+
 def test_plot(tmp_path):
     pytest.importorskip("matplotlib")
     curve = report.Curve("fastrnn.LSTM", [2.0, 1.0], [0.1, 0.2], [300, 300])

@@ -118,6 +118,8 @@ def test_what_cannot_be_made(make):
         make(nn.Sequential(nn.Linear(2, 2), layer("gru", 2, 3).half()))
     with pytest.raises(ValueError, match=r"on meta$"):
         make(layer("gru", 2, 3, device="meta"))
+    with pytest.raises(ValueError, match="frozen or quantized already do not count"):
+        make(fastrnn.freeze(layer("gru", 2, 3)))
     if make is fastrnn.quantize:
         with pytest.raises(ValueError, match=r"must be torch.float32 on the CPU, got torch.float64"):
             make(layer("gru", 2, 3).double())

@@ -83,6 +83,7 @@ def table(comparison: Comparison) -> str:
         lines.append(f"{line} (smoothing {c.smoothing:g})")
     ahead = [c for c in counted if c.perplexity < min(perplexities.values())]
     if ahead:
-        best = min(ahead, key=lambda c: c.perplexity)
-        lines.append(f"  not yet ahead of counting (order {best.order}): it wants more training")
+        orders = ", ".join(str(c.order) for c in ahead)
+        more = "it wants more training (demo --seconds, lm train --steps)"
+        lines.append(f"  not yet ahead of counting (order {orders}): {more}")
     return "\n".join(lines)

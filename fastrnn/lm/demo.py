@@ -23,6 +23,7 @@ BLOCK_STEPS = 4
 FIRST_STEPS = 50
 GENERATED = 400
 MOST_SPREAD = 3  # of the ratios, on a machine that does nothing else
+FEW_PAIRS = 10  # of which a median says little
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,16 @@ def demo(
         f"{torch.get_num_threads()} threads, fastrnn {__version__}, torch {torch.__version__}",
         flush=True,
     )
+    print(
+        f"both are trained in turns, {seconds:g} s in all, then validated and compared with counting",
+        flush=True,
+    )
     trainers = {name: Trainer(replace(config, implementation=name), corpus, device) for name in NAMES}
     with interrupts() as interrupt:
         outcome = alternate(trainers, seconds, interrupt)
     curves = [trainer.curve(f"{NAMES[name]}.{layer}") for name, trainer in trainers.items()]
     _print_outcome(outcome, curves)
+    print("validating, and counting for the Markov models", flush=True)
     reached = {
         curve.name: trainer.validate() for curve, trainer in zip(curves, trainers.values(), strict=True)
     }
@@ -144,6 +150,8 @@ def _print_outcome(outcome: Outcome, curves: list[report.Curve]) -> None:
     print(f"  median of {len(outcome.ratios)} pairs of blocks, from {low:.2f}x to {high:.2f}x")
     if high > MOST_SPREAD * low:
         print("  note: so wide a range means that other programs run here; times are not to be trusted")
+    elif len(outcome.ratios) < FEW_PAIRS:
+        print("  note: of so few pairs the times are not to be trusted; --seconds gives more of them")
     print(
         f"largest relative difference of the loss curves: {outcome.difference(first):.1e} "
         f"in the first {first} steps, {outcome.difference():.1e} in all {steps}"
