@@ -87,8 +87,8 @@ are compared with a step-by-step computation in float64. Compiled rows use `back
 off": inside `torch.backends.mkldnn.flags(enabled=False)`. Other releases of torch may do better or worse; on
 a GPU torch.nn's layers run on cuDNN, which has limits of its own.
 
-The processor had AVX-512. Without it oneDNN has no LSTM of bfloat16: torch.nn's then fails under `autocast`
-in it as well.
+The processor had AVX-512. Without it oneDNN has no LSTM of bfloat16 either, and torch.nn's fails under that
+`autocast` as under float16's.
 
 DataParallel replicas, DistributedDataParallel and `fully_shard` work with both (for ours see
 `tests/test_plumbing.py`, `tests/test_distributed.py`). [features.md](features.md): what of this runs in C++.

@@ -50,7 +50,10 @@ def compiled_kernels(source, report):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc to compile with")
+@pytest.mark.skipif(
+    shutil.which("nvcc") is None,
+    reason="nvcc, NVIDIA's compiler, is not installed: fastrnn has no CUDA kernels on this machine either",
+)
 def test_compiled_ahead(tmp_path):
     """The kernels of one cell and a width, and what starts them, as setup.py would compile them."""
     flags = emulated.json_flags()
