@@ -61,7 +61,7 @@ inline ScalarType dtype_of(const Tensor& t) {
 
 // What the checks need to know of a cell.
 struct CellShape {
-  int gates, states, saved;
+  int gates, states;
 };
 
 // The sizes that parameters, or what was packed of them, give a layer.

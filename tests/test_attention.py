@@ -235,6 +235,57 @@ def test_layouts(score):
     assert_same(one, (context[:, 1], weights[1]))
 
 
+# None; what leaves out the end, or one in between.
+LEAVE_OUT = {"none": None, "end": slice(250, None), "hole": slice(7, 8)}
+
+
+def leaving_out(left_out, *shape):
+    if LEAVE_OUT[left_out] is None:
+        return None
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., LEAVE_OUT[left_out]] = False
+    return mask
+
+
+@pytest.mark.parametrize("left_out", LEAVE_OUT)
+@pytest.mark.parametrize("additive", [False, True])
+def test_scores_of_minus_infinity(additive, left_out):
+    """Alone they have no softmax, as in plain torch, unless a mask leaves out others; one is worth 0."""
+    query, keys, values = randn(3, 1, 5), randn(300, 1, 5, seed=1).abs() + 1, randn(300, 1, 4, seed=2)
+    v = randn(5, seed=3) if additive else None
+    if v is None:
+        query[1, 0, 0], keys[0, 0, 1] = -torch.inf, -torch.inf
+        query[:, 0, 1] = query[:, 0, 1].abs()
+    else:
+        v[0], query[:, 0, 0] = torch.inf, torch.tensor([100.0, -100.0, 100.0])  # others +inf: no number
+    mask = leaving_out(left_out, 1, 300)
+    expected = reference.attention(query, keys, values, v, mask, 1.0)
+    context, weights, _ = torch.ops.fastrnn.attention(query, keys, values, v, mask, 1.0, True)
+    torch.testing.assert_close((context, weights), expected, equal_nan=True)
+    assert weights[0, 1].isnan().all() if mask is None else (weights[0, 1] == 0).all()
+    if not additive:
+        assert weights[0, 0, 0] == 0
+    allowed = torch.ones(1, 3, 300, dtype=torch.bool)
+    allowed[:, 1] = False
+    found = torch.ops.fastrnn.attention(query, keys, values, v, allowed, 1.0, True)
+    assert all((t == 0).all() for t in (found[0][1], found[1][0, 1], found[2][0, 1]))
+
+
+@pytest.mark.parametrize("left_out", LEAVE_OUT)
+def test_a_decoders_scores_of_minus_infinity_alone(left_out):
+    T, B, I, H, S, K = 2, 2, 3, 4, 300, 5
+    params = [randn(3 * H, I + H), randn(3 * H, H, seed=1), randn(3 * H, seed=2), randn(3 * H, seed=3)]
+    keys, v = randn(S, B, K, seed=4), randn(K, seed=5)
+    keys[:, 0, 0], v[0] = -5, torch.inf  # those of the other sequence are no number
+    given = randn(T, B, I), [randn(1, B, H)], randn(B, H)
+    rest = randn(H, H), keys, randn(S, B, H), torch.zeros(K, H, dtype=F64), v, leaving_out(left_out, B, S), []
+    ours = torch.ops.fastrnn.decoder("gru", *given, params, *rest, 1.0, False)[:3]
+    theirs = reference.decoder("gru", *given, [params], *rest, 1.0)
+    torch.testing.assert_close(ours[2][0], theirs[2][0], equal_nan=True)
+    torch.testing.assert_close(ours[0][:, 0], theirs[0][:, 0], equal_nan=True)
+    assert ours[2][0].isnan().all() if left_out == "none" else (ours[2][0] == 0).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @each_score
 def test_error_is_at_most_twice_plain_torchs(score, dtype):

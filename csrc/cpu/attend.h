@@ -98,13 +98,14 @@ FASTRNN_HD E highest(const E* row, int64_t end, E least) {
   return over_lanes<S::W / 2>(high[0], higher);
 }
 
-// row [S, whole vectors]: scores to weights. What the mask leaves out, and what pads the last vector, is 0;
-// so is all, where nothing is left.
+// row [S, whole vectors]: scores to weights. What the mask leaves out is 0, and so is all where it leaves
+// nothing; without a mask, scores of -inf alone have no softmax: NaN.
 template <class E>
-FASTRNN_HD void softmax(E* row, int64_t count, const bool* mask) {
+FASTRNN_HD void softmax(const Memory<E>& m, E* row) {
   using S = Simd<E>;
   const E lowest = -std::numeric_limits<E>::infinity();
-  for (int64_t s = 0; s < count && mask; ++s) row[s] = mask[s] ? row[s] : lowest;
+  const int64_t count = m.S;
+  for (int64_t s = 0; s < count && m.mask; ++s) row[s] = m.mask[s] ? row[s] : lowest;
   const int64_t end = vectors<E>(count) * S::W;
   for (int64_t s = count; s < end; ++s) row[s] = lowest;
   const E top = highest(row, end, lowest);
@@ -116,7 +117,7 @@ FASTRNN_HD void softmax(E* row, int64_t count, const bool* mask) {
     sum = sum + w;
   }
   const E total = sum_of(sum);
-  if (total == E(0)) return;
+  if (m.masked && total == E(0)) return;
   const S share(E(1) / total);
   for (int64_t s = 0; s < end; s += S::W) (S::load(row + s) * share).store(row + s);
 }
@@ -130,7 +131,7 @@ FASTRNN_HD void attend(const Memory<E>& m, const E* query, E* row, E* mixed) {
     dots(query, m.keys, m.ld_keys, m.S, m.K,
          [&](int64_t s, const Simd<E>& score) { (score * Simd<E>(m.scale)).store(row + s); });
   }
-  softmax(row, m.S, m.mask);
+  softmax(m, row);
   weighted_sum(row, m.values, m.ld_values, m.S, m.V, mixed);
 }
 

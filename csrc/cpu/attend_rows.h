@@ -145,7 +145,8 @@ struct AttendForward {
       f.add_values(s0, count);
     }
     for (int64_t i = 0; i < f.rows; ++i) {
-      const bool none = p.S == 0 || f.total[i] == E(0);
+      // Without a mask scores of -inf alone have no softmax: NaN.
+      const bool none = p.S == 0 || (p.masked && f.total[i] == E(0));
       const S share(none ? E(0) : E(1) / f.total[i]);
       const E* sum = f.sums + i * whole<E>(p.V);
       E* to = p.context + (q0 + i) * p.ld_context;
@@ -160,11 +161,12 @@ struct AttendForward {
   // Scores to weights, and zeros for what lies behind the last position.
   void finish_weights(int64_t i, bool nothing) const {
     E* row = p.weights + (q0 + i) * p.ld_weights;
-    const S none(kNone), zero(0), most(nothing ? E(0) : top[i]), share(nothing ? E(0) : E(1) / total[i]);
+    const S none(kNone), most(nothing ? E(0) : top[i]), share(nothing ? E(0) : E(1) / total[i]);
+    const S left_out(nothing || total[i] != E(0) ? E(0) : std::numeric_limits<E>::quiet_NaN());
     for (int64_t s = 0; s < p.S; s += S::W) {
       const int lanes = static_cast<int>(at_most(p.S - s, S::W));
       const S e = S::load(row + s, lanes);
-      select<E>(e.v == none.v, zero, exp_(e - most) * share).store(row + s, lanes);
+      select<E>(e.v == none.v, left_out, exp_(e - most) * share).store(row + s, lanes);
     }
     std::fill(row + p.S, row + p.ld_weights, E(0));
   }

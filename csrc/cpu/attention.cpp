@@ -155,7 +155,7 @@ class AttentionCall {
   void read_mask(Attend<E>& p, int64_t b, bool* any) {
     const bool* mask = static_cast<const bool*>(in_.mask->const_data_ptr());
     const int64_t rows = in_.mask->dim() == 3 ? in_.Tq : 1, S = in_.S;
-    p.mask = mask + b * rows * S;
+    p.mask = mask + b * rows * S, p.masked = true;
     p.ld_mask = rows == 1 && in_.mask->dim() == 2 ? 0 : S;
     std::fill_n(any, S, false);
     bool holes = false;

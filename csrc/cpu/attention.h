@@ -15,6 +15,7 @@ struct Memory {
   const bool* mask;  // [S]; null: all
   const E* v;        // [padded K] of the additive score; null: dot products
   E scale;
+  bool masked = false;  // whether a mask was given, whatever it leaves out
 };
 
 // A decoder with input feeding, see decode.h. Rows are t*B + b unless said otherwise; layers count from
@@ -64,6 +65,7 @@ struct Attend {
   int64_t ld_query, ld_keys, ld_values;
   const bool *mask, *any;  // [Tq] rows of ld_mask, and what one of them allows, [S]; null: all
   int64_t ld_mask;
+  bool masked;  // as Memory has it
   E scale;
   E *context, *weights, *lse;  // [Tq][V]; [Tq][ld_weights] or null; [Tq], the logarithm of the softmax's sum
   int64_t ld_context, ld_weights;

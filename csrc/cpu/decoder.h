@@ -113,9 +113,17 @@ class DecoderCall {
       int64_t length = S;
       while (own && length > 0 && !own[length - 1]) --length;
       if (own && std::find(own, own + length, false) == own + length) own = nullptr;
-      memory_[b] = {
-          keys + b * S * ld_keys,   values + b * S * ld_values, ld_keys, ld_values, length, K, H, own, v,
-          static_cast<E>(in_.scale)};
+      memory_[b] = {keys + b * S * ld_keys,
+                    values + b * S * ld_values,
+                    ld_keys,
+                    ld_values,
+                    length,
+                    K,
+                    H,
+                    own,
+                    v,
+                    static_cast<E>(in_.scale),
+                    mask != nullptr};
     }
     for_rows(B, S * (K + H), [&](int64_t begin, int64_t end) {
       for (int64_t b = begin; b < end; ++b) {

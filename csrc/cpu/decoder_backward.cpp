@@ -313,8 +313,8 @@ std::tuple<Tensor, TensorList, Tensor, TensorList, Tensor, Tensor, Tensor, Tenso
   const std::string name = take_string(cell);
   const auto run = [&]<class E>(E) {
     const CellKernels<E>& k = cell_kernels<E>(name);
-    const DecoderInputs in = check_decoder({k.gates, k.states, k.saved}, x, states, feed, params, w_h, keys,
-                                           values, w_q, v, mask, drops, scale);
+    const DecoderInputs in = check_decoder({k.gates, k.states}, x, states, feed, params, w_h, keys, values,
+                                           w_q, v, mask, drops, scale);
     const DecoderNeeds need{need_x, need_params, need_keys, need_values};
     return DecoderBackward<E>(k, in, dout, dlast, dweights, out, weights, saved, need).run();
   };

@@ -179,8 +179,8 @@ std::tuple<Tensor, TensorList, Tensor, TensorList> decoder(StringHandle cell, Te
   const std::string name = take_string(cell);
   const auto run = [&]<class E>(E) {
     const CellKernels<E>& k = cell_kernels<E>(name);
-    const DecoderInputs in = check_decoder({k.gates, k.states, k.saved}, x, states, feed, params, w_h, keys,
-                                           values, w_q, v, mask, drops, scale);
+    const DecoderInputs in = check_decoder({k.gates, k.states}, x, states, feed, params, w_h, keys, values,
+                                           w_q, v, mask, drops, scale);
     return DecoderForward<E>(k, in).run(save);
   };
   DecoderOutputs out = dtype_of(x) == ScalarType::Double ? run(double{}) : run(float{});

@@ -40,8 +40,7 @@ class BackwardPass {
                const OptionalTensor& lengths, const OptionalTensor& batch_sizes, const OptionalTensor& reset,
                const Tensor& y, const TensorList& seq, const TensorList& saved, bool need_x, bool need_params)
       : cell_(cell_kernels<E, A>(name)),
-        a_(check_layer({cell_.gates, cell_.states, cell_.saved}, x, states, params, lengths, batch_sizes,
-                       reset)),
+        a_(check_layer({cell_.gates, cell_.states}, x, states, params, lengths, batch_sizes, reset)),
         table_(a_),
         need_x_(need_x),
         need_params_(need_params),

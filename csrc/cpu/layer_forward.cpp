@@ -9,8 +9,8 @@ Outputs run_layer(const std::string& name, const Tensor& x, const TensorList& st
   check_dtype(x);
   const auto run = [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
-    LayerArgs a = check_layer({kernels.gates, kernels.states, kernels.saved}, x, states, params,
-                              masks.lengths, masks.batch_sizes, masks.reset);
+    LayerArgs a = check_layer({kernels.gates, kernels.states}, x, states, params, masks.lengths,
+                              masks.batch_sizes, masks.reset);
     return forward<E, A>(kernels, std::move(a), nullptr, save, return_states);
   };
   return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
@@ -25,8 +25,8 @@ Outputs run_packed(const std::string& name, const Tensor& x, const TensorList& s
   const auto run = [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
     const PackedLayer<E, A> packed(kernels, weights);
-    LayerArgs a = check_input({kernels.gates, kernels.states, kernels.saved}, packed.sizes(), x, states,
-                              masks.lengths, masks.batch_sizes, masks.reset);
+    LayerArgs a = check_input({kernels.gates, kernels.states}, packed.sizes(), x, states, masks.lengths,
+                              masks.batch_sizes, masks.reset);
     return forward<E, A>(kernels, std::move(a), &packed, false, return_states);
   };
   return dtype_of(x) == ScalarType::Double ? run(double{}, double{})

@@ -43,7 +43,7 @@ template <class E, class A = E>
 Tensor pack_layer(const std::string& name, const TensorList& params, const TensorList& scales,
                   int64_t directions, ScalarType dtype) {
   const CellKernels<E, A>& cell = cell_kernels<E, A>(name);
-  const CellShape shape{cell.gates, cell.states, cell.saved};
+  const CellShape shape{cell.gates, cell.states};
   const LayerSizes n = param_sizes(shape, params, directions);
   const bool int8 = !scales.empty();
   const auto all = check_params(shape, n, params, int8 ? ScalarType::Char : dtype, dtype, true);

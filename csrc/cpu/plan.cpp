@@ -32,6 +32,18 @@ int64_t steps_of(const LayerArgs& a, int64_t rows) {
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, std::max<int64_t>(a.T, 1));
 }
 
+// Whether the longest sequences are not much longer than the others: their rows have at most a ninth more of
+// the work than the mean.
+bool nearly_even(const LayerArgs& a) {
+  int64_t rows = a.N;
+  if (a.lengths) {
+    const auto* lengths = static_cast<const int64_t*>(a.lengths->const_data_ptr());
+    rows = 0;
+    for (int64_t b = 0; b < a.B; ++b) rows += std::clamp<int64_t>(lengths[b], 0, a.T);
+  }
+  return rows * 10 >= a.T * a.B * 9;
+}
+
 }  // namespace
 
 int64_t second_level_cache() {
@@ -74,7 +86,7 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
       B_(a.B),
       I_(a.I),
       P_(a.P),
-      dense_(!a.lengths && a.N == a.T * a.B),
+      even_(nearly_even(a)),
       step_(step),
       call_(call),
       weight_bytes_(weight_bytes),
@@ -91,15 +103,15 @@ Plan::Split Plan::split(int threads) const {
   constexpr int64_t kRowsEach = 6;    // those of a register tile on x86-64
   constexpr int64_t kRowsOfFar = 16;  // enough multiplications for the weights to come from further away
   const int directions = D_ > 1 && threads % D_ == 0 ? static_cast<int>(D_) : 1, each = threads / directions;
-  // Of a ragged batch, sorted by length, the first rows would be most of the work.
-  const bool far = dense_ && weight_bytes_ <= third_level_cache() / 4;
+  const bool far = weight_bytes_ <= third_level_cache() / 4;
   if (T_ > kShort) {
     // As few parts of the units, and barriers, as leave R in the cache, beside what the steps read and write.
-    for (int units = 1; units < each; ++units) {
-      const int rows = each / units;
+    // But of a ragged batch, sorted by length, the first rows are most of the work: as many as there may be.
+    for (int i = 1; i <= each; ++i) {
+      const int units = even_ ? i : each + 1 - i, rows = each / units;
+      if (each % units != 0 || blocks_ < units) continue;
       const bool near = weight_bytes_ / units <= second_level_cache() * 3 / 5;
-      if (each % units == 0 && blocks_ >= units &&
-          ((near && B_ >= kRowsEach * rows) || (far && B_ >= kRowsOfFar * rows))) {
+      if (rows == 1 || (near && B_ >= kRowsEach * rows) || (far && B_ >= kRowsOfFar * rows)) {
         return {directions, rows, units};
       }
     }

@@ -73,7 +73,7 @@ class Plan {
   double step_time(int units, bool above) const;
 
   int64_t D_, T_, B_, I_, P_;
-  bool dense_;  // every sequence has T steps
+  bool even_;  // the batch: any part of its rows has as many steps as another, or nearly
   int64_t step_, call_, weight_bytes_, blocks_;
   int threads_;
 };

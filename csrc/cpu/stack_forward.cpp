@@ -60,7 +60,7 @@ class Stack {
 
   // Of a layer whose input is x; packed_ is then that layer's.
   LayerArgs args(int64_t layer, const Tensor& x, const Masks& masks) {
-    const CellShape shape{cell_.gates, cell_.states, cell_.saved};
+    const CellShape shape{cell_.gates, cell_.states};
     const size_t each = params_.size() / layers_;
     TensorList own;
     for (Tensor& s : states_) own.push_back(torch::stable::narrow(s, 0, layer, 1));
