@@ -76,6 +76,11 @@ def layer_input(x: Tensor, weight: Tensor, input_size: int, packed: bool) -> Non
             f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
             f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
         )
+    input_shape(x, input_size, packed)
+
+
+def input_shape(x: Tensor, input_size: int, packed: bool) -> None:
+    """As layer_input, of any dtype."""
     expected = 2 if packed else 3
     if x.dim() != expected:
         raise RuntimeError(f"input must have {expected} dimensions, got {x.dim()}")

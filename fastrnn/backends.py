@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -9,14 +10,15 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import cuda, kernels
+from . import _checks, cuda, kernels
 from ._checks import dtype_names
+from .gpu import capability
 from .reference import CELLS
 from .tree_reference import TREE_CELLS
 
@@ -24,6 +26,7 @@ BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is what torch calls AMD's too
+TRITON_CAPABILITY = 80  # below, Triton has no tensor cores and ptxas no bfloat16
 # What torch's autocast casts; float64 it leaves alone.
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -129,6 +132,14 @@ def _triton_missing() -> str | None:
 TRITON_MISSING = _triton_missing()
 
 
+@functools.cache
+def _too_old_for_triton(index: int | None) -> str | None:
+    found = capability(torch.device("cuda", torch.cuda.current_device() if index is None else index))
+    if found is not None and found < TRITON_CAPABILITY:
+        return f"it takes NVIDIA GPUs of compute capability 8.0 or newer, this one has {found / 10}"
+    return None
+
+
 def _why_not_triton(x: Tensor) -> str | None:
     if TRITON_MISSING is not None:
         return TRITON_MISSING
@@ -141,6 +152,9 @@ def _why_not_triton(x: Tensor) -> str | None:
         return f"it takes GPU tensors, the input is on {x.device}"
     if x.dtype not in TRITON_DTYPES:
         return f"it takes {dtype_names(TRITON_DTYPES)}, the input is {dtype_names([x.dtype])}"
+    # Not of a traced one: the device may not be there.
+    if type(x) in (Tensor, torch.nn.Parameter) and kind == "cuda":
+        return _too_old_for_triton(x.device.index)
     return None
 
 
@@ -259,16 +273,21 @@ class Explanation:
 
 
 def _sizes(layer: torch.nn.Module, input: Tensor | PackedSequence) -> tuple[int, int]:
-    """T and B of a call."""
+    """T and B of a call, whose input has the dimensions and the width that the layer takes."""
+    size = cast(int, layer.input_size)
     if isinstance(input, PackedSequence):
-        T, B = len(input.batch_sizes), int(input.batch_sizes[0])
-    elif isinstance(layer, torch.nn.RNNCellBase):
-        T, B = 1, input.shape[0] if input.dim() == 2 else 1
-    else:
-        T, B = (*input.shape[:2],) if input.dim() == 3 else (input.shape[0], 1)
-        if input.dim() == 3 and layer.batch_first:
-            T, B = B, T
-    return T, B
+        _checks.input_shape(input.data, size, True)
+        return len(input.batch_sizes), int(input.batch_sizes[0])
+    if isinstance(layer, torch.nn.RNNCellBase):
+        _checks.cell_ranks(type(layer).__name__, input, None, ())
+        x = input if input.dim() == 2 else input.unsqueeze(0)
+        _checks.cell_sizes(x, (), size, 0)
+        return 1, x.shape[0]
+    _checks.layer_ranks(type(layer).__name__, input, None)
+    x = input if input.dim() == 3 else input.unsqueeze(1)
+    _checks.input_shape(x, size, False)
+    T, B = x.shape[:2]
+    return (B, T) if input.dim() == 3 and layer.batch_first else (T, B)
 
 
 def _parts(threads: int, parts: Sequence[int], more: str = "") -> str:
@@ -278,13 +297,11 @@ def _parts(threads: int, parts: Sequence[int], more: str = "") -> str:
     return "1 thread" if threads == 1 else f"{threads} threads ({', '.join(shares)}{more})"
 
 
-def _split(layer: torch.nn.Module, input: Tensor | PackedSequence, x: Tensor, packed: str) -> str:
-    """How the first layer's passes fall into threads; docs/cpu.md says why. packed: of a frozen or quantized
-    layer, which has no backward pass, its kernel's note."""
+def _split(layer: torch.nn.Module, T: int, B: int, rows: int, x: Tensor, packed: str) -> str:
+    """How the first layer's passes over so many rows fall into threads; docs/cpu.md says why. packed: of a
+    frozen or quantized layer, which has no backward pass, its kernel's note."""
     H = layer.hidden_size
     D = 2 if getattr(layer, "bidirectional", False) else 1
-    T, B = _sizes(layer, input)
-    rows = len(input.data) if isinstance(input, PackedSequence) else T * B
     P = getattr(layer, "proj_size", 0) or H
     stacks = x.dtype in kernels.KERNEL_DTYPES and not torch._C._is_any_autocast_enabled()
     L = getattr(layer, "num_layers", 1) if stacks else 1  # as functional.stack has it
@@ -334,7 +351,8 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
     """Which kernel would run for layer(input), and why; nothing is run.
 
     layer: a layer, cell or attention of fastrnn's; input: what would be passed to it first, a tensor, a
-    PackedSequence, or None to a recursive layer. Raises TypeError where the layer is not one of fastrnn's.
+    PackedSequence, or None to a recursive layer. Raises TypeError where the layer is not one of fastrnn's,
+    ValueError or RuntimeError where it would refuse the input's dimensions or width.
     """
     cell, own = getattr(layer, "_cell", None), getattr(layer, "_explain", None)
     if own is None and cell not in CELLS:
@@ -346,6 +364,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         return found
     assert input is not None
     assert cell is not None
+    T, B = _sizes(layer, input)
     given = input.data if isinstance(input, PackedSequence) else input
     x, packed = in_autocast(given), getattr(layer, "kernel_note", "")
     if packed and x is not given:  # packed weights keep their type under autocast
@@ -361,12 +380,12 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         if decision.backend == "triton":
             describe = importlib.import_module("fastrnn.triton_kernels").describe
 
-        H, B = layer.hidden_size, _sizes(layer, input)[1]
         D = 2 if getattr(layer, "bidirectional", False) else 1
-        kernel, split = describe(cell, H, getattr(layer, "proj_size", 0), B, D, x)
+        kernel, split = describe(cell, layer.hidden_size, getattr(layer, "proj_size", 0), B, D, x)
         return Explanation(decision.backend, kernel, decision.reason, split)
     said = explained(decision, x, cell, "scan", multiplies_bf16=True)
     if said.backend != "cpu":
         return said
-    split = _split(layer, input, x, packed)
+    rows = len(given) if isinstance(input, PackedSequence) else T * B
+    split = _split(layer, T, B, rows, x, packed)
     return replace(said, kernel=f"{said.kernel}{packed}", split=split)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -121,6 +123,18 @@ def test_explain():
     for stranger in (torch.nn.LSTM(2, 3), torch.nn.Linear(2, 3)):
         with pytest.raises(TypeError, match="explain takes a fastrnn layer or cell"):
             fastrnn.explain(stranger, x)
+    # What the call would refuse.
+    sequences = [torch.nn.utils.rnn.pack_sequence([torch.randn(4, *size)]) for size in ((5,), (1, 2))]
+    for layer, wrong in (
+        (fastrnn.LSTM(2, 3), x[None]),
+        (fastrnn.LSTM(2, 3), x[..., :1]),
+        *((fastrnn.LSTM(2, 3), sequence) for sequence in sequences),
+        (fastrnn.RNNCell(2, 3), x),
+        (fastrnn.RNNCell(2, 3), x[0, :, :1]),
+    ):
+        for call in (layer, functools.partial(fastrnn.explain, layer)):
+            with pytest.raises((ValueError, RuntimeError), match=r"2D|1D|2 dimensions|input_size"):
+                call(wrong)
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
@@ -135,7 +149,8 @@ def test_explain_arithmetic(isa, monkeypatch):
     frozen, small = fastrnn.freeze(half), fastrnn.quantize(lstm)
 
     def said(layer, dtype=torch.float32):
-        return fastrnn.explain(layer, x.to(dtype)).kernel
+        given = x[0] if isinstance(layer, torch.nn.RNNCellBase) else x
+        return fastrnn.explain(layer, given.to(dtype)).kernel
 
     assert plain in said(lstm)
     assert plain in said(lstm.half(), torch.float16)
@@ -148,6 +163,22 @@ def test_explain_arithmetic(isa, monkeypatch):
         assert f"{plain}, int8 weights" in said(small)
         assert f"{plain}, frozen" in said(fastrnn.freeze(lstm))
         assert plain in said(fastrnn.Attention(2, 5, score="general"))
+
+
+@pytest.mark.parametrize(
+    ("found", "said"), [(75, "8.0 or newer, this one has 7.5"), (80, None), (None, None)]
+)
+def test_gpus_that_triton_does_not_take(found, said, monkeypatch):
+    class Parameter(SimpleNamespace):
+        device, dtype = torch.device("cuda", 0), torch.float32
+
+    monkeypatch.setattr(torch.nn, "Parameter", Parameter)
+    monkeypatch.setattr(backends, "TRITON_MISSING", None)
+    monkeypatch.setattr(backends, "capability", lambda device: found)
+    backends._too_old_for_triton.cache_clear()
+    reason = backends._why_not_triton(Parameter())
+    backends._too_old_for_triton.cache_clear()
+    assert reason is None if said is None else said in reason
 
 
 def test_explain_attention():
@@ -327,12 +358,24 @@ def test_explain_tells_the_split():
             assert fastrnn.explain(layer, torch.zeros(shape)).split.startswith(expected), layer
         packed = torch.nn.utils.rnn.pack_sequence([torch.zeros(100, 64)] * 32)
         assert "rows of the batch in 4" in fastrnn.explain(fastrnn.LSTM(64, 128), packed).split
+        # Of several lengths the first rows would be most of the work.
+        ragged = torch.nn.utils.rnn.pack_sequence([torch.zeros(100 - 3 * i, 64) for i in range(32)])
+        assert "units in 4" in fastrnn.explain(fastrnn.LSTM(64, 128), ragged).split
+        nearly = torch.nn.utils.rnn.pack_sequence([torch.zeros(100 - i // 2, 64) for i in range(32)])
+        assert "rows of the batch in 4" in fastrnn.explain(fastrnn.LSTM(64, 128), nearly).split
         # A thread without a vector of units would only wait.
         units = {"baseline": 4, "neon": 4, "avx2": 8}.get(fastrnn.kernels.instruction_set(), 16)
         for threads, H, B in ((16, 64, 16), (64, 128, 16), (64, 512, 1)):
             torch.set_num_threads(threads)
             said = fastrnn.explain(fastrnn.LSTM(H, H), torch.zeros(100, B, H)).split
             assert 1 < int(said.split("units in ")[1].split()[0]) <= H // units, said
+        # Nor is any left without work where a ragged batch has more threads than vectors.
+        torch.set_num_threads(16)
+        many = torch.nn.utils.rnn.pack_sequence([torch.zeros(100 - i // 11, 8) for i in range(1024)])
+        for vectors in (1, 2, 4):
+            said = fastrnn.explain(fastrnn.LSTM(8, vectors * units), many).split
+            rows, parts = 16 // vectors, f", units in {vectors} parts" * (vectors > 1)
+            assert said.startswith(f"16 threads (rows of the batch in {rows} parts{parts}"), said
     finally:
         torch.set_num_threads(before)
     with fastrnn.backend("reference"):
