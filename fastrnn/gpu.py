@@ -159,7 +159,8 @@ class Call:
     def all_before(self, seqs: Sequence[Tensor], state: int) -> Tensor:
         """`before` of both directions, [D, N, .]."""
         firsts = self.states[state]
-        return torch.stack([self.before(seq, firsts[d], d) for d, seq in enumerate(seqs)])
+        found = [self.before(seq, firsts[d], d) for d, seq in enumerate(seqs)]
+        return found[0].unsqueeze(0) if len(found) == 1 else torch.stack(found)
 
     @functools.cached_property
     def _rows_before(self) -> list[Tensor]:
@@ -209,8 +210,9 @@ class Backward:
     gates: Tensor  # [D, N, SAVED*H]
     y: Tensor  # [N, D*P]
     seq: Tensor | None  # [D, N, H] float32
-    # The states before each step, zeroed where it zeroes them, [D, N, P] and float32 [D, N, H]; an engine
-    # that finds them itself has them where sequences differ in their steps alone.
+    # The states before each step, zeroed where it zeroes them, [D, N, P] and float32 [D, N, H]: where
+    # sequences differ in their steps, else for an engine that does not find them itself, h where the cell
+    # reads it.
     h_before: Tensor | None
     c_before: Tensor | None
     dg: Tensor  # [D, N, GRADS*H]: comes out
@@ -355,11 +357,12 @@ def _backward(
         flat = [getattr(p, name) for p in call.params for name in _NAMES]
         return dx, given, [torch.zeros_like(p) for p in flat if p is not None] if need_params else []
     y_rows, h_before, c_before = y.reshape(N, D, P), None, None
-    if not engine.finds_before or call.masked or call.packed:
-        if traits.state or need_params:
-            h_before = call.all_before(y_rows.unbind(1), 0)
-        if traits.cell_state:
-            c_before = call.all_before(seq[0].reshape(D, N, H).unbind(0), 1)
+    differ = call.masked or call.packed  # else R's gradient finds each step's h in y, a step away
+    told = differ or not engine.finds_before
+    if (told and traits.state) or (differ and need_params):
+        h_before = call.all_before(y_rows.unbind(1), 0)
+    if told and traits.cell_state:
+        c_before = call.all_before(seq[0].reshape(D, N, H).unbind(0), 1)
     dg = x.new_empty(D, N, traits.grads * H)
     dmid = x.new_empty(D, N, P) if call.projected else None
     tensors = Backward(

@@ -88,8 +88,9 @@ def usual(kernel):
     return torch.float16 if "16 bits" in kernel else torch.float32
 
 
-def check(cell, kernel, engine, T=4, B=3, I=4, H=18, dtype=None, **options):
+def check(cell, kernel, engine, T=4, B=3, I=4, H=18, dtype=None, epsilon=None, **options):
     dtype = dtype or usual(kernel)
+    epsilon = epsilon or EPSILON[dtype]
     x, states, params, masks = case(cell, T, B, I, H, **options)
     flat = [t.to(dtype).to(F64) for t in (x, *states, *params)]  # the same numbers for both
     with fastrnn.backend("reference"):
@@ -102,10 +103,10 @@ def check(cell, kernel, engine, T=4, B=3, I=4, H=18, dtype=None, **options):
             S = len(states)
             y, last, _ = functional.layer(cell, leaves[0], leaves[1 : 1 + S], leaves[1 + S :], **masks)
     assert outputs[0].dtype == dtype
-    assert worst(outputs, expected[0]) < EPSILON[dtype]
-    assert worst(grads, expected[1]) < EPSILON[dtype] * (4 if dtype == torch.float32 else 2)
+    assert worst(outputs, expected[0]) < epsilon
+    assert worst(grads, expected[1]) < epsilon * (4 if dtype == torch.float32 else 2)
     # Inference saves nothing, and gives the same.
-    assert worst([y, *last], [o.detach().cpu().to(F64) for o in outputs[: 1 + S]]) < EPSILON[dtype] / 4
+    assert worst([y, *last], [o.detach().cpu().to(F64) for o in outputs[: 1 + S]]) < epsilon / 4
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -134,6 +135,20 @@ def test_several_tiles(cell, kernel, engine):
 @each_cell
 def test_16_bits(cell, dtype, kernel, engine):
     check(cell, kernel, engine, dtype=dtype, D=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_cell_state_is_float32(dtype, kernel, engine):
+    """Additions too small for 16 bits add up in it: with the forget gate at 1, c grows by an eighth of what
+    lies between two numbers a step."""
+    T, H, eps = 64, 18, torch.finfo(dtype).eps
+    bias = torch.tensor([0.0, 40.0, eps / 4, 0.0]).repeat_interleave(H)  # i = 1/2
+    given = (torch.zeros(T, 1, 1), torch.zeros(1, 1, H), torch.ones(1, 1, H))
+    weights = (torch.zeros(4 * H, 1), torch.zeros(4 * H, H), bias, torch.zeros(4 * H))
+    x, h, c, *params = (t.to(engine.device, dtype) for t in (*given, *weights))
+    with engine.use(kernel), torch.no_grad():
+        last = functional.layer("lstm", x, [h, c], params)[1]
+    assert (last[1].double() - (1 + T * eps / 8)).abs().max() <= eps / 2
 
 
 @pytest.mark.parametrize(

@@ -191,9 +191,8 @@ def compile_all(job):
 
     capability, config, cell, dtype, H, projected, options, special = job
     target = GPUTarget("cuda", capability, 32) if capability else GPUTarget("hip", "gfx942", 64)
-    common = layer.options(
-        cell, config, dtype, ahead.precision(dtype, target), projected=projected, **options
-    )
+    given = {"precision": ahead.precision(dtype, target), **options}
+    common = layer.options(cell, config, dtype, projected=projected, **given)
     found = []
     for name, more in ahead.kernels(cell, config, projected=projected, **special):
         compiled = ahead.compile(name, dtype, target, {**common, **more}, aligned=H % 16 == 0)
@@ -227,7 +226,7 @@ SIZES, BATCHES, PROCESSORS = (16, 32, 64, 128, 256, 512, 1024, 2048), (16, 128),
 
 def jobs():
     """Every configuration of each cell, type and architecture whose rows are aligned, with the last launch of
-    an LSTM's; each option with one of each kernel."""
+    an LSTM's; each option with one of each kernel, float32 as TF32 too, torch's default."""
     from fastrnn.triton_kernels.heuristics import Shape, configure
 
     def job(capability, cell, dtype, H, B, processors, special, P=0, **options):
@@ -245,6 +244,8 @@ def jobs():
             for processors in PROCESSORS:
                 yield job(capability, "lstm", dtype, 1024, 128, processors, {"final": True})
     half, brain = torch.float16, torch.bfloat16
+    for capability, H, processors in itertools.product((80, 90), (64, 1024), PROCESSORS):
+        yield job(capability, "lstm", torch.float32, H, 128, processors, {}, precision="tf32")
     for capability in (90, 100):
         yield job(capability, "lstm", brain, 2048, 128, 132, {}, masked=True)
     for H, processors in ((64, 0), (500, 0), (500, 132)):
@@ -277,14 +278,43 @@ def compile_attention(job):
     capability, dtype, additive, masked, width = job
     target = GPUTarget("cuda", capability, 32)
     found = []
-    for name, options in ahead.attention_kernels(dtype, target, additive, masked, width):
-        compiled = ahead.compile(name, dtype, target, options, aligned=width % 16 == 0)
+    kernels = [
+        (name, options, ahead.FLOAT32)
+        for name, options in ahead.attention_kernels(dtype, target, additive, masked, width)
+    ]
+    if additive and dtype != torch.float32:  # the backward pass in pieces sums in float32
+        kernels += [(*k[:2], (*ahead.FLOAT32, "dkeys")) for k in kernels if k[0] == "attend_dkeys"]
+    for name, options, float32 in kernels:
+        compiled = ahead.compile(name, dtype, target, options, width % 16 == 0, float32=float32)
         found.append((name, compiled.metadata.shared, *resources(compiled.asm["cubin"])))
     return job, found
 
 
 def _without_interpreter() -> None:
     os.environ.pop("TRITON_INTERPRET", None)
+
+
+@pytest.mark.slow
+def test_one_direction_begins_beyond_an_int():
+    """Of inference in chunks, the reverse one of a layer of many rows, in scans and in steps."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _without_interpreter) as pool:
+        assert pool.submit(compile_beyond).result() == ["scan_forward", "step_forward"]
+
+
+def compile_beyond():
+    from triton.backends.compiler import GPUTarget
+
+    from fastrnn.triton_kernels import ahead, layer
+    from fastrnn.triton_kernels.heuristics import Config
+
+    found = []
+    for config in (Config("scan", 16, 16, 16, 4, 1), Config("step", 16, 16, 16, 4, 2)):
+        common = layer.options("rnn_tanh", config, torch.bfloat16, "ieee")
+        name, more = ahead.kernels("rnn_tanh", config)[0]
+        target = GPUTarget("cuda", 90, 32)
+        ahead.compile(name, torch.bfloat16, target, {**common, **more}, beyond=("base_1",))
+        found.append(name)
+    return found
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastrnn
 from fastrnn import functional, fused, reference
 from fastrnn.triton_kernels import attention as kernels
+from fastrnn.triton_kernels import heuristics
 
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
 F64 = torch.float64
@@ -196,18 +197,44 @@ def test_a_transposed_logarithm(additive):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+class Allocations(TorchDispatchMode):
+    """The shapes of what is allocated."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.new_empty.default:
+            self.found.append(tuple(out.shape))
+        return out
+
+
+@pytest.mark.parametrize(("additive", "weighted"), [(True, False), (True, True), (False, True)])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_some_queries_at_a_time(dtype, mask, additive, weighted, monkeypatch):
+    """Which sum up to the same; in memory are then these queries' scores alone."""
+    given, allowed = case(40, 35, 2, 4, 20, additive, mask)
+    flat = [None if t is None else t.to(DEVICE, dtype) for t in given]
+    allowed = None if allowed is None else allowed.to(DEVICE)
+    context, weights, lse = kernels.forward(*flat, allowed, 0.5, True)
+    args = (context, weights if weighted else None, *flat, allowed, 0.5, context, lse)
+    whole = kernels.backward(*args, *ALL)
+    monkeypatch.setattr(heuristics, "SCORE_BYTES", 1)
+    with Allocations() as allocations:
+        found = kernels.backward(*args, *ALL)
+    assert (2, 16, 35) in allocations.found
+    assert (2, 40, 35) not in allocations.found
+    assert {t.dtype for t in found} == {dtype}
+    assert error(found, [t.cpu().to(F64) for t in whole]) < EPSILON[dtype]
+    for needs in ((True, False, False, False), (False, True, True, True)):
+        for need, ours, expected in zip(needs, kernels.backward(*args, *needs), found, strict=True):
+            assert torch.equal(ours, expected) if need else ours.shape == (0,), needs
+
+
 def test_the_weights_are_allocated_once():
-    class Allocations(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.found = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is torch.ops.aten.new_empty.default:
-                self.found.append(tuple(out.shape))
-            return out
-
     given, _ = case(5, 7, 2, 4, 3, False, "none")
     flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
     with Allocations() as allocations:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from on_gpus import *  # noqa: F403 (all its tests are this file's too, with the engine below)
+from on_gpus import check
 
 import fastrnn
 from fastrnn.reference import DirectionParams
@@ -17,7 +19,11 @@ from fastrnn.triton_kernels import heuristics, layer
 
 STEPS = ("step_forward", "step_backward")
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
-KERNELS = {"scan": None, **{name: heuristics.Config(name, 16, 16, 16, 4, 2) for name in ("step", "grid")}}
+KERNELS = {
+    "scan": None,
+    "step": heuristics.Config("step", 16, 16, 16, 4, 2),
+    "grid": heuristics.Config("grid", 16, 16, 16, 4, 2, early=True),
+}
 
 
 def pytest_generate_tests(metafunc):
@@ -48,6 +54,53 @@ def engine(monkeypatch):
                 yield
 
     return Triton()
+
+
+# H, B and multiprocessors, so few that each of the heuristics' tiles of 16 bits has its turn: these. On a
+# GPU H, B, and what it takes itself.
+SHIPPED = (
+    [
+        (144, 20, 132, "grid", 16, 16),
+        (144, 20, 12, "grid", 16, 32),
+        (144, 70, 18, "grid", 64, 16),
+        (144, 70, 12, "grid", 64, 32),
+        (144, 70, 0, "step", 64, 32),
+    ]
+    if layer.INTERPRETED
+    else [(H, B, None, None, None, None) for H, B in ((1024, 16), (1024, 64), (500, 64), (2048, 128))]
+)
+
+
+def as_shipped(monkeypatch, processors):
+    """Configurations are those of this GPU, interpreted of an H100, with so many multiprocessors."""
+    shape_of = layer.shape_of
+
+    def shape(*args):
+        found = shape_of(*args)
+        found = replace(found, capability=90) if layer.INTERPRETED else found
+        return found if processors is None else replace(found, processors=processors)
+
+    monkeypatch.setattr(layer, "shape_of", shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if layer.INTERPRETED else [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("H", "B", "processors", "kind", "block_b", "block_u"), SHIPPED)
+def test_configurations_that_ship(H, B, processors, kind, block_b, block_u, dtype, engine, monkeypatch):
+    as_shipped(monkeypatch, processors)
+    if kind is not None:
+        x = torch.empty(0, dtype=dtype)
+        config = heuristics.configure(layer.shape_of("lstm", x, H, H, B, 1, 1, False))
+        assert (config.kernel, config.block_b, config.block_u) == (kind, block_b, block_u)
+    check("lstm", "scan", engine, T=3 if layer.INTERPRETED else 16, B=B, H=H, dtype=dtype)
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="TF32 is a GPU's")
+@pytest.mark.parametrize("H", [64, 512])
+def test_tf32(H, engine):
+    """What torch lets cuDNN do unless told otherwise."""
+    with torch.backends.cudnn.flags(allow_tf32=True):
+        assert layer.precision(torch.empty(0, device=DEVICE)) == "tf32"
+        check("lstm", "scan", engine, B=20, H=H, dtype=torch.float32, epsilon=5e-3)
 
 
 def test_modules_and_the_compiler():
@@ -93,8 +146,9 @@ def test_tuning(monkeypatch, tmp_path, capsys):
         return times[heuristics.configure(shape)]
 
     monkeypatch.setattr(tune, "seconds", seconds)
-    shape = layer.shape_of("gru", torch.empty(0, device=DEVICE), 5, 5, 2, 2, 1, False)
-    options = ["--hidden", "5", "--batch", "2", "--steps", "2", "--dtype", "float32", "--bidirectional"]
+    x = torch.empty(0, device=DEVICE, dtype=torch.bfloat16)
+    shape = layer.shape_of("gru", x, 5, 5, 2, 2, 1, False)
+    options = ["--hidden", "5", "--batch", "2", "--steps", "2", "--dtype", "bfloat16", "--bidirectional"]
     was = heuristics.configure(shape)
     assert main(["tune", "--cell", "gru", *options]) == 0
     said = capsys.readouterr().out
@@ -102,6 +156,12 @@ def test_tuning(monkeypatch, tmp_path, capsys):
     assert str(file) in said
     assert fresh() == {shape: KERNELS["step"]}
     assert heuristics.configure(shape) == KERNELS["step"] != was
+    assert heuristics.configure(replace(shape, precision="tf32")) == was
+    with monkeypatch.context() as patch:
+        patch.setattr(heuristics.triton, "__version__", "another")
+        assert fresh() == {}
+        heuristics.save()  # which keeps those of other versions
+    assert fresh() == {shape: KERNELS["step"]}
     # One that only inference has room for is not kept, though training is not what is timed.
     back = layer.Triton.backward
 
@@ -115,16 +175,30 @@ def test_tuning(monkeypatch, tmp_path, capsys):
         assert main(["tune", "--cell", "gru", "--forward", *options]) == 0
     capsys.readouterr()
     assert fresh() == {shape: KERNELS["grid"]}
-    other = layer.shape_of("gru", torch.empty(0, device=DEVICE), 5, 5, 3, 2, 1, False)
+    other = layer.shape_of("gru", x, 5, 5, 3, 2, 1, False)
     assert heuristics.configure(other) == was
     assert main(["tune", "--cell", "rnn_tanh", "--proj-size", "2", *options]) == 2
     assert "--proj-size goes with --cell lstm alone" in capsys.readouterr().err
-    file.write_text('[{"shape": {}}]')
+    file.write_text(f'[{{"triton": "{heuristics.triton.__version__}", "shape": {{}}}}]')
     with pytest.warns(UserWarning, match=r"tuned\.json is left out, .*tune"):
         assert fresh() == {}
     assert heuristics.configure(shape) == was
     monkeypatch.undo()
     fresh()
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="TF32 is a GPU's")
+def test_float32_is_tuned_for_both_precisions(monkeypatch, tmp_path):
+    from fastrnn.__main__ import main
+    from fastrnn.triton_kernels import tune
+
+    monkeypatch.setenv("FASTRNN_TUNED", str(tmp_path / "tuned.json"))
+    monkeypatch.setattr(tune, "candidates", lambda shape: iter([KERNELS["step"]]))
+    heuristics.tuned.cache_clear()
+    assert main(["tune", "--hidden", "20", "--batch", "2", "--steps", "2", "--dtype", "float32"]) == 0
+    assert {shape.precision for shape in heuristics.tuned()} == {"tf32", "tf32x3"}
+    monkeypatch.undo()
+    heuristics.tuned.cache_clear()
 
 
 @pytest.mark.parametrize("projected", [0, 3])

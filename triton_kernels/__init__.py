@@ -1,4 +1,4 @@
-"""The Triton backend: fused scans on every GPU that Triton reaches, with no compiler on the user's machine.
+"""The Triton backend: fused scans on GPUs that Triton reaches, NVIDIA's from capability 8.0, without nvcc.
 
 Imported at the first call that runs on it; `fastrnn.backends` knows whether Triton is there.
 """

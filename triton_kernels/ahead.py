@@ -3,6 +3,7 @@ of shared memory, and what the tests hold against the architectures' limits."""
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from fastrnn.gpu import alone
 from . import attend, attention, heuristics, layer, scan, step
 
 _FLOATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Arguments that are float32 whatever the layer's type; others that are not of the layer's type.
-_FLOAT32 = ("seq", "h_state", "c_state", "dseq", "c_before", "h_grad", "c_grad")
-_FLOAT32 += ("lse", "delta", "dscores", "dv")
+# Arguments that are float32 whatever the layer's type is; others that are not of the layer's type.
+FLOAT32 = ("seq", "h_state", "c_state", "dseq", "c_before", "h_grad", "c_grad")
+FLOAT32 += ("lse", "delta", "dscores", "dv")
 _OTHERS = {
     "offsets": "*i64",
     "flags": "*u8",
@@ -114,7 +115,7 @@ def attention_kernels(
     """Those of a training step with queries, keys and values so wide, and all compile-time arguments."""
     common = attention.options(dtype, precision(dtype, target), additive, masked)
     back = {**common, "DWEIGHTS": True}
-    of_keys = {"BLOCK_C": attention.ADDITIVE_PIECE if additive else attention.columns(width)}
+    of_keys = {"BLOCK_C": heuristics.ADDITIVE_PIECE if additive else attention.columns(width)}
     of_values = {"BLOCK_V": attention.columns(width)}
     # The gradient of v comes with that of the queries, or alone.
     of_queries = [(True, False), (True, True), (False, True)] if additive else [(True, False)]
@@ -129,21 +130,27 @@ def attention_kernels(
 
 
 def compile(
-    name: str, dtype: torch.dtype, target: GPUTarget, options: dict[str, Any], aligned: bool = True
+    name: str,
+    dtype: torch.dtype,
+    target: GPUTarget,
+    options: dict[str, Any],
+    aligned: bool = True,
+    beyond: Container[str] = (),
+    float32: Container[str] = FLOAT32,
 ) -> Any:
     """Triton's CompiledKernel. options: all compile-time arguments; aligned: whether H and P are multiples of
-    16."""
+    16; beyond: the sizes that are 2**31 and more; float32: the tensors of that type whatever the layer is."""
     kernel = _KERNELS[name]
     options = dict(options)
     compiler = {key: options.pop(key) for key in ("num_warps", "num_stages", "enable_fp_fusion")}
     signature, attributes, constants = {}, {}, {}
     for i, argument in enumerate(kernel.arg_names):
         if argument in _SIZES:
-            signature[argument] = "i32"
+            signature[argument] = "i64" if argument in beyond else "i32"
         elif argument.isupper():
             signature[argument], constants[argument] = "constexpr", options[argument]
         else:
-            of = "fp32" if argument in _FLOAT32 else _FLOATS[dtype]
+            of = "fp32" if argument in float32 else _FLOATS[dtype]
             signature[argument] = _OTHERS.get(argument, f"*{of}")
         if signature[argument].startswith("*") or (aligned and argument in ("H", "P", "K", "V")):
             attributes[(i,)] = [["tt.divisibility", 16]]

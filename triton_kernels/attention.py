@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,13 +14,8 @@ from torch import Tensor
 from fastrnn._checks import attention_sizes, dtype_names, same_device
 from fastrnn.gpu import GRID_LIMIT, alone
 
-from . import attend
+from . import attend, heuristics
 from .layer import DTYPES, INTERPRETED
-
-# Tiles of dot products, and what they load of K or V at once; those of additive scores.
-TILE_OF_QUERIES, TILE_OF_POSITIONS, PIECE = 16, 32, 64
-ADDITIVE_TILE, ADDITIVE_PIECE = 16, 16
-WIDEST = 128  # columns of a result that a program makes
 
 
 def precision(query: Tensor) -> str:
@@ -33,9 +30,9 @@ def options(dtype: torch.dtype, precision: str, additive: bool, masked: bool) ->
     return {
         "ADDITIVE": additive,
         "MASKED": masked,
-        "BLOCK_Q": ADDITIVE_TILE if additive else TILE_OF_QUERIES,
-        "BLOCK_S": ADDITIVE_TILE if additive else TILE_OF_POSITIONS,
-        "BLOCK_K": ADDITIVE_PIECE if additive else PIECE,
+        "BLOCK_Q": heuristics.ADDITIVE_TILE if additive else heuristics.TILE_OF_QUERIES,
+        "BLOCK_S": heuristics.ADDITIVE_TILE if additive else heuristics.TILE_OF_POSITIONS,
+        "BLOCK_K": heuristics.ADDITIVE_PIECE if additive else heuristics.PIECE,
         # Interpreted products of 16-bit floats are wrong, see layer.options.
         "OPERAND": tl.float32 if INTERPRETED else DTYPES[dtype],
         "PRECISION": precision,
@@ -47,7 +44,7 @@ def options(dtype: torch.dtype, precision: str, additive: bool, masked: bool) ->
 
 def columns(width: int) -> int:
     """Of a result so wide that a program makes."""
-    return min(WIDEST, max(16, int(triton.next_power_of_2(width))))
+    return min(heuristics.WIDEST, max(16, int(triton.next_power_of_2(width))))
 
 
 class Call:
@@ -100,7 +97,7 @@ class Call:
     @property
     def columns_of_keys(self) -> int:
         """Of the gradients of queries and keys that a program makes."""
-        return ADDITIVE_PIECE if self.additive else columns(self.K)
+        return heuristics.ADDITIVE_PIECE if self.additive else columns(self.K)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -114,6 +111,25 @@ class Call:
 
     def of_positions(self, options: dict[str, Any]) -> int:
         return int(triton.cdiv(self.S, options["BLOCK_S"]))
+
+    def queries_at_once(self, dweights: bool) -> int:
+        """Whose weights, or gradients of scores, [B, ., S] in float32, a backward pass has in memory: all
+        where it has neither, or they take less than the sums over parts would."""
+        if not (self.additive or dweights):
+            return self.Tq
+        sums = 2 * 4 * self.B * self.S * self.K * self.additive
+        tile, each = int(self.options()["BLOCK_Q"]), 4 * self.B * self.S
+        return max(max(heuristics.SCORE_BYTES, sums) // each // tile, 1) * tile
+
+    def part(self, of: slice) -> Call:
+        """The same of these queries alone."""
+        part = copy.copy(self)
+        part.query = self.query[of]
+        part.Tq = part.query.shape[0]
+        if self.strides[1]:  # each query has a mask of its own
+            part.mask = self.mask[:, of].contiguous()
+            part.strides = (part.Tq * self.S, self.S)
+        return part
 
     def weights(self, lse: Tensor, dtype: torch.dtype) -> Tensor:
         """[B, Tq, S]"""
@@ -186,10 +202,13 @@ def backward(
                 f"got {list(tensor.shape)} on {tensor.device}"
             )
     need_v &= call.additive
-    needs = need_query, need_keys, need_values, need_v
     dquery, dkeys, dvalues, dv = (
         torch.empty_like(t) if need else query.new_empty(0)
-        for t, need in zip((call.query, call.keys, call.values, call.v), needs, strict=True)
+        for t, need in zip(
+            (call.query, call.keys, call.values, call.v),
+            (need_query, need_keys, need_values, need_v),
+            strict=True,
+        )
     )
     if call.empty:
         return dquery.zero_(), dkeys.zero_(), dvalues.zero_(), dv.zero_()
@@ -205,42 +224,77 @@ def backward(
         if not (need_query or need_keys or need_v):
             return dquery, dkeys, dvalues, dv
         delta = (dcontext.float() * context.float()).sum(-1).t().contiguous()
-        given = call.query
+        dweights = None if dweights is None else dweights.contiguous()
+        rows = call.queries_at_once(dweights is not None)
+        pieces = [slice(first, first + rows) for first in range(0, call.Tq, rows)]
         if dweights is not None:
-            given = dweights.contiguous()
-            weights = call.weights(lse, torch.float32)  # rounded, they would not sum up to 1
-            delta += (given.float() * weights).masked_fill(weights == 0, 0).sum(-1)
-        options = {**call.options(), "DWEIGHTS": dweights is not None}
-        common = (
-            call.query,
-            call.keys,
-            call.values,
-            call.v,
-            call.mask,
-            call.attended,
-            lse,
-            dcontext,
-            given,
-            delta,
-        )
-        rest = (*call.sizes, call.V, scale, *call.strides)
-        queries, positions = call.of_queries(options), call.of_positions(options)
-        dscores = parts = delta
-        if call.additive:
-            dscores = delta.new_empty(call.B, call.Tq, call.S)
-            parts = delta.new_empty(call.B, queries, call.K) if need_v else delta
-            attend.attend_dscores[(call.B, queries, positions)](*common, dscores, *rest, **options)
-        width = call.columns_of_keys
-        tiles = triton.cdiv(call.K, width)
-        if call.K and (need_query or need_v):
-            attend.attend_dquery[(call.B, queries, tiles)](
-                *common, dscores, dquery if need_query else call.query, parts, *rest,
-                BLOCK_C=width, DQUERY=need_query, DV=need_v, **options,
-            )  # fmt: skip
-        if call.K and need_keys:
-            attend.attend_dkeys[(call.B, positions, tiles)](
-                *common, dscores, dkeys, *rest, BLOCK_C=width, **options
+            for of in pieces:
+                # Rounded, the weights would not sum up to 1.
+                weights = call.part(of).weights(lse[:, of].contiguous(), torch.float32)
+                none = weights == 0  # whose gradient may be infinite, and reaches nothing
+                delta[:, of] += weights.mul_(dweights[:, of]).masked_fill_(none, 0).sum(-1)
+        results = dquery, dkeys, dv
+        if len(pieces) == 1 or not call.additive:
+            _of_scores(call, dcontext, dweights, lse, delta, (need_query, need_keys, need_v), results)
+            return dquery, dkeys, dvalues, dv
+        sums = [torch.zeros_like(t, dtype=torch.float32) for t in (dkeys, dv)]
+        made = [torch.empty_like(t) for t in sums]
+        for of in pieces:
+            _of_scores(
+                call.part(of),
+                dcontext[of],
+                None if dweights is None else dweights[:, of].contiguous(),
+                lse[:, of].contiguous(),
+                delta[:, of].contiguous(),
+                (need_query, need_keys, need_v),
+                (dquery[of] if need_query else dquery, *made),
             )
-        if need_v:
-            dv = parts.sum((0, 1)).to(query.dtype)
-    return dquery, dkeys, dvalues, dv
+            for total, t in zip(sums, made, strict=True):
+                total += t
+        return dquery, sums[0].to(query.dtype), dvalues, sums[1].to(query.dtype)
+
+
+def _of_scores(
+    call: Call,
+    dcontext: Tensor,
+    dweights: Tensor | None,
+    lse: Tensor,
+    delta: Tensor,  # [B, Tq] float32: the sum of a query's weights times their gradients
+    needs: tuple[bool, bool, bool],
+    results: Sequence[Tensor],
+) -> None:
+    """What goes through the scores: the gradients of queries, keys and v, of any type."""
+    (need_query, need_keys, need_v), (dquery, dkeys, dv) = needs, results
+    options = {**call.options(), "DWEIGHTS": dweights is not None}
+    common = (
+        call.query,
+        call.keys,
+        call.values,
+        call.v,
+        call.mask,
+        call.attended,
+        lse,
+        dcontext,
+        call.query if dweights is None else dweights,
+        delta,
+    )
+    rest = (*call.sizes, call.V, call.scale, *call.strides)
+    queries, positions = call.of_queries(options), call.of_positions(options)
+    dscores = parts = delta
+    if call.additive:
+        dscores = delta.new_empty(call.B, call.Tq, call.S)
+        parts = delta.new_empty(call.B, queries, call.K) if need_v else delta
+        attend.attend_dscores[(call.B, queries, positions)](*common, dscores, *rest, **options)
+    width = call.columns_of_keys
+    tiles = triton.cdiv(call.K, width)
+    if call.K and (need_query or need_v):
+        attend.attend_dquery[(call.B, queries, tiles)](
+            *common, dscores, dquery if need_query else call.query, parts, *rest,
+            BLOCK_C=width, DQUERY=need_query, DV=need_v, **options,
+        )  # fmt: skip
+    if call.K and need_keys:
+        attend.attend_dkeys[(call.B, positions, tiles)](
+            *common, dscores, dkeys, *rest, BLOCK_C=width, **options
+        )
+    if need_v:
+        dv.copy_(parts.sum((0, 1)))

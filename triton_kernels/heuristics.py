@@ -5,14 +5,26 @@ of 16, some of H = 500, and holds their shared memory and registers against the 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import triton
 
 from fastrnn.gpu import TRAITS
+
+# Attention's tiles of dot products, and what they load of K or V at once; those of additive scores; columns
+# of a result that a program makes.
+TILE_OF_QUERIES, TILE_OF_POSITIONS, PIECE = 16, 32, 64
+ADDITIVE_TILE, ADDITIVE_PIECE = 16, 16
+WIDEST = 128
+# What of the gradients of scores, float32, is in memory at a time, where it has to be.
+SCORE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -39,7 +51,8 @@ class Config:
 class Shape:
     """What a layer's configuration depends on: heads of H units and P columns of h, as many groups of them
     (directions x heads), B sequences, elements of itemsize bytes, on a GPU of this compute capability
-    (major * 10 + minor; None: no NVIDIA GPU) and so many multiprocessors, 0 where programs cannot meet."""
+    (major * 10 + minor; None: no NVIDIA GPU) and so many multiprocessors, 0 where programs cannot meet;
+    float32 products of this precision, which `configure` does not ask for but what was tuned rests on."""
 
     cell: str
     H: int
@@ -50,6 +63,7 @@ class Shape:
     projected: bool
     capability: int | None
     processors: int = 0
+    precision: str = "ieee"
 
 
 # Bytes of R, padded, up to which a scan keeps it on the chip: with its other tiles it takes a little more of
@@ -166,6 +180,15 @@ def path() -> Path | None:
     return folder / "fastrnn" / "triton.json" if folder.is_absolute() else None
 
 
+def written(file: Path) -> list[dict[str, Any]]:
+    """The entries of all of Triton's versions: what fits on the chip, and is fast, is the compiler's."""
+    try:
+        entries: list[dict[str, Any]] = json.loads(file.read_text() or "[]")
+        return entries
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
 @functools.cache
 def tuned() -> dict[Shape, Config]:
     """By shape; read once, at the first call."""
@@ -173,11 +196,10 @@ def tuned() -> dict[Shape, Config]:
     if file is None:
         return {}
     try:
-        entries = json.loads(file.read_text() or "[]")
-        return {Shape(**entry["shape"]): Config(**entry["config"]) for entry in entries}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        entries = written(file)
+        ours = [entry for entry in entries if entry.get("triton") == triton.__version__]
+        return {Shape(**entry["shape"]): Config(**entry["config"]) for entry in ours}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         warnings.warn(f"{file} is left out, `python -m fastrnn tune` writes it anew: {error}", stacklevel=2)
         return {}
 
@@ -187,7 +209,15 @@ def save() -> None:
     target = path()
     if target is None:
         raise RuntimeError("there is no home folder to keep tuned configurations in: set FASTRNN_TUNED")
-    entries = [{"shape": asdict(shape), "config": asdict(config)} for shape, config in tuned().items()]
+    ours = triton.__version__
+    entries = [
+        {"triton": ours, "shape": asdict(shape), "config": asdict(config)}
+        for shape, config in tuned().items()
+    ]
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, AttributeError
+    ):  # what cannot be read is written anew
+        entries += [entry for entry in written(target) if entry.get("triton", ours) != ours]
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = target.with_suffix(f".{os.getpid()}")
     fresh.write_text(json.dumps(entries, indent=1) + "\n")

@@ -26,7 +26,8 @@ def shape_of(cell: str, x: Tensor, H: int, P: int, B: int, D: int, heads: int, p
     found = capability(x.device)
     # Programs that meet must all be there: CUDA starts them together or not at all (cooperative launch).
     together = 0 if found is None else torch.cuda.get_device_properties(x.device).multi_processor_count
-    return Shape(cell, H // heads, P // heads, D * heads, B, x.element_size(), projected, found, together)
+    sizes = (H // heads, P // heads, D * heads, B)
+    return Shape(cell, *sizes, x.element_size(), projected, found, together, precision(x))
 
 
 def precision(x: Tensor) -> str:

@@ -122,7 +122,7 @@ def scan_forward(
     group = tl.program_id(1)
     d, head = group // HEADS, group % HEADS
     w_hh, b_ih, b_hh = _of(d, w_hh_0, w_hh_1), _of(d, b_ih_0, b_ih_1), _of(d, b_hh_0, b_hh_1)
-    base = _of(d, base_0, base_1)
+    base = _of(d, base_0.to(tl.int64), base_1.to(tl.int64))  # of one type, whatever each has room in
     HH, K = H // HEADS, P // HEADS
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     u, k = tl.arange(0, BLOCK_H), tl.arange(0, BLOCK_P)

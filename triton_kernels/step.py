@@ -89,7 +89,7 @@ def step_forward(
     gates' input parts are loaded before the product, which hides the wait for them and takes registers."""
     group = tl.program_id(2)
     d, head = group // HEADS, group % HEADS
-    base = _of(d, base_0, base_1)
+    base = _of(d, base_0.to(tl.int64), base_1.to(tl.int64))  # as in scan_forward
     HH, K = H // HEADS, P // HEADS
     b = tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)
     u = tl.program_id(1) * BLOCK_U + tl.arange(0, BLOCK_U)

@@ -11,6 +11,7 @@ import statistics
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +105,14 @@ def device() -> torch.device:
     raise UserError("tune measures on a GPU, and torch sees none here")
 
 
+def precisions(x: torch.Tensor) -> list[AbstractContextManager[Any]]:
+    """In which products of x's type may be made: of float32 on NVIDIA's GPUs two, as torch's user says."""
+    if layer.precision(x) == "ieee":
+        return [nullcontext()]
+    flags = torch.backends.cudnn.flags
+    return [flags(enabled=True, allow_tf32=tf32) for tf32 in (True, False)]
+
+
 def run(args: Namespace) -> None:
     """Tunes for every hidden size with every batch, and writes what it found."""
     where = device()
@@ -116,7 +125,6 @@ def run(args: Namespace) -> None:
         P = args.proj_size
         given = {**options, "bidirectional": args.bidirectional, **({"proj_size": P} if P else {})}
         module = kind(H, H, device=where, dtype=x.dtype, **given)
-        shape = layer.shape_of(args.cell, x, H, P or H, B, D, 1, P > 0)
 
         def forward(module: Any = module, x: torch.Tensor = x) -> Any:
             with torch.no_grad():
@@ -126,16 +134,21 @@ def run(args: Namespace) -> None:
             y = module(x)[0]
             return torch.autograd.grad(y, [x, *module.parameters()], torch.ones_like(y))
 
-        with fastrnn.backend("triton"):
-            was = heuristics.configure(shape)
-            found = fastest(shape, forward if args.forward else training, training, where)
-        if not found:
-            raise RuntimeError(f"no configuration ran for {shape}")
-        best, config = found[0]
-        told = {c: s for s, c in found}.get(was)
-        gain = f", {told / best:.2f}x the speed of {was.kernel} in {was}" if told and config != was else ""
-        step = best / args.steps * 1e6
-        print(f"{args.cell} H={H} B={B}: {step:.2f} us a step, {config.kernel} in {config}{gain}")
-        heuristics.tuned()[shape] = config
-        heuristics.save()
+        for products in precisions(x):
+            with fastrnn.backend("triton"), products:
+                shape = layer.shape_of(args.cell, x, H, P or H, B, D, 1, P > 0)
+                was = heuristics.configure(shape)
+                found = fastest(shape, forward if args.forward else training, training, where)
+            if not found:
+                raise RuntimeError(f"no configuration ran for {shape}")
+            best, config = found[0]
+            told = {c: s for s, c in found}.get(was)
+            gain = (
+                f", {told / best:.2f}x the speed of {was.kernel} in {was}" if told and config != was else ""
+            )
+            name = f"{args.cell} H={H} B={B}" + (f" {shape.precision}" if shape.precision != "ieee" else "")
+            step = best / args.steps * 1e6
+            print(f"{name}: {step:.2f} us a step, {config.kernel} in {config}{gain}")
+            heuristics.tuned()[shape] = config
+            heuristics.save()
     print(f"written: {heuristics.path()}")
