@@ -62,22 +62,27 @@ class Library:
         weights, how many of them registers and then shared memory hold, and the bytes of all, packed."""
         out = (ctypes.c_int64 * 10)()
         self.functions.fastrnn_cuda_plan(self._args(values), out)
-        return tuple(out)
+        return (self._told(out[0]), *out[1:])
 
     def has_image(self) -> bool:
         """Whether its kernels were compiled for the current device, or for one that it is compatible with."""
-        return bool(self.functions.fastrnn_cuda_has_image())
+        return self._told(self.functions.fastrnn_cuda_has_image()) > 0
 
     def run(self, values: dict[str, int], weights: bool, device: torch.device) -> bool:
         """All steps; weights: whether these are to be packed first. False where the blocks of a grid could
         not all be resident; then none has run."""
         stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
         error = int(self.functions.fastrnn_cuda_run(self._args(values), weights, ctypes.c_void_p(stream)))
-        if error in (0, _NOT_RESIDENT):
-            return error == 0
         if error == _NO_KERNEL:
             raise RuntimeError("fastrnn's CUDA kernels: none fits this device's shared memory")
-        raise RuntimeError(f"fastrnn's CUDA kernels: {self.functions.fastrnn_cuda_error(error).decode()}")
+        self._told(0 if error == _NOT_RESIDENT else -error)
+        return error == 0
+
+    def _told(self, answer: int) -> int:
+        """The answer; RuntimeError where it is an error, negative, which no cache then keeps."""
+        if answer >= 0:
+            return answer
+        raise RuntimeError(f"fastrnn's CUDA kernels: {self.functions.fastrnn_cuda_error(-answer).decode()}")
 
 
 def _load() -> Library | None:

@@ -164,11 +164,26 @@ def test_a_device_that_nothing_was_compiled_for(monkeypatch):
     assert cuda._device_missing.__wrapped__(0) is None
 
 
+def test_a_question_that_failed_for_the_moment_is_asked_again(engine, faults, monkeypatch):
+    """As where no memory is left to load a kernel: the call raises, and the next one finds the grid."""
+    monkeypatch.setattr(cuda, "LIBRARY", cuda.ENGINE.library)
+    for _ in range(2):
+        faults(resident=-2)
+        for ask in (lambda: check("lstm", "grid", engine), cuda.LIBRARY.has_image):
+            with pytest.raises(RuntimeError, match="fastrnn's CUDA kernels: "):
+                ask()
+        cuda.ENGINE.library.functions.fastrnn_cuda_emulation(1 << 20, -1, 1)
+        check("lstm", "grid", engine)
+        assert cuda.LIBRARY.has_image()
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 @pytest.mark.parametrize(("waits", "slow"), [("grid", 0), ("grid", 2), ("cluster", 0), ("cluster", 1)])
 def test_a_slow_block_is_waited_for(cell, waits, slow, engine, faults):
     faults(slow=slow)
     check(cell, waits, engine, T=5, dtype=torch.bfloat16)
+    if cell == "lstm":  # the second block owns no columns of h
+        check(cell, waits, engine, T=5, P=5, dtype=torch.bfloat16)
 
 
 def test_any_order_of_threads(engine, faults):

@@ -71,9 +71,11 @@ __device__ __forceinline__ void Backward<Cell, T, U, VIA, PROJECTED>::run(const 
                    wn * kTiles2, a.in_registers, resident + a.shared_1 * kWarps * kTiles1 * 64,
                    int(a.shared_2));
   const int left = w.B - w.tile(0, a), live = left < w.rows ? left : w.rows;  // sequences of the first tile
-  const Exchange<T, VIA> ex1(a, a.exchange_1, a.stride_1, near, arrivals, live, a.used_1);
+  // The gradients of gates go to those alone who own columns of h.
+  const int peers = int(a.grid_y), owners = PROJECTED ? w.owners() : peers;
+  const Exchange<T, VIA> ex1(a, a.exchange_1, a.stride_1, near, arrivals, live, a.used_1, owners);
   const Exchange<T, VIA> ex2(a, a.exchange_2, a.stride_2, near + 2 * kRows * ex1.row, arrivals + 2, live,
-                             a.used_2);
+                             a.used_2, peers);
 
   const int H = int(a.H);
   const bool has = w.unit < w.HH, has_k = w.unit < w.K;
@@ -216,7 +218,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, VIA, PROJECTED>::run(const 
 
       if (a.first < 2) {
         float found[OUT][1] = {};
-        if (step > 0)
+        if (step > 0 && (!PROJECTED || w.owns()))
           product<S, 1, U>(found, first, ex1, Rows{from, row_0, (step - 1) / 2}, ahead ? &then : nullptr, a,
                            a.mode == kGrid && step > int(a.begin), pieces_1, w, sums, look);
         else

@@ -8,8 +8,8 @@
 //
 // In a cluster blocks push what they found into each other's shared memory, where arrivals count it. Two
 // places take turns: who pushes for a step has had everybody's of the step before, whose threads tell only
-// when the block has read the place of the step before that. (A projection's block may own no columns of h
-// and tell nothing of them: it is kept in step by the other exchange, to which all tell.)
+// when the block has read the place of the step before that. (A projection's block may own no columns of h:
+// it tells nothing of them, and is not told what only they need. It is kept in step by the other exchange.)
 #pragma once
 
 #include "args.h"
@@ -110,6 +110,9 @@ struct Where {
     masked = a.offsets || a.flags;
     pin(rows), pin(B), pin(T);
   }
+  // Blocks that own columns of h, the first ones: a projection's are fewer. Whether this one is among them.
+  __device__ __forceinline__ int owners() const { return (K + U - 1) / U; }
+  __device__ __forceinline__ bool owns() const { return unit_0 < K; }
   __device__ __forceinline__ int row(int i) const { return first_row + i * (kThreads / U); }
   // The sequence of its i-th output in the tile that begins with sequence first; B: none.
   __device__ __forceinline__ int sequence(int first, int i) const {
@@ -229,19 +232,19 @@ struct Exchange {
   int64_t apart;       // from slot to slot
   int row;             // from row to row
   uint64_t* arrivals;  // of the slots
-  int bytes, peers;    // of an arrival; blocks of the cluster
+  int bytes, peers;    // of an arrival; blocks of the cluster that are told, the first ones
   int thread;
 
   // near: its places, arrivals: theirs; rows: of this tile; used: columns.
   __device__ __forceinline__ Exchange(const Args& a, int64_t address, int64_t stride, char* near,
-                                      uint64_t* arrivals, int rows, int64_t used)
-      : arrivals(arrivals), bytes(rows * int(used) * T::kBytes), peers(int(a.grid_y)) {
+                                      uint64_t* arrivals, int rows, int64_t used, int peers)
+      : arrivals(arrivals), bytes(rows * int(used) * T::kBytes), peers(peers) {
     row = kNear ? int(near_row(stride, T::kBytes)) : int(stride) * T::kBytes;
     const int64_t groups = a.D * a.heads;
     base = kNear ? near : to<char>(address) + int64_t(blockIdx.z) * a.B * row;
     apart = kNear ? int64_t(kRows * row) : groups * a.B * row;
     thread = int(threadIdx.x);
-    if constexpr (VIA == Via::kCluster) pin(bytes), pin(peers);
+    if constexpr (VIA == Via::kCluster) pin(bytes), pin(this->peers);
     pin(thread);
   }
   __device__ __forceinline__ char* slot(int i) const { return base + i * apart; }
@@ -373,10 +376,13 @@ __device__ __forceinline__ void product(float (&found)[S::kOutputs][GATES],
 #pragma unroll
     for (int g = 0; g < GATES; g++) {
       const float* sum = sums + w.row(i) * S::kRow + g * U + w.unit - w.unit_0;
+      // None where there is no sequence; of two outputs that would ask for a register too many.
+      const bool skips = S::kOutputs == 1 && rows.first + w.row(i) >= w.B;
+      const int parts = skips ? 0 : pieces;
       found[i][g] = 0.0f;
 #pragma unroll
       for (int part = 0; part < WK; part++)
-        if (part < pieces) found[i][g] += sum[part * kRows * S::kRow];
+        if (part < parts) found[i][g] += sum[part * kRows * S::kRow];
     }
   __syncthreads();  // the next product may write its sums
 }

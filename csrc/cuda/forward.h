@@ -69,9 +69,11 @@ __device__ __forceinline__ void Forward<Cell, T, U, VIA, PROJECTED>::run(const A
                    wn * kTiles2, a.in_registers, resident + a.shared_1 * kWarps * kTiles1 * 64,
                    int(a.shared_2));
   const int left = w.B - w.tile(0, a), live = left < w.rows ? left : w.rows;  // sequences of the first tile
-  const Exchange<T, VIA> ex1(a, a.exchange_1, a.stride_1, near, arrivals, live, a.used_1);
+  // What is projected goes to those alone whose columns of h are made of it.
+  const int peers = int(a.grid_y), owners = PROJECTED ? w.owners() : peers;
+  const Exchange<T, VIA> ex1(a, a.exchange_1, a.stride_1, near, arrivals, live, a.used_1, peers);
   const Exchange<T, VIA> ex2(a, a.exchange_2, a.stride_2, near + 2 * kRows * ex1.row, arrivals + 2, live,
-                             a.used_2);
+                             a.used_2, owners);
 
   const int H = int(a.H), rows_0 = int(w.d * a.rows - (w.d ? a.base_1 : a.base_0));
   const bool has = w.unit < w.HH;  // a unit; a column of h, which a projection has fewer of
@@ -231,11 +233,15 @@ __device__ __forceinline__ void Forward<Cell, T, U, VIA, PROJECTED>::run(const A
       }
       if constexpr (kTwo) {
         if (a.last < 2) continue;
-        float found[OUT][1];
-        product<S, 1, U>(found, second, ex2, Rows{middle, row_0, s - begin}, nullptr, a, a.mode == kGrid,
-                         pieces_2, w, sums, [&]() {
-                           if (a.first == 2) look();
-                         });
+        float found[OUT][1] = {};
+        auto late = [&]() {
+          if (a.first == 2) look();
+        };
+        if (!PROJECTED || w.owns())
+          product<S, 1, U>(found, second, ex2, Rows{middle, row_0, s - begin}, nullptr, a, a.mode == kGrid,
+                           pieces_2, w, sums, late);
+        else
+          late();
 #pragma unroll
         for (int i = 0; i < OUT; i++) {
           if constexpr (kMid) {

@@ -136,31 +136,37 @@ int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue qu
   return together == cudaErrorCooperativeLaunchTooLarge ? kNotResident : together;
 }
 
+// What a question that failed says of the device: nothing runs there. But for want of memory, as for a kernel
+// that is loaded when first asked about: that, negative, is of this moment alone.
+int none(int error) { return error == cudaErrorMemoryAllocation ? -error : 0; }
+
 int resident(const Kernel& kernel, const Args& args, int64_t bytes) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
-  int device = 0, blocks = 0, processors = 0, together = 0;
+  int device = 0, blocks = 0, processors = 0, together = 0, error = allow_shared(kernel);
   cudaFuncAttributes compiled{};
-  if (allow_shared(kernel) || told(cudaFuncGetAttributes(&compiled, function))) return 0;
+  if (error || (error = told(cudaFuncGetAttributes(&compiled, function)))) return none(error);
   if (args.mode == kCluster) {
     constexpr int kFirst = 90;  // what this device runs may be compiled for an older one, without clusters
     cudaLaunchAttribute cluster;
     int clusters = 0;
     const cudaLaunchConfig_t config = in_clusters(kernel, args, bytes, &cluster);
-    if (compiled.ptxVersion < kFirst || told(cudaOccupancyMaxActiveClusters(&clusters, function, &config)))
-      return 0;
-    return clusters * static_cast<int>(args.grid_y);
+    if (compiled.ptxVersion < kFirst) return 0;
+    error = told(cudaOccupancyMaxActiveClusters(&clusters, function, &config));
+    return error ? none(error) : clusters * static_cast<int>(args.grid_y);
   }
-  if (told(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kernel.threads, bytes)) ||
-      told(cudaGetDevice(&device)) ||
-      told(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) ||
-      told(cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device)))
-    return 0;
+  if ((error =
+           told(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, function, kernel.threads, bytes))) ||
+      (error = told(cudaGetDevice(&device))) ||
+      (error = told(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device))) ||
+      (error = told(cudaDeviceGetAttribute(&together, cudaDevAttrCooperativeLaunch, device))))
+    return none(error);
   return args.mode == kGrid && !together ? 0 : blocks * processors;
 }
 
-bool has_image() {
+int has_image() {
   cudaFuncAttributes compiled{};
-  return !told(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(prepare<Float32>)));
+  const int error = told(cudaFuncGetAttributes(&compiled, reinterpret_cast<const void*>(prepare<Float32>)));
+  return error ? none(error) : 1;
 }
 
 template <class T>
@@ -201,7 +207,7 @@ int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue) {
              : 719;
 }
 int resident(const Kernel&, const Args&, int64_t) { return most_resident; }
-bool has_image() { return true; }
+int has_image() { return most_resident < 0 ? most_resident : 1; }
 template <class T>
 int start_prepare(unsigned, const Args& a, const Weights& first, const Weights& second, int64_t parts_1,
                   int64_t parts_2, int64_t places, Queue) {
@@ -280,8 +286,9 @@ FASTRNN_EXPORT const char* fastrnn_cuda_fields() {
 }
 
 // [blocks of a launch that the device holds at once (0: none, for want of a kernel, of shared memory or of
-// such clusters), a block's bytes of shared memory, then of each stage a warp's pieces of the weights: all,
-// in registers, in shared memory; bytes of the packed weights].
+// such clusters; negative: a cudaError_t that may not come again), a block's bytes of shared memory, then of
+// each stage a warp's pieces of the weights: all, in registers, in shared memory; bytes of the packed
+// weights].
 FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
   Args args = *given;
   std::fill(out, out + 10, 0);
@@ -299,7 +306,7 @@ FASTRNN_EXPORT void fastrnn_cuda_plan(const Args* given, int64_t* out) {
   }
 }
 
-// Whether the library has kernels that the current device runs.
+// Whether the library has kernels that the current device runs; negative: as above.
 FASTRNN_EXPORT int fastrnn_cuda_has_image() { return has_image(); }
 
 // All steps from begin to end: one launch each `slots - 1` steps or, in kStep, one a stage of each step.
