@@ -11,9 +11,6 @@ namespace fastrnn::FASTRNN_ISA {
 
 inline constexpr int64_t kTileRows = 16, kTileElements = 512;  // of bfloat16: 1 KB
 
-template <>
-inline constexpr bool kTakesBoth<Bf16> = false;
-
 // Sets this thread's tiles for up to 16 rows while it lives. The intrinsics tell the compiler nothing of the
 // memory they read, hence the barriers.
 class Tiles {
@@ -30,28 +27,47 @@ class Tiles {
     }
     asm volatile("" : : "r"(&c) : "memory");
     _tile_loadconfig(&c);
+    asm volatile("" : : : "memory");
   }
   ~Tiles() { _tile_release(); }
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// What a tile product multiplies: two sets of rows (or one), and up to four columns of weights. A column is
-// one gate of 16 units. The walk along k: `outer` times `inner` steps of 32.
+// A way along k: rows `lda` apart, of so many steps of 32, `step` from one to the next, whose weights begin
+// `w` steps after their column's first.
+struct Walk {
+  const Bf16* a;
+  int64_t lda, steps, step, w;
+};
+
+// What a tile product multiplies: two sets of rows (or one), the second `other` elements after the first, along
+// up to two walks, and up to four columns of weights. A column is one gate of 16 units.
 struct TileArgs {
-  const Bf16* a[2];
-  int64_t lda, outer, a_outer, inner, a_inner;
+  Walk of[2];
+  int walks;
+  int64_t other[2];
   const Bf16* w[4];
-  int64_t ldw, w_step;
+  int64_t w_row, w_step;
   const float* from[2][4];  // what the sums begin with
   int64_t ld_from;
   float* out[2];  // rows of ld_out, a column after the other
   int64_t ld_out;
 };
 
+// What tiles leave to the vector units meanwhile: `count` pieces of work, evenly over `steps` calls.
+template <class Run>
+struct Meanwhile {
+  const Run& run;
+  int64_t count, steps, at = 0, due = 0;
+  FASTRNN_HD void step() {
+    for (due += count; due >= steps; due -= steps) run(at++);
+  }
+};
+
 // Two sets of rows, up to two columns. Weights pass the first-level cache by: the rows are to stay there.
-template <int C>
-__attribute__((noinline)) void tile_2(const TileArgs& p) {
+template <int C, class Work>
+FASTRNN_HD void tile_2(const TileArgs& p, Work& work) {
   asm volatile("" : : : "memory");
   const int64_t ld_from = p.ld_from * 4;
   _tile_loadd(0, p.from[0][0], ld_from);
@@ -60,21 +76,28 @@ __attribute__((noinline)) void tile_2(const TileArgs& p) {
     _tile_loadd(1, p.from[0][1], ld_from);
     _tile_loadd(3, p.from[1][1], ld_from);
   }
-  const int64_t lda = p.lda * 2, ldw = p.ldw * 2, step = p.w_step, a_inner = p.a_inner;
-  const Bf16 *w0 = p.w[0], *w1 = p.w[C - 1];
-  for (int64_t k = 0; k < p.outer; ++k) {
-    const Bf16 *a0 = p.a[0] + k * p.a_outer, *a1 = p.a[1] + k * p.a_outer;
-    for (int64_t i = 0; i < p.inner; ++i, a0 += a_inner, a1 += a_inner, w0 += step, w1 += step) {
-      _tile_stream_loadd(6, w0, ldw);
+  const int64_t w_row = p.w_row * 2, w_step = p.w_step;
+  for (int i = 0; i < p.walks; ++i) {
+    const Walk& walk = p.of[i];
+    const int64_t lda = walk.lda * 2;
+    const Bf16 *a0 = walk.a, *a1 = a0 + p.other[i];
+    const Bf16 *w0 = p.w[0] + walk.w * w_step, *w1 = p.w[C - 1] + walk.w * w_step;
+    for (int64_t k = 0; k < walk.steps; ++k) {
+      _tile_stream_loadd(6, w0, w_row);
       _tile_loadd(4, a0, lda);
       _tile_dpbf16ps(0, 4, 6);
       _tile_loadd(5, a1, lda);
       _tile_dpbf16ps(2, 5, 6);
       if constexpr (C > 1) {
-        _tile_stream_loadd(7, w1, ldw);
+        _tile_stream_loadd(7, w1, w_row);
         _tile_dpbf16ps(1, 4, 7);
         _tile_dpbf16ps(3, 5, 7);
       }
+      a0 += walk.step;
+      a1 += walk.step;
+      w0 += w_step;
+      w1 += w_step;
+      work.step();
     }
   }
   const int64_t ld_out = p.ld_out * 4;
@@ -88,34 +111,37 @@ __attribute__((noinline)) void tile_2(const TileArgs& p) {
 }
 
 // One set of rows, up to four columns: enough sums at once that none waits for the one before.
-template <int C>
-__attribute__((noinline)) void tile_1(const TileArgs& p) {
+template <int C, class Work>
+FASTRNN_HD void tile_1(const TileArgs& p, Work& work) {
   asm volatile("" : : : "memory");
   const int64_t ld_from = p.ld_from * 4;
   _tile_loadd(0, p.from[0][0], ld_from);
   if constexpr (C > 1) _tile_loadd(1, p.from[0][1], ld_from);
   if constexpr (C > 2) _tile_loadd(2, p.from[0][2], ld_from);
   if constexpr (C > 3) _tile_loadd(3, p.from[0][3], ld_from);
-  const int64_t lda = p.lda * 2, ldw = p.ldw * 2;
-  int64_t at = 0;
-  for (int64_t k = 0; k < p.outer; ++k) {
-    const Bf16* a = p.a[0] + k * p.a_outer;
-    for (int64_t i = 0; i < p.inner; ++i, a += p.a_inner, at += p.w_step) {
+  const int64_t w_row = p.w_row * 2;
+  for (int i = 0; i < p.walks; ++i) {
+    const Walk& walk = p.of[i];
+    const int64_t lda = walk.lda * 2;
+    const Bf16* a = walk.a;
+    int64_t at = walk.w * p.w_step;
+    for (int64_t k = 0; k < walk.steps; ++k, a += walk.step, at += p.w_step) {
       _tile_loadd(4, a, lda);
-      _tile_stream_loadd(6, p.w[0] + at, ldw);
+      _tile_stream_loadd(6, p.w[0] + at, w_row);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (C > 1) {
-        _tile_stream_loadd(7, p.w[1] + at, ldw);
+        _tile_stream_loadd(7, p.w[1] + at, w_row);
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (C > 2) {
-        _tile_stream_loadd(6, p.w[2] + at, ldw);
+        _tile_stream_loadd(6, p.w[2] + at, w_row);
         _tile_dpbf16ps(2, 4, 6);
       }
       if constexpr (C > 3) {
-        _tile_stream_loadd(7, p.w[3] + at, ldw);
+        _tile_stream_loadd(7, p.w[3] + at, w_row);
         _tile_dpbf16ps(3, 4, 7);
       }
+      work.step();
     }
   }
   const int64_t ld_out = p.ld_out * 4;
@@ -126,33 +152,35 @@ __attribute__((noinline)) void tile_1(const TileArgs& p) {
   asm volatile("" : : : "memory");
 }
 
-// Rows as the first factor: where one begins, and how k walks along it.
-FASTRNN_HD const Bf16* walk(const InRows<Bf16>& in, int64_t K, TileArgs& t) {
-  t.lda = in.ld;
-  t.outer = (K + 31) / 32;
-  t.a_outer = 32;
-  t.inner = 1;
-  return in.data;
+// Along which walks k goes, and how many there are.
+FASTRNN_HD int walks(const InRows<Bf16>& in, int64_t K, Walk* to) {
+  to[0] = {in.data, in.ld, (K + 31) / 32, 32, 0};
+  return 1;
 }
-// Panels of 32 columns, [gates][units/32][...][32]: k goes through the gates, then the units.
-FASTRNN_HD const Bf16* walk(const InPanels<Bf16>& in, int64_t K, TileArgs& t) {
-  t.lda = 32;
-  t.outer = (in.units + 31) / 32;
-  t.a_outer = in.panel;
-  t.inner = in.units > 0 ? K / in.units : 0;
-  t.a_inner = t.outer * in.panel;
-  return in.data;
+// Panels of 32 columns, [gates][units/32][...][32].
+FASTRNN_HD int walks(const InPanels<Bf16>& in, int64_t K, Walk* to) {
+  const int64_t gates = in.units > 0 ? K / in.units : 0;
+  to[0] = {in.data, 32, gates * ((in.units + 31) / 32), in.panel, 0};
+  return 1;
+}
+FASTRNN_HD int walks(const InBoth<Bf16>& in, int64_t K, Walk* to) {
+  walks(in.h, in.P, to);
+  walks(in.x, K - in.P, to + 1);
+  to[1].w = to[0].steps;
+  return 2;
 }
 
-// As the product of product.h.
+// As the product of product.h. The epilogue of a block runs beside the tiles of the next one, which keep the
+// vector units idle.
 template <int G, class In, class Fetches, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
                         const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
                         int64_t ld_bias, bool backwards, const Fetches& reads, Epilogue&& epilogue) {
   using S = Simd<float>;
-  constexpr int W = S::W, kUnits = TileShape<G>::kUnits, kColumns = G * kUnits;
+  constexpr int W = S::W, kUnits = G == 1 ? 4 : G < 4 ? 2 : 1;
+  constexpr int kColumns = G * kUnits;
   alignas(64) static constexpr float kNoBias[W] = {};
-  alignas(64) float out[2 * kTileRows * kColumns * W];
+  alignas(64) float out[2][2 * kTileRows * kColumns * W];
   const int64_t rows = row1 - row0;
   if (rows <= 0 || block0 >= block1) return;
   if constexpr (std::is_same_v<In, InRows<Bf16>>) {
@@ -162,63 +190,84 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
     }
   }
   TileArgs t{};
-  const Bf16* a = walk(in, K, t);
-  const int64_t block = t.outer * t.inner * G * kTileElements;
-  t.ldw = 32;
-  t.w_step = G * kTileElements;
+  Walk of[2];
+  t.walks = walks(in, K, of);
+  int64_t steps = 0;
+  for (int i = 0; i < t.walks; ++i) steps += of[i].steps;
+  const int64_t column = (weight.ld ? weight.ld / 32 : steps) * kTileElements;
+  t.w_row = 32;
+  t.w_step = kTileElements;
   t.ld_out = kColumns * W;
   // Sets of equal size, so that one configuration serves all; the last may begin among the rows before.
   const int64_t sets = (rows + kTileRows - 1) / kTileRows, M = (rows + sets - 1) / sets;
   const int64_t sweeps = (block1 - block0 + kUnits - 1) / kUnits;
   const Tiles tiles(M);
+  // Rows [first, first + count) of the U blocks from b on: those being multiplied, and those before them.
+  struct Part {
+    int64_t first = 0, count = 0, from = 0, to = 0, b = 0, U = 1;
+    const float* sums = nullptr;
+  } now, done;
+  int64_t row = 0, u = 0;  // of the epilogue's next vector
+  const auto run = [&](int64_t at) __attribute__((noinline)) {
+    if (at < now.count) reads.fetch(now.first + at, 1, now.b * W, static_cast<int>(now.U));
+    if (at >= done.count * done.U) return;
+    const int64_t place = row < done.to ? row - done.from : kTileRows + row - done.to;
+    Vec<S, G> v;
+    for (int g = 0; g < G; ++g) v[g] = S::load(done.sums + (place * kColumns + u * G + g) * W);
+    const int64_t unit = (done.b + u) * W;
+    epilogue(row, unit, static_cast<int>(at_most(units - unit, W)), v);
+    if (++u == done.U) u = 0, ++row;
+  };
   for (int64_t j = 0; j < sweeps; ++j) {
-    const int64_t b = block0 + (backwards ? sweeps - 1 - j : j) * kUnits;
-    const int U = static_cast<int>(at_most(block1 - b, kUnits)), columns = U * G;
+    now.b = block0 + (backwards ? sweeps - 1 - j : j) * kUnits;
+    now.U = at_most(block1 - now.b, kUnits);
+    const int64_t columns = now.U * G;
     for (int64_t set = 0; set < sets; set += 2) {
       const bool two = set + 1 < sets;
-      const int64_t from = row0 + at_most(set * M, rows - M), to = row0 + at_most((set + 1) * M, rows - M);
-      const int64_t first = row0 + set * M, count = at_most((two ? 2 : 1) * M, row1 - first);
-      t.a[0] = a + from * t.lda;
-      t.a[1] = a + to * t.lda;
-      reads.fetch(first, static_cast<int>(count), b * W, U);
-      for (int c = 0; c < columns;) {
-        const int n = static_cast<int>(at_most(columns - c, two ? 2 : 4));
+      now.from = row0 + at_most(set * M, rows - M);
+      now.to = two ? row0 + at_most((set + 1) * M, rows - M) : row1;
+      now.first = row0 + set * M;
+      now.count = at_most((two ? 2 : 1) * M, row1 - now.first);
+      float* sums = out[now.sums == out[0]];
+      now.sums = sums;
+      for (int i = 0; i < t.walks; ++i) {
+        t.of[i] = of[i];
+        t.of[i].a += now.from * of[i].lda;
+        t.other[i] = (now.to - now.from) * of[i].lda;
+      }
+      const int64_t each = two ? 2 : 4, calls = (columns + each - 1) / each;
+      const int64_t pieces = done.count * done.U;
+      Meanwhile<decltype(run)> work{run, pieces > now.count ? pieces : now.count, steps * calls};
+      for (int64_t c = 0; c < columns;) {
+        const int n = static_cast<int>(at_most(columns - c, each));
         for (int i = 0; i < n; ++i) {
-          const int64_t u = b + (c + i) / G, g = (c + i) % G;
-          t.w[i] = weight.data + u * block + g * kTileElements;
+          const int64_t u = now.b + (c + i) / G, g = (c + i) % G;
+          t.w[i] = weight.data + (u * G + g) * column;
           t.from[0][i] = t.from[1][i] = bias ? bias + g * ld_bias + u * W : kNoBias;
         }
-        t.out[0] = out + c * W;
+        t.out[0] = sums + c * W;
         t.out[1] = t.out[0] + kTileRows * kColumns * W;
         if (two) {
-          n == 2 ? tile_2<2>(t) : tile_2<1>(t);
+          n == 2 ? tile_2<2>(t, work) : tile_2<1>(t, work);
         } else {
-          n == 4 ? tile_1<4>(t) : n == 3 ? tile_1<3>(t) : n == 2 ? tile_1<2>(t) : tile_1<1>(t);
+          n == 4 ? tile_1<4>(t, work) : n == 3 ? tile_1<3>(t, work) : n == 2 ? tile_1<2>(t, work) : tile_1<1>(t, work);
         }
         c += n;
       }
-#pragma GCC unroll 1
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t row = first + i;
-        const float* sums = row < to || !two ? out + (row - from) * kColumns * W
-                                             : out + (kTileRows + row - to) * kColumns * W;
-#pragma GCC unroll 1
-        for (int u = 0; u < U; ++u, sums += G * W) {
-          Vec<S, G> v;
-          for (int g = 0; g < G; ++g) v[g] = S::load(sums + g * W);
-          const int64_t unit = (b + u) * W;
-          epilogue(row, unit, static_cast<int>(at_most(units - unit, W)), v);
-        }
-      }
+      while (work.at < work.count) run(work.at++);
+      done = now;
+      row = done.first;
     }
   }
+  now.count = 0;
+  for (int64_t at = 0; at < done.count * done.U; ++at) run(at);
 }
 
-// dst [blocks][K/32][gates][16][W][2].
+// dst [blocks][gates][K/32][16][W][2].
 inline void pack(const cpu::Pack& p, Bf16* dst, int64_t block0, int64_t block1) {
-  const int64_t steps = (p.K + 31) / 32;
+  const int64_t steps = ((p.to_K ? p.to_K : p.K) + 31) / 32;
   pack_pairs(p, block0, block1, [&](int64_t b, int64_t step, int64_t g, int64_t k) {
-    return dst + ((b * steps + step) * p.gates + g) * kTileElements + k * 32;
+    return dst + ((b * p.gates + g) * steps + step) * kTileElements + k * 32;
   });
 }
 

@@ -25,7 +25,8 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
 template <class E, class A>
 bool joint_of(const LayerArgs& a, const CellKernels<E, A>& cell, bool int8) {
   return cell.joins && !int8 && a.T * a.B > Weights<E, A>::few(a, cell.gates) &&
-         joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)});
+         joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)},
+                       kernels<E, A>().packing == Packing::kTiles);
 }
 
 // One layer's forward pass: all is ready but the scan, which the caller has a team run.

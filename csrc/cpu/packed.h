@@ -9,7 +9,7 @@
 namespace fastrnn::cpu {
 
 struct PackedHead {
-  static constexpr uint64_t kMagic = 0x356b6361706e7266;  // "frnpack5"
+  static constexpr uint64_t kMagic = 0x366b6361706e7266;  // "frnpack6"
   uint64_t magic;
   int64_t bytes, vector_bytes;  // of all, head included; of the instruction set's registers
   LayerSizes sizes;
@@ -75,7 +75,7 @@ class PackedLayer {
       if (cell_.joins && !head_.int8) {
         const int64_t width = kernels<E, A>().width, gates = cell_.gates;
         const A* both = get(A{}, ceil_div(n.H, width) * joint_rows<A>(n.I, n.P) * gates * width);
-        std::tie(s.w_x[0], s.w[0]) = two_of(both, n.I, n.P, gates, width);
+        std::tie(s.w_x[0], s.w[0]) = two_of(both, n.I, n.P, gates, width, packing());
       }
       for (int stage = 0; stage < cell_.stages && (!cell_.joins || head_.int8); ++stage) {
         s.w_x[stage] = weight(cell_.stage_gates[stage], n.H, n.I);

@@ -62,7 +62,7 @@ template <class A>
 struct Weight {
   enum Layout {
     kPacked,   // [units/W][K][G][W]; of bfloat16 pairs along k, [units/W][K/2][G][W][2], or, as tiles,
-               // [units/W][K/32][G][16][W][2]
+               // [units/W][G][K/32][16][W][2]
     kRows,     // [G][units][K], rows of ld: dot products along k
     kColumns,  // [K][units], rows of ld, G = 1, whole vectors of units
     kInt8      // see int8.h; A is float

@@ -6,6 +6,10 @@
 #include <algorithm>
 #include <cstdio>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace fastrnn::cpu {
 namespace {
 
@@ -27,6 +31,19 @@ int64_t ask_system(int level) {
 }
 
 constexpr int64_t kLeastStep = 16384;  // multiplications, of a thread
+
+// The rows whose multiplications hide that their weights come from the third level: Intel's servers, whose
+// cores all share it, read 30 to 46 GB/s of it a core, AMD's 100.
+int64_t rows_of_far() {
+#if defined(__x86_64__)
+  static const bool intel = [] {
+    unsigned a, b, c, d;
+    return __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
+  }();
+  if (intel) return 64;
+#endif
+  return 16;
+}
 
 int64_t steps_of(const LayerArgs& a, int64_t rows) {
   return std::clamp<int64_t>(rows / std::max<int64_t>(a.B, 1), 1, std::max<int64_t>(a.T, 1));
@@ -62,9 +79,11 @@ int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes) {
   return steps_of(a, std::clamp<int64_t>(rows, 128, 512));
 }
 
-bool joint_product(const LayerArgs& a, int64_t weight_bytes) {
-  // The rows that hide where W comes from: memory, the third level, the second.
-  return a.B >= (weight_bytes <= second_level_cache() ? 2 : weight_bytes <= third_level_cache() / 2 ? 3 : 8);
+bool joint_product(const LayerArgs& a, int64_t weight_bytes, bool tiles) {
+  // The rows that hide where W comes from: the second level, further away, memory.
+  if (weight_bytes <= second_level_cache()) return a.B >= 2;
+  if (tiles) return a.B >= (weight_bytes <= 4 * second_level_cache() ? 12 : 24);
+  return a.B >= (weight_bytes <= third_level_cache() / 2 ? 3 : 8);
 }
 
 bool keeps_past_caches(int64_t bytes) { return bytes >= 2 * second_level_cache(); }
@@ -99,9 +118,8 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
 }
 
 Plan::Split Plan::split(int threads) const {
-  constexpr int64_t kShort = 8;       // steps
-  constexpr int64_t kRowsEach = 6;    // those of a register tile on x86-64
-  constexpr int64_t kRowsOfFar = 16;  // enough multiplications for the weights to come from further away
+  constexpr int64_t kShort = 8;     // steps
+  constexpr int64_t kRowsEach = 6;  // those of a register tile on x86-64
   const int directions = D_ > 1 && threads % D_ == 0 ? static_cast<int>(D_) : 1, each = threads / directions;
   const bool far = weight_bytes_ <= third_level_cache() / 4;
   if (T_ > kShort) {
@@ -111,7 +129,7 @@ Plan::Split Plan::split(int threads) const {
       const int units = even_ ? i : each + 1 - i, rows = each / units;
       if (each % units != 0 || blocks_ < units) continue;
       const bool near = weight_bytes_ / units <= second_level_cache() * 3 / 5;
-      if (rows == 1 || (near && B_ >= kRowsEach * rows) || (far && B_ >= kRowsOfFar * rows)) {
+      if (rows == 1 || (near && B_ >= kRowsEach * rows) || (far && B_ >= rows_of_far() * rows)) {
         return {directions, rows, units};
       }
     }

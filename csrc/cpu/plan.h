@@ -22,8 +22,9 @@ int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes);
 
 // Whether x and h of a step enter one product, weight_bytes together, rather than x of many steps one before
 // them all: that spares writing and reading gx, but W is read in each step. By sizes alone, whatever the
-// threads, since the sums are added up in another order.
-bool joint_product(const LayerArgs& a, int64_t weight_bytes);
+// threads, since the sums are added up in another order. tiles: by AMX, which multiplies faster than weights
+// arrive.
+bool joint_product(const LayerArgs& a, int64_t weight_bytes, bool tiles);
 
 // The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element);

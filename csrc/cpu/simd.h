@@ -283,9 +283,11 @@ FASTRNN_HD __m256i to_bf16(const Simd<float>& x) {
   return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x.v));
 }
 FASTRNN_HD __mmask16 first(int n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1 << n) - 1); }
-FASTRNN_HD Simd<float> round_to_bf16(const Simd<float>& x) { return from_bf16(to_bf16(x)); }
-FASTRNN_HD void store_bf16(const Simd<float>& x, uint16_t* p, int n) {
-  _mm256_mask_storeu_epi16(p, first(n), to_bf16(x));
+// Returns what was stored.
+FASTRNN_HD Simd<float> store_bf16(const Simd<float>& x, uint16_t* p, int n) {
+  const __m256i rounded = to_bf16(x);
+  _mm256_mask_storeu_epi16(p, first(n), rounded);
+  return from_bf16(rounded);
 }
 FASTRNN_HD Simd<float> load_bf16(const uint16_t* p, int n) {
   return from_bf16(_mm256_maskz_loadu_epi16(first(n), p));
@@ -302,11 +304,13 @@ FASTRNN_HD Simd<float> round_to_bf16(const Simd<float>& x) {
   return select<float>(x.v == x.v, r, x);
 }
 
-// Rows of 16-bit floats at the border. x is already rounded: its upper half is the bfloat16.
-FASTRNN_HD void store_bf16(const Simd<float>& x, uint16_t* p, int n) {
+// Rows of 16-bit floats at the border. Returns what was stored.
+FASTRNN_HD Simd<float> store_bf16(const Simd<float>& x, uint16_t* p, int n) {
+  const Simd<float> rounded = round_to_bf16(x);
   uint32_t bits[Simd<float>::W];
-  std::memcpy(bits, &x.v, sizeof bits);
+  std::memcpy(bits, &rounded.v, sizeof bits);
   for (int i = 0; i < n; ++i) p[i] = static_cast<uint16_t>(bits[i] >> 16);
+  return rounded;
 }
 FASTRNN_HD Simd<float> load_bf16(const uint16_t* p, int n) {
   uint32_t bits[Simd<float>::W] = {};

@@ -48,11 +48,7 @@ template <class E>
 FASTRNN_HD Simd<E> store(const Border<E>& b, int64_t row, int64_t unit, int lanes, const Simd<E>& x) {
   const int64_t at = row * b.ld + unit;
   if constexpr (sizeof(E) == sizeof(float)) {
-    if (b.bf16) {
-      const Simd<float> rounded = round_to_bf16(x);
-      store_bf16(rounded, static_cast<uint16_t*>(b.data) + at, lanes);
-      return rounded;
-    }
+    if (b.bf16) return store_bf16(x, static_cast<uint16_t*>(b.data) + at, lanes);
   }
   x.store(static_cast<E*>(b.data) + at, lanes);
   return x;
@@ -70,7 +66,7 @@ FASTRNN_HD void store_row(const Simd<E>& x, E* p, int) {
   x.store(p);
 }
 FASTRNN_HD void store_row(const Simd<float>& x, cpu::Bf16* p, int lanes) {
-  store_bf16(round_to_bf16(x), &p->bits, lanes);
+  store_bf16(x, &p->bits, lanes);
 }
 // Where another gate's part of the row follows.
 template <class E>

@@ -171,9 +171,11 @@ inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t unit
 
 // The parts of a weight [units/W][P + I][gates][W] that x [I] and h [P] meet.
 template <class A>
-std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width) {
+std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width,
+                                       Packing packing) {
   const int64_t all = joint_rows<A>(I, P);
-  return {{w + deep<A>(P) * gates * width, Weight<A>::kPacked, all}, {w, Weight<A>::kPacked, all}};
+  const int64_t row = (packing == Packing::kTiles ? 1 : gates) * width;
+  return {{w + deep<A>(P) * row, Weight<A>::kPacked, all}, {w, Weight<A>::kPacked, all}};
 }
 
 // The weights of a call as its products want them: where they lie when few rows use them, else packed, by the
@@ -221,7 +223,7 @@ class Weights {
   std::pair<Weight<A>, Weight<A>> both(const Tensor& w_x, const Tensor& w_h, int64_t gates, int64_t units) {
     const int64_t I = w_x.size(1), P = w_h.size(1), blocks = ceil_div(units, kernels_.width);
     A* dst = arena_.get<A>(blocks * joint_rows<A>(I, P) * gates * kernels_.width);
-    const auto [x, h] = two_of(dst, I, P, gates, kernels_.width);
+    const auto [x, h] = two_of(dst, I, P, gates, kernels_.width, kernels_.packing);
     for (const auto& [w, to] : {std::pair(&w_x, x), std::pair(&w_h, h)}) {
       jobs_.push_back({pack_of(*w, 0, gates, units, to.ld), const_cast<A*>(to.data), blocks});
     }
