@@ -25,6 +25,7 @@ class Record:
     spread  a rival's: the interquartile range of its rounds' ratios (its time / ours) over their median
     error   a rival's: the standard error of the ratio of the medians, as a share of it
     product  GFLOP/s of a torch.mm in the same rounds, the median; None where `rivals.pace` has none
+    wrong   rivals whose answer was not right, with its relative error
     """
 
     case: Case
@@ -35,6 +36,7 @@ class Record:
     error: dict[str, float] = field(default_factory=dict)
     conditions: Conditions = UNKNOWN
     product: float | None = None
+    wrong: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, case: Case, samples: dict[str, list[float]], conditions: Conditions) -> Record:
@@ -188,7 +190,7 @@ def write_json(
         {
             **as_row(r.case),
             **{"rounds": r.rounds, "gflops": r.gflops, "product": r.product, **asdict(r.conditions)},
-            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread, "error": r.error},
+            **{"seconds": {OURS: r.ours, **r.rivals}, "spread": r.spread, "error": r.error, "wrong": r.wrong},
         }
         for r in records
     ]
@@ -226,7 +228,7 @@ def read_json(path: Path) -> tuple[list[Record | Probe], dict[str, Any]]:
             # Files of before the errors were kept.
             guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
             errors = row.get("error", guessed)
-            beside = read_conditions(row), row.get("product")
+            beside = read_conditions(row), row.get("product"), row.get("wrong", {})
             found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, *beside))
         for row in content["sections"]:
             figures, share = (row["ours"], row[TORCH]), row.get("error", UNKNOWN_ERROR)

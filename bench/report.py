@@ -30,6 +30,9 @@ def table(records: list[Record], peaks: Peaks | None) -> str:
     lines.append("geometric means of the ratios (rival's time / ours, above 1 is faster):")
     for group, by_rival in means(records).items():
         lines.append(f"  {group:24}" + "   ".join(f"{name} {mean:.2f}" for name, mean in by_rival.items()))
+    for r in records:
+        for name, error in r.wrong.items():
+            lines.append(f"WRONG: {name}'s answer of {r.case.id}, by {error:.2g} of its norm")
     unquiet = sum(r.conditions.unquiet for r in records)
     if unquiet:
         lines.append(f"* {unquiet} of {len(records)} rows were taken while others had the CPUs: run again")

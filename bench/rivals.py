@@ -274,8 +274,13 @@ def calls(case: Case, onnx: bool = True) -> dict[str, Call]:
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1, "int8": 0.05}
 
 
-def check(case: Case, calls: dict[str, Call]) -> None:
-    """Raises AssertionError where two disagree: a wrong answer must not be timed. Also the warm-up."""
+def check(case: Case, calls: dict[str, Call]) -> dict[str, float]:
+    """Raises AssertionError where ours disagrees: a wrong answer must not be timed. Also the warm-up.
+
+    In bfloat16 our own float32, which its own row compares, is the judge. A rival that ours disagrees with is
+    then the wrong one: its largest error is returned, since oneDNN's AMX kernels for training have been found
+    to return other gradients.
+    """
 
     def results(call: Call) -> list[Tensor]:
         """y, and the gradients that the call left."""
@@ -285,13 +290,16 @@ def check(case: Case, calls: dict[str, Call]) -> None:
         leaves = call.leaves if isinstance(call, Pass) else []
         return [t.detach().float() for t in (y.flatten(2), *(leaf.grad for leaf in leaves)) if t is not None]
 
-    ours = results(calls[OURS])
+    ours, wrong = results(calls[OURS]), {}
     for name, call in calls.items():
         theirs = results(call)
         assert len(theirs) == len(ours), f"{name} has other gradients"
-        for a, b in zip(ours, theirs, strict=True):
-            error = float((a - b).norm() / b.norm())
-            assert error <= TOLERANCE[case.dtype], f"{name} disagrees by {error:.2g}"
+        error = max(float((a - b).norm() / b.norm()) for a, b in zip(ours, theirs, strict=True))
+        if not error <= TOLERANCE[case.dtype]:
+            judged = case.dtype == "bfloat16" and name != FLOAT32
+            assert judged, f"{name} disagrees by {error:.2g}"
+            wrong[name] = error
+    return wrong
 
 
 def settle(wake: Call) -> None:

@@ -15,7 +15,7 @@ from fastrnn.bench.records import Record, Run
 def test_speed(benchmark: BenchmarkFixture, case: Case, run: Run) -> None:
     """`case` and `run` come from `measure_rows`."""
     calls = rivals.calls(case)
-    rivals.check(case, calls)
+    wrong = rivals.check(case, calls)
     calls = {**rivals.pace(case), **calls}
     # Only another library's threads are worth waiting for, and then worth more than one call.
     settled = rivals.ONNX in calls
@@ -40,4 +40,5 @@ def test_speed(benchmark: BenchmarkFixture, case: Case, run: Run) -> None:
             break
         for _ in range(max(1, record.rounds // 2)):
             a_round_of_all()
+    record.wrong = wrong
     run.records.append(record)

@@ -54,7 +54,7 @@ def tiny(case):
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 def test_every_kind_of_row_runs_and_all_rivals_agree(case):
     calls = rivals.calls(case)
-    rivals.check(case, calls)
+    assert not rivals.check(case, calls)
     expected = {"fastrnn", "torch.nn"}
     expected |= {"fastrnn float32"} if case.dtype != "float32" else set()
     expected |= {"onnxruntime"} if rivals.onnx_can(case) and rivals.why_no_onnxruntime() is None else set()
@@ -78,6 +78,20 @@ def test_wrong_gradients_are_not_timed():
     calls["fastrnn"].module.weight_hh_l0.register_hook(lambda grad: grad * 1.1)
     with pytest.raises(AssertionError, match=r"torch\.nn disagrees"):
         rivals.check(case, calls)
+
+
+@pytest.mark.parametrize("whose", ["fastrnn", "torch.nn"])
+def test_in_bfloat16_a_wrong_rival_is_told_from_a_wrong_answer(whose):
+    case = Case("lstm", "training", Shape(3, 2, 8, 8), dtype="bfloat16")
+    calls = rivals.calls(case, onnx=False)
+    calls[whose].module.weight_hh_l0.register_hook(lambda grad: grad * 2)
+    if whose == "fastrnn":
+        with pytest.raises(AssertionError, match="fastrnn float32 disagrees"):
+            rivals.check(case, calls)
+    else:
+        wrong = rivals.check(case, calls)
+        assert list(wrong) == ["torch.nn"]
+        assert 0.4 < wrong["torch.nn"] < 0.6
 
 
 def test_a_layer_is_called_as_users_do():

@@ -41,8 +41,8 @@ struct Walk {
   int64_t lda, steps, step, w;
 };
 
-// What a tile product multiplies: two sets of rows (or one), the second `other` elements after the first, along
-// up to two walks, and up to four columns of weights. A column is one gate of 16 units.
+// What a tile product multiplies: two sets of rows (or one), the second `other` elements after the first,
+// along up to two walks, and up to four columns of weights. A column is one gate of 16 units.
 struct TileArgs {
   Walk of[2];
   int walks;
@@ -250,7 +250,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         if (two) {
           n == 2 ? tile_2<2>(t, work) : tile_2<1>(t, work);
         } else {
-          n == 4 ? tile_1<4>(t, work) : n == 3 ? tile_1<3>(t, work) : n == 2 ? tile_1<2>(t, work) : tile_1<1>(t, work);
+          n == 4   ? tile_1<4>(t, work)
+          : n == 3 ? tile_1<3>(t, work)
+          : n == 2 ? tile_1<2>(t, work)
+                   : tile_1<1>(t, work);
         }
         c += n;
       }

@@ -27,7 +27,7 @@ FASTRNN_HD void transposed_tiles(const Bf16* panel, int64_t rows, int64_t steps,
 inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
   using S = Simd<float>;
   constexpr int64_t kLines = kPanelColumns / S::W;  // of a row of sums
-  constexpr int64_t kPiece = 1024;  // a longer one passes less often over the weight
+  constexpr int64_t kPiece = 1024;                  // a longer one passes less often over the weight
   alignas(64) static constexpr float kZeros[S::W] = {};
   alignas(64) Bf16 a[kPiece / 32 * 2 * kTileElements];
   alignas(64) float edge[kPanelColumns * kPanelColumns];

@@ -65,9 +65,7 @@ template <class E>
 FASTRNN_HD void store_row(const Simd<E>& x, E* p, int) {
   x.store(p);
 }
-FASTRNN_HD void store_row(const Simd<float>& x, cpu::Bf16* p, int lanes) {
-  store_bf16(x, &p->bits, lanes);
-}
+FASTRNN_HD void store_row(const Simd<float>& x, cpu::Bf16* p, int lanes) { store_bf16(x, &p->bits, lanes); }
 // Where another gate's part of the row follows.
 template <class E>
 FASTRNN_HD void store_part(const Simd<E>& x, E* p, int lanes) {
