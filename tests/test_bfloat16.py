@@ -11,9 +11,18 @@ import fastrnn
 from fastrnn import functional, kernels, packed
 from fastrnn.reference import CELLS
 
-# T, B, I, H: single elements, rows and units beyond a tile, a K that ends within one; then few enough rows
-# that the weights are read where torch keeps them.
-SHAPES = ((2, 1, 1, 1), (3, 3, 33, 31), (4, 33, 31, 33), (3, 40, 3, 257), (30, 17, 64, 32))
+# T, B, I, H: single elements, rows and units beyond a tile, a K that ends within one, more rows than an outer
+# product takes at once, one sequence whose x is multiplied before; then few enough rows that the weights are
+# read where torch keeps them.
+SHAPES = (
+    (2, 1, 1, 1),
+    (3, 3, 33, 31),
+    (4, 33, 31, 33),
+    (3, 40, 3, 257),
+    (30, 17, 64, 32),
+    (2, 1100, 5, 40),
+    (20, 1, 40, 48),
+)
 FEW = ((1, 1, 31, 257), (5, 3, 40, 33))
 
 each_isa = pytest.mark.parametrize("isa", kernels.instruction_sets())

@@ -136,7 +136,7 @@ class DecoderForward : DecoderCall<E> {
     };
     scan.I = a.I;
     scan.x = {{k ? scans_[k - 1].dir[0].y.data : in_.x.mutable_data_ptr(), a.I, false}, 0, 0};
-    scan.steps = k ? 1 : input_steps(a, G * H, sizeof(E));
+    scan.steps = k ? 1 : input_steps<E, E>(a, G * H);
     for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
       const int64_t gates = cell_.stage_gates[stage], from = gate0 * H * width;
       s.w_x[stage] = weights_.get(p.w_ih, from, {nullptr, false, gates, H * width, H, width, a.I, 1});

@@ -25,8 +25,7 @@ Plan forward_plan(const LayerArgs& a, int64_t G, bool int8) {
 template <class E, class A>
 bool joint_of(const LayerArgs& a, const CellKernels<E, A>& cell, bool int8) {
   return cell.joins && !int8 && a.T * a.B > Weights<E, A>::few(a, cell.gates) &&
-         joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)},
-                       kernels<E, A>().packing == Packing::kTiles);
+         joint_product(a, cell.gates * a.H * (a.I + a.P) * int64_t{sizeof(A)}, by_tiles<E, A>());
 }
 
 // One layer's forward pass: all is ready but the scan, which the caller has a team run.
@@ -74,7 +73,7 @@ class ForwardPass {
     scan.sweeps = sweeps.fetch_add(static_cast<unsigned>(a.T), std::memory_order_relaxed);
     scan.I = a.I;
     scan.x = input_of<E>(a);
-    scan.steps = steps ? steps : input_steps(a, columns, sizeof(E));
+    scan.steps = steps ? steps : input_steps<E, A>(a, columns);
     scan.k1 = a.T;
     scan.joint = joint_of(a, cell, int8_);
     const int64_t most_rows = scan.steps * a.B;

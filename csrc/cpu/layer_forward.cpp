@@ -95,7 +95,7 @@ std::vector<int64_t> plan(StringHandle cell, Tensor x, int64_t T, int64_t B, int
   const auto of = [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& cell = cell_kernels<E, A>(name);
     return std::tuple(forward_plan<E, A>(a, cell.gates, int8), backward_plan<E, A>(a, cell.gates),
-                      input_steps(a, cell.gates * H, sizeof(E)), joint_of(a, cell, int8));
+                      input_steps<E, A>(a, cell.gates * H), joint_of(a, cell, int8));
   };
   const auto [plan, back, cached, joint] = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
                                            : multiplies_bf16(x)              ? of(float{}, Bf16{})

@@ -88,9 +88,11 @@ bool joint_product(const LayerArgs& a, int64_t weight_bytes, bool tiles) {
 
 bool keeps_past_caches(int64_t bytes) { return bytes >= 2 * second_level_cache(); }
 
-int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element) {
+int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element, bool tiles) {
+  constexpr int64_t kTheirs = 128;                     // rows, that tiles need lest they wait for W
   const int64_t bytes = second_level_cache() / 8 * 3;  // W and R take the rest
-  return steps_of(a, bytes / std::max<int64_t>((a.I + columns) * static_cast<int64_t>(element), 1));
+  const int64_t rows = bytes / std::max<int64_t>((a.I + columns) * static_cast<int64_t>(element), 1);
+  return steps_of(a, tiles ? std::max(rows, kTheirs) : rows);
 }
 
 int product_threads(int64_t multiplications) {

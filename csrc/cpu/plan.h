@@ -27,7 +27,7 @@ int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes);
 bool joint_product(const LayerArgs& a, int64_t weight_bytes, bool tiles);
 
 // The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
-int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element);
+int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element, bool tiles);
 
 // Whether the forward pass writes what it keeps for the backward, `bytes` for each thread, past the caches:
 // they would hold no more than its end, and a line written in part is first read.

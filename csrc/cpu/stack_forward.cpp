@@ -30,7 +30,7 @@ class Stack {
 
   std::tuple<Tensor, TensorList> run(const Tensor& x) {
     LayerArgs first = args(0, x, masks_);
-    const int64_t gx = input_steps(first, cell_.gates * first.H, sizeof(E));
+    const int64_t gx = input_steps<E, A>(first, cell_.gates * first.H);
     const Plan plan = forward_plan<E, A>(first, cell_.gates, packed_ && packed_->int8());
     const Plan::Wave wave = plan.wave(layers_, gx);
     const int64_t turn = steps_in_turn(first.T, gx);

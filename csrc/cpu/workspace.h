@@ -107,6 +107,16 @@ inline bool multiplies_bf16(const Tensor& x) {
   return dtype_of(x) == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
 }
 
+template <class E, class A>
+bool by_tiles() {
+  return kernels<E, A>().packing == Packing::kTiles;
+}
+
+template <class E, class A>
+int64_t input_steps(const LayerArgs& a, int64_t columns) {
+  return input_steps(a, columns, sizeof(E), by_tiles<E, A>());
+}
+
 // Of the backward scan; the products after it are shared out by themselves.
 template <class E, class A>
 Plan backward_plan(const LayerArgs& a, int64_t G) {
