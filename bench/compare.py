@@ -53,6 +53,7 @@ def compare(
     earlier: Sequence[Row], machine_then: dict[str, Any], now: Sequence[Row], machine_now: dict[str, Any]
 ) -> str:
     """What changed by more than the noise, worst first, and how much did not; a section's by its `merit`."""
+    earlier, now = ([r for r in rows if isinstance(r, Probe) or TORCH in r.rivals] for rows in (earlier, now))
     known = {key(r): r for r in earlier}
     pairs = [(known[key(r)], r) for r in now if key(r) in known]
     same = same_machine(machine_then, machine_now)

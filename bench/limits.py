@@ -22,6 +22,7 @@ SAVED = {"lstm": 5, "gru": 4, "rnn": 0}
 ACTIVATIONS = {"lstm": 5, "gru": 3, "rnn": 1}
 ACTIVATIONS_BACK = {"lstm": 1, "gru": 0, "rnn": 0}
 FEW = 4  # sequences up to which R may be read where torch keeps it: the least that a call must pack is W
+TILES = 4  # times float32's rate: twice is what an instruction for pairs of bfloat16 reaches
 SMALL = 0.02  # of a count; a part that is less goes without a name
 
 
@@ -202,7 +203,8 @@ def products(case: Case, peaks: Peaks, way: Way) -> Part:
 def parts(case: Case, peaks: Peaks, way: Way) -> list[Part]:
     """What one call must spend, one after the other.
 
-    Gates do not come at once with products: they take the units that multiply, and a step ends with some.
+    Gates do not come at once with products: they take the units that multiply, and a step ends with some. But
+    tiles of bfloat16 (AMX), told by their rate, are units of their own: the longer of both counts.
     Left out: sums and products beside the gates' functions, and that packing is more than a copy.
     """
     T, back = case.shape.T, case.mode in TRAINING
@@ -213,7 +215,11 @@ def parts(case: Case, peaks: Peaks, way: Way) -> list[Part]:
     activations = sum(case.lengths) * scans * case.shape.H * each
     rate = share * peaks.activations["bfloat16" if case.dtype == "bfloat16" else "float32"]
     count = f"{si(activations).strip()} functions at {rate:.2g} G/s"
-    found.append(Part("gates", activations / rate / 1e9, count))
+    gates = Part("gates", activations / rate / 1e9, count)
+    if case.dtype != "bfloat16" or peaks.gflops["bfloat16"] < TILES * peaks.gflops["float32"]:
+        found.append(gates)
+    elif gates.seconds > found[0].seconds:
+        found[0] = gates
     if way.units > 1:
         meetings = T * scans * passes // way.streams * (2 if case.proj_size else 1)
         meet = peaks.meet * math.log2(way.units) / math.log2(peaks.threads)

@@ -25,7 +25,7 @@ class Record:
     spread  a rival's: the interquartile range of its rounds' ratios (its time / ours) over their median
     error   a rival's: the standard error of the ratio of the medians, as a share of it
     product  GFLOP/s of a torch.mm in the same rounds, the median; None where `rivals.pace` has none
-    wrong   rivals whose answer was not right, with its relative error
+    wrong   rivals that were not timed, as their answer was wrong
     """
 
     case: Case
@@ -36,7 +36,7 @@ class Record:
     error: dict[str, float] = field(default_factory=dict)
     conditions: Conditions = UNKNOWN
     product: float | None = None
-    wrong: dict[str, float] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
 
     @classmethod
     def of(cls, case: Case, samples: dict[str, list[float]], conditions: Conditions) -> Record:
@@ -152,7 +152,7 @@ def geometric_mean(values: list[float]) -> float:
 
 
 def rival_names(records: list[Record]) -> list[str]:
-    return sorted({name for r in records for name in r.rivals}, key=lambda name: name != TORCH)
+    return sorted({name for r in records for name in (*r.rivals, *r.wrong)}, key=lambda name: name != TORCH)
 
 
 def means(records: list[Record]) -> dict[str, dict[str, float]]:
@@ -165,6 +165,7 @@ def means(records: list[Record]) -> dict[str, dict[str, float]]:
         group: {
             name: geometric_mean([r.ratio(name) for r in members if name in r.rivals])
             for name in rival_names(members)
+            if any(name in r.rivals for r in members)
         }
         for group, members in groups.items()
     }
@@ -228,7 +229,7 @@ def read_json(path: Path) -> tuple[list[Record | Probe], dict[str, Any]]:
             # Files of before the errors were kept.
             guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
             errors = row.get("error", guessed)
-            beside = read_conditions(row), row.get("product"), row.get("wrong", {})
+            beside = read_conditions(row), row.get("product"), row.get("wrong", [])
             found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, *beside))
         for row in content["sections"]:
             figures, share = (row["ours"], row[TORCH]), row.get("error", UNKNOWN_ERROR)

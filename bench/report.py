@@ -25,14 +25,12 @@ def table(records: list[Record], peaks: Peaks | None) -> str:
         product = f"{r.product:.1f}" if r.product else ""
         line = f"{r.case.id:{width}}{r.rounds:6}{r.ours * 1e3:10.4f}{r.gflops:9.1f}{product:>9}{share:>9}"
         for name in rivals:
-            line += f"{r.rivals[name] * 1e3:19.4f}{r.ratio(name):7.2f}" if name in r.rivals else " " * 26
+            absent = f"{'WRONG' if name in r.wrong else '':>19}{'':7}"
+            line += f"{r.rivals[name] * 1e3:19.4f}{r.ratio(name):7.2f}" if name in r.rivals else absent
         lines.append(line + r.conditions.text())
     lines.append("geometric means of the ratios (rival's time / ours, above 1 is faster):")
     for group, by_rival in means(records).items():
         lines.append(f"  {group:24}" + "   ".join(f"{name} {mean:.2f}" for name, mean in by_rival.items()))
-    for r in records:
-        for name, error in r.wrong.items():
-            lines.append(f"WRONG: {name}'s answer of {r.case.id}, by {error:.2g} of its norm")
     unquiet = sum(r.conditions.unquiet for r in records)
     if unquiet:
         lines.append(f"* {unquiet} of {len(records)} rows were taken while others had the CPUs: run again")

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
+import os
+import platform
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -290,6 +294,44 @@ def test_x_and_h_in_one_product(layer, shape, joint):
         torch.testing.assert_close(frozen(x)[0], y, **bound)
         with fastrnn.backend("reference"):
             torch.testing.assert_close(y, layer(x)[0], **bound)
+
+
+def cache(level):
+    """Bytes; glibc's _SC_LEVEL2_CACHE_SIZE and _SC_LEVEL3_CACHE_SIZE, which Python has no names for."""
+    return max(os.sysconf({2: 191, 3: 194}[level]), 0)
+
+
+@pytest.mark.skipif("amx" not in kernels.instruction_sets(), reason="this processor has no AMX")
+def test_tiles_take_x_and_h_in_one_product_by_their_rows(monkeypatch):
+    """The second level holds W and R of both, in bfloat16; four times as much; neither."""
+    monkeypatch.setenv("FASTRNN_CPU_ISA", "amx")
+    level = min(max(cache(2), 256 << 10), 4 << 20)
+    for H, least in (
+        (math.isqrt(level // 16), 2),
+        (math.isqrt(level // 4), 12),
+        (math.isqrt(level // 4) + 1, 24),
+    ):
+        layer = fastrnn.LSTM(H, H, dtype=torch.bfloat16)
+        for B, joint in ((least - 1, False), (least, True)):
+            said = str(fastrnn.explain(layer, torch.zeros(100, B, H, dtype=torch.bfloat16)))
+            assert ("x and h in one product" in said) == joint, (H, B)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the model of caches of x86-64")
+def test_rows_are_shared_out_where_they_hide_that_weights_are_far():
+    """In the third level: Intel's takes more of them than others."""
+    H = math.isqrt(cache(2) // 8) // 16 * 16  # R is twice the second level
+    if not 0 < 16 * H * H <= cache(3) // 4:
+        pytest.skip("R of two caches of the second level is no quarter of the third")
+    rows = 64 if "GenuineIntel" in Path("/proc/cpuinfo").read_text() else 16
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for B, part in ((2 * rows - 1, "units"), (2 * rows, "rows of the batch")):
+            said = fastrnn.explain(fastrnn.LSTM(8, H), torch.zeros(20, B, 8)).split
+            assert said.startswith(f"2 threads ({part} in 2 parts; "), said
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_explain_tells_the_split():

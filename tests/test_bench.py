@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import random
 
 import pytest
@@ -80,18 +81,18 @@ def test_wrong_gradients_are_not_timed():
         rivals.check(case, calls)
 
 
+@pytest.mark.parametrize("factor", [2.0, math.nan])
 @pytest.mark.parametrize("whose", ["fastrnn", "torch.nn"])
-def test_in_bfloat16_a_wrong_rival_is_told_from_a_wrong_answer(whose):
+def test_in_bfloat16_a_wrong_rival_is_told_from_a_wrong_answer(whose, factor):
     case = Case("lstm", "training", Shape(3, 2, 8, 8), dtype="bfloat16")
     calls = rivals.calls(case, onnx=False)
-    calls[whose].module.weight_hh_l0.register_hook(lambda grad: grad * 2)
+    calls[whose].module.weight_hh_l0.register_hook(lambda grad: grad * factor)
     if whose == "fastrnn":
         with pytest.raises(AssertionError, match="fastrnn float32 disagrees"):
             rivals.check(case, calls)
     else:
         wrong = rivals.check(case, calls)
-        assert list(wrong) == ["torch.nn"]
-        assert 0.4 < wrong["torch.nn"] < 0.6
+        assert wrong == ["torch.nn"]
 
 
 def test_a_layer_is_called_as_users_do():
@@ -314,6 +315,7 @@ def test_a_file_comes_back(tmp_path):
     path = tmp_path / "deep" / "run.json"
     rows = [record(2.0, conditions=NOISY), record(3.0, Case("gru", "training", grid.MEDIUM, "packed"))]
     rows.append(record(case=Case("rnn", "forward", grid.SMALL, dtype="int8"), product=123.4))
+    rows[-1].wrong.append("torch.nn")
     outcomes = goals.evaluate(rows, [], None)
     probes = [Probe("memory", CASE, 1, 2, NOISY, 0.1)]
     records.write_json(path, rows, MACHINE, probes, goals.as_json(outcomes))
@@ -347,10 +349,15 @@ def test_the_report_of_a_run():
     text = report.table(rows, PEAKS)
     assert "gru-step-T1-B1-I128-H128" in text
     assert "* 1 of 2 rows were taken while others had the CPUs" in text
+    assert "WRONG" not in text
     assert records.means(rows) == {
         "lstm forward": {"torch.nn": pytest.approx(2)},
         "gru step": {"torch.nn": pytest.approx(3)},
     }
+    untimed = dataclasses.replace(rows[0], rivals={}, spread={}, error={}, wrong=["torch.nn"])
+    assert "WRONG" in report.table([untimed, rows[1]], PEAKS)
+    assert records.means([untimed]) == {"lstm forward": {}}
+    assert goals.evaluate([untimed], [], None)[0].met is None
     about = machine.about(Conditions(), 100.0, None)
     assert "for want of a compiler" in report.describe(about, None)
     assert about["threads"] == torch.get_num_threads()
@@ -445,14 +452,17 @@ def test_a_row_of_wide_error_gets_more_rounds(wide, least, most, monkeypatch):
                 function()
 
     monkeypatch.setattr(rivals, "calls", lambda case: dict.fromkeys((rivals.OURS, rivals.TORCH)))
-    monkeypatch.setattr(rivals, "check", lambda *args: None)
+    monkeypatch.setattr(rivals, "check", lambda *args: wrong)
     monkeypatch.setattr(rivals, "timed", timed)
     monkeypatch.setattr(test_speed.time, "perf_counter", lambda: clock[0])
-    run = records.Run(20.0, 7, 0.02)
+    run, wrong = records.Run(20.0, 7, 0.02), []
     test_speed.test_speed(Benchmark, CASE, run)
-    (found,) = run.records
+    wrong = [rivals.TORCH]
+    test_speed.test_speed(Benchmark, CASE, run)
+    found, alone = run.records
     assert least <= found.rounds <= most
     assert (found.error[rivals.TORCH] > 0.02) == bool(wide)
+    assert (alone.rivals, alone.wrong) == ({}, wrong)
 
 
 def test_a_figure_has_its_error_beside_it():

@@ -58,7 +58,9 @@ def test_frozen_is_plain(case, mask):
         weights = packed.pack(cell, params, [], 2)
         frozen = flat(packed.layer(cell, x, states, weights, **{**OFF, **masks}, return_states=True))
         for a, b in zip(frozen, plain, strict=True):
-            if (dtype == torch.bfloat16 and not products_of_bfloat16()) or (B > 4 and T * B > 16):
+            # Products of bfloat16 take packed weights of few sequences too.
+            few = B <= 4 and not (dtype == torch.bfloat16 and products_of_bfloat16())
+            if (dtype == torch.bfloat16 and not products_of_bfloat16()) or (not few and T * B > 16):
                 assert torch.equal(a, b)
             else:
                 torch.testing.assert_close(a, b, **(ROUNDED if dtype == torch.bfloat16 else {}))

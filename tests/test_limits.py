@@ -126,7 +126,13 @@ def test_every_part_of_a_count():
         "packing": 2 * 4 * (256 * (32 + 32) + 32 * 64) / 50e9,
         "a module's call": 4e-5,
     }
-    assert found(Case("gru", "forward", shape, dtype="bfloat16"))["gates"] == 80 * 64 * 3 / 20e9
+    half = Case("gru", "forward", shape, dtype="bfloat16")
+    pairs = dataclasses.replace(PEAKS, gflops={"float32": 100.0, "bfloat16": 200.0})
+    assert limits.parts(half, pairs, limits.Way(1, 1, 2))[1][:2] == ("gates", 80 * 64 * 3 / 20e9)
+    # By tiles they come at once with products: the longer counts.
+    assert "gates" not in found(half)
+    slow = dataclasses.replace(PEAKS, activations={"float32": 1e-3, "bfloat16": 1e-3})
+    assert limits.parts(half, slow, limits.Way(1, 1, 2))[0][:2] == ("gates", pytest.approx(80 * 64 * 3 / 1e6))
     assert "packing" not in found(Case("gru", "step", grid.STEPS[0]))
     assert "packing" not in found(Case("gru", "forward", shape, dtype="int8"))
     assert "meetings" not in found(Case("gru", "training", shape, "bidirectional"), (2, 1, 1))

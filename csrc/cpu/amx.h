@@ -35,18 +35,18 @@ class Tiles {
 };
 
 // A way along k: rows `lda` apart, of so many steps of 32, `step` from one to the next, whose weights begin
-// `w` steps after their column's first.
+// `skip` steps after their column's first.
 struct Walk {
   const Bf16* a;
-  int64_t lda, steps, step, w;
+  int64_t lda, steps, step, skip;
+  int64_t second = 0;  // from the first set of rows to the second
 };
 
-// What a tile product multiplies: two sets of rows (or one), the second `other` elements after the first,
-// along up to two walks, and up to four columns of weights. A column is one gate of 16 units.
+// What a tile product multiplies: two sets of rows (or one), along up to two walks, and up to four columns of
+// weights. A column is one gate of 16 units.
 struct TileArgs {
   Walk of[2];
   int walks;
-  int64_t other[2];
   const Bf16* w[4];
   int64_t w_row, w_step;
   const float* from[2][4];  // what the sums begin with
@@ -80,8 +80,8 @@ FASTRNN_HD void tile_2(const TileArgs& p, Work& work) {
   for (int i = 0; i < p.walks; ++i) {
     const Walk& walk = p.of[i];
     const int64_t lda = walk.lda * 2;
-    const Bf16 *a0 = walk.a, *a1 = a0 + p.other[i];
-    const Bf16 *w0 = p.w[0] + walk.w * w_step, *w1 = p.w[C - 1] + walk.w * w_step;
+    const Bf16 *a0 = walk.a, *a1 = a0 + walk.second;
+    const Bf16 *w0 = p.w[0] + walk.skip * w_step, *w1 = p.w[C - 1] + walk.skip * w_step;
     for (int64_t k = 0; k < walk.steps; ++k) {
       _tile_stream_loadd(6, w0, w_row);
       _tile_loadd(4, a0, lda);
@@ -124,7 +124,7 @@ FASTRNN_HD void tile_1(const TileArgs& p, Work& work) {
     const Walk& walk = p.of[i];
     const int64_t lda = walk.lda * 2;
     const Bf16* a = walk.a;
-    int64_t at = walk.w * p.w_step;
+    int64_t at = walk.skip * p.w_step;
     for (int64_t k = 0; k < walk.steps; ++k, a += walk.step, at += p.w_step) {
       _tile_loadd(4, a, lda);
       _tile_stream_loadd(6, p.w[0] + at, w_row);
@@ -166,12 +166,12 @@ FASTRNN_HD int walks(const InPanels<Bf16>& in, int64_t K, Walk* to) {
 FASTRNN_HD int walks(const InBoth<Bf16>& in, int64_t K, Walk* to) {
   walks(in.h, in.P, to);
   walks(in.x, K - in.P, to + 1);
-  to[1].w = to[0].steps;
+  to[1].skip = to[0].steps;
   return 2;
 }
 
 // As the product of product.h. The epilogue of a block runs beside the tiles of the next one, which keep the
-// vector units idle.
+// vector units idle: so it writes nothing that this product reads, and reads nothing that its tiles write.
 template <int G, class In, class Fetches, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
                         const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
@@ -202,16 +202,17 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
   const int64_t sets = (rows + kTileRows - 1) / kTileRows, M = (rows + sets - 1) / sets;
   const int64_t sweeps = (block1 - block0 + kUnits - 1) / kUnits;
   const Tiles tiles(M);
-  // Rows [first, first + count) of the U blocks from b on: those being multiplied, and those before them.
+  // Rows [first, first + count) of the U blocks from b on, whose sets begin at the rows `begin` and `second`
+  // (no row is beyond that where there is one set): those being multiplied, and those before them.
   struct Part {
-    int64_t first = 0, count = 0, from = 0, to = 0, b = 0, U = 1;
+    int64_t first = 0, count = 0, begin = 0, second = 0, b = 0, U = 1;
     const float* sums = nullptr;
   } now, done;
   int64_t row = 0, u = 0;  // of the epilogue's next vector
   const auto run = [&](int64_t at) __attribute__((noinline)) {
     if (at < now.count) reads.fetch(now.first + at, 1, now.b * W, static_cast<int>(now.U));
     if (at >= done.count * done.U) return;
-    const int64_t place = row < done.to ? row - done.from : kTileRows + row - done.to;
+    const int64_t place = row < done.second ? row - done.begin : kTileRows + row - done.second;
     Vec<S, G> v;
     for (int g = 0; g < G; ++g) v[g] = S::load(done.sums + (place * kColumns + u * G + g) * W);
     const int64_t unit = (done.b + u) * W;
@@ -224,16 +225,16 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
     const int64_t columns = now.U * G;
     for (int64_t set = 0; set < sets; set += 2) {
       const bool two = set + 1 < sets;
-      now.from = row0 + at_most(set * M, rows - M);
-      now.to = two ? row0 + at_most((set + 1) * M, rows - M) : row1;
+      now.begin = row0 + at_most(set * M, rows - M);
+      now.second = two ? row0 + at_most((set + 1) * M, rows - M) : row1;
       now.first = row0 + set * M;
       now.count = at_most((two ? 2 : 1) * M, row1 - now.first);
       float* sums = out[now.sums == out[0]];
       now.sums = sums;
       for (int i = 0; i < t.walks; ++i) {
         t.of[i] = of[i];
-        t.of[i].a += now.from * of[i].lda;
-        t.other[i] = (now.to - now.from) * of[i].lda;
+        t.of[i].a += now.begin * of[i].lda;
+        t.of[i].second = (now.second - now.begin) * of[i].lda;
       }
       const int64_t each = two ? 2 : 4, calls = (columns + each - 1) / each;
       const int64_t pieces = done.count * done.U;
@@ -241,9 +242,9 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
       for (int64_t c = 0; c < columns;) {
         const int n = static_cast<int>(at_most(columns - c, each));
         for (int i = 0; i < n; ++i) {
-          const int64_t u = now.b + (c + i) / G, g = (c + i) % G;
-          t.w[i] = weight.data + (u * G + g) * column;
-          t.from[0][i] = t.from[1][i] = bias ? bias + g * ld_bias + u * W : kNoBias;
+          const int64_t b = now.b + (c + i) / G, g = (c + i) % G;
+          t.w[i] = weight.data + (b * G + g) * column;
+          t.from[0][i] = t.from[1][i] = bias ? bias + g * ld_bias + b * W : kNoBias;
         }
         t.out[0] = sums + c * W;
         t.out[1] = t.out[0] + kTileRows * kColumns * W;

@@ -24,10 +24,14 @@ FASTRNN_HD void transposed_tiles(const Bf16* panel, int64_t rows, int64_t steps,
   }
 }
 
+// No work for the vector units.
+struct Nothing {
+  FASTRNN_HD void step() {}
+};
+
 inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
   using S = Simd<float>;
-  constexpr int64_t kLines = kPanelColumns / S::W;  // of a row of sums
-  constexpr int64_t kPiece = 1024;                  // a longer one passes less often over the weight
+  constexpr int64_t kPiece = 1024;  // a longer one passes less often over the weight
   alignas(64) static constexpr float kZeros[S::W] = {};
   alignas(64) Bf16 a[kPiece / 32 * 2 * kTileElements];
   alignas(64) float edge[kPanelColumns * kPanelColumns];
@@ -54,8 +58,7 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
       const int64_t ld = whole ? p.ld_out : kPanelColumns;
       TileArgs t{};
       t.walks = 1;
-      t.of[0] = {a, 32, steps, 2 * kTileElements, 0};
-      t.other[0] = kTileElements;
+      t.of[0] = {a, 32, steps, 2 * kTileElements, 0, kTileElements};
       t.w[0] = b;
       t.w[1] = b + kPanelColumns;
       t.w_row = 2 * kPanelColumns;
@@ -66,13 +69,8 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
       }
       t.ld_from = add ? ld : 0;
       t.ld_out = ld;
-      // The sums that the next tiles begin with come nearer.
-      const int64_t lines = add && c + kPanelColumns < p.columns ? p.lanes * kLines : 0;
-      const auto fetch = [&](int64_t at) {
-        __builtin_prefetch(to + kPanelColumns + at / kLines * p.ld_out + at % kLines * S::W, 1);
-      };
-      Meanwhile<decltype(fetch)> work{fetch, lines, steps};
-      tile_2<2>(t, work);
+      Nothing nothing;
+      tile_2<2>(t, nothing);
       if (!whole) copy(edge, kPanelColumns, to, p.ld_out);
     }
   }

@@ -16,10 +16,6 @@ inline constexpr int kRegisters = FASTRNN_VECTOR_BYTES == 64 ? 32 : 16;
 inline constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 #endif
 
-// Whether the product takes rows of two places, InBoth.
-template <class F>
-inline constexpr bool kTakesBoth = true;
-
 // A register's worth of factors along k, of a dot product, or of one k in each lane, of a tile; sums are of
 // Sum.
 template <class A>

@@ -26,7 +26,7 @@ struct Forward {
   using S = Simd<E>;
   static constexpr int kLast = last_stage_gates<Cell>();
   static constexpr int kFirst = Cell::kGates - kLast;  // gates of the stage before, if there is one
-  static constexpr bool kTwo = Cell::kStages == 2, kJoins = Cell::kSums && kTakesBoth<A>;
+  static constexpr bool kTwo = Cell::kStages == 2, kJoins = Cell::kSums;
   // Of a step's sums: an Elman network's h has their error whole, where other cells' gates dampen it. (The
   // one gate of a second stage could do without, and gains as little by it as it loses.)
   static constexpr int64_t kPiece = kLast == 1 ? kShortSum<A> : kLongest<A>;

@@ -69,7 +69,7 @@ struct Weight {
   };
   const A* data = nullptr;
   Layout layout = kPacked;
-  int64_t ld = 0;  // of kPacked: from one block to the next, in rows [G][W] as packed; 0: the product's K
+  int64_t ld = 0;  // of kPacked: the K of a block as it lies, of tiles of a gate's column; 0: the product's
   const Int8Kernels* int8 = nullptr;  // of kInt8
   explicit operator bool() const { return data; }
 };

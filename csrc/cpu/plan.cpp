@@ -32,8 +32,9 @@ int64_t ask_system(int level) {
 
 constexpr int64_t kLeastStep = 16384;  // multiplications, of a thread
 
-// The rows whose multiplications hide that their weights come from the third level: Intel's servers, whose
-// cores all share it, read 30 to 46 GB/s of it a core, AMD's 100.
+// The rows whose multiplications hide that their weights come from the third level: of it Intel's servers,
+// whose cores all share it, read 30 to 46 GB/s a core, AMD's 100. (Of other Intel processors nothing is
+// known.)
 int64_t rows_of_far() {
 #if defined(__x86_64__)
   static const bool intel = [] {
@@ -80,7 +81,8 @@ int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes) {
 }
 
 bool joint_product(const LayerArgs& a, int64_t weight_bytes, bool tiles) {
-  // The rows that hide where W comes from: the second level, further away, memory.
+  // The rows that hide where W comes from: the second level, the third, memory. Of tiles, W that a thread or
+  // two find partly in the second level, and beyond.
   if (weight_bytes <= second_level_cache()) return a.B >= 2;
   if (tiles) return a.B >= (weight_bytes <= 4 * second_level_cache() ? 12 : 24);
   return a.B >= (weight_bytes <= third_level_cache() / 2 ? 3 : 8);

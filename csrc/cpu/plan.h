@@ -26,7 +26,8 @@ int64_t chunk_steps(const LayerArgs& a, int64_t row_bytes);
 // arrive.
 bool joint_product(const LayerArgs& a, int64_t weight_bytes, bool tiles);
 
-// The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them.
+// The forward scan's chunk: its rows of x and of gx stay in the second-level cache while W sweeps over them;
+// but tiles would wait for W where that is few rows, and take more.
 int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element, bool tiles);
 
 // Whether the forward pass writes what it keeps for the backward, `bytes` for each thread, past the caches:

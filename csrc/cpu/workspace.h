@@ -179,7 +179,8 @@ inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t unit
   return {src, dtype_of(w) == ScalarType::BFloat16, gates, units * K, units, K, K, 1, 0, all};
 }
 
-// The parts of a weight [units/W][P + I][gates][W] that x [I] and h [P] meet.
+// The parts that x [I] and h [P] meet of a weight packed as one of K = P + I, h first; of tiles, in each
+// gate's column.
 template <class A>
 std::pair<Weight<A>, Weight<A>> two_of(const A* w, int64_t I, int64_t P, int64_t gates, int64_t width,
                                        Packing packing) {
