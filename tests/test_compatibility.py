@@ -60,7 +60,7 @@ def test_the_page_is_right_about_torch():
             passes |= set() if "**fails**" in line else set(kinds)
         found = {kind: compatibility.attempt(torch.nn, kind, entry.run) for kind in entry.kinds}
         # oneDNN has no LSTM of bfloat16 without AVX-512; torch calls it under autocast all the same.
-        refused = {kind for kind, text in found.items() if "could not create a primitive descriptor" in text}
+        refused = {kind for kind in passes if "could not create a primitive descriptor" in found[kind]}
         assert not (refused and torch.ops.mkldnn._is_mkldnn_bf16_supported()), (name, found)
         assert passes - refused == {kind for kind, text in found.items() if text == "passes"}, (name, found)
 
