@@ -217,7 +217,10 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
     for (int g = 0; g < G; ++g) v[g] = S::load(done.sums + (place * kColumns + u * G + g) * W);
     const int64_t unit = (done.b + u) * W;
     epilogue(row, unit, static_cast<int>(at_most(units - unit, W)), v);
-    if (++u == done.U) u = 0, ++row;
+    if (++u == done.U) {
+      u = 0;
+      ++row;
+    }
   };
   for (int64_t j = 0; j < sweeps; ++j) {
     now.b = block0 + (backwards ? sweeps - 1 - j : j) * kUnits;
