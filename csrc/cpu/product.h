@@ -38,7 +38,7 @@ struct From {
 // were shared out. `ahead`: K vectors of weights to bring into the second-level cache meanwhile, of more rows
 // than one.
 template <class F, int G, int U, int M, int Of = G, class A>
-__attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block, int64_t K,
+__attribute__((noinline)) void tile(const A& a, const F* w, int64_t step, int64_t block, int64_t K,
                                     const From<Sum<F>>& from, const F* ahead, Sum<F>* out) {
   using S = Simd<Sum<F>>;
   const bool more = from.data == out;
@@ -79,7 +79,8 @@ __attribute__((noinline)) void tile(A a, const F* w, int64_t step, int64_t block
       }
 }
 
-// By reference: a struct that is copied right after it was written waits for all stores before it.
+// By reference, here and in the tile: a struct that is copied by a wider load right after it was written
+// waits until all stores before it are done, which are the epilogue's, to memory.
 template <class F, int G, int U, int M, int Of = G, class... Rest>
 FASTRNN_HD void tile_of(int u, int m, const Rest&... rest) {
   if constexpr (U > 1) {
@@ -185,7 +186,7 @@ struct Streams {
 // The left factor of a product that meanwhile fetches `rows` rows from `row` on, of U vectors at `unit`.
 template <class A, class E>
 struct Fetching {
-  A a;
+  const A& a;
   const Streams<E>* streams;
   int64_t row, unit;
   int rows, U;
@@ -292,8 +293,11 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
           };
           const A a_r = a.from(r, k);
           E* out = sums + (i - tile0) * kMost * S::W;
-          const From<E> from =
-              k ? From<E>{out, U * G * S::W, G * S::W, S::W} : From<E>{bias_b, 0, S::W, ld_bias};
+          const auto from_gate = [&](int g) __attribute__((always_inline)) {
+            return k ? From<E>{out + g * S::W, U * G * S::W, G * S::W, S::W}
+                     : From<E>{bias_b ? bias_b + g * ld_bias : nullptr, 0, S::W, ld_bias};
+          };
+          const From<E> from = from_gate(0);
           const auto& factor = while_fetching(a_r, reads, r, b * S::W, k1 == K ? M : 0, U);
           if (k1 == K && (!kSpread || dots || int8)) reads.fetch(r, M, b * S::W, U);
           if (dots) {
@@ -316,15 +320,14 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
             tile_of<F, G, Tile::kUnitsTwoRows, 2>(U, M, factor, w_k, step, block, k1 - k, from, ahead(i),
                                                   out);
           } else {
-            const auto gates = [&](const auto& a_g, int g) {
+            const auto gates = [&](const auto& a_g, const From<E>& from_g,
+                                   int g) __attribute__((always_inline)) {
               const int64_t n = i * (G / Tile::kGates) + g / Tile::kGates;
-              const From<E> from_g{from.data ? from.data + g * from.gate : nullptr, from.row, from.unit,
-                                   from.gate};
               tile_of<F, Tile::kGates, Tile::kUnits, Tile::kRows, G>(
                   U, M, a_g, w_k + g * S::W, step, block, k1 - k, from_g, ahead(n), out + g * S::W);
             };
-            gates(factor, 0);
-            if constexpr (Tile::kGates < G) gates(a_r, Tile::kGates);
+            gates(factor, from, 0);
+            if constexpr (Tile::kGates < G) gates(a_r, from_gate(Tile::kGates), Tile::kGates);
           }
           if (k1 < K) continue;
           const E* sum = out;
