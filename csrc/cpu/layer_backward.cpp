@@ -314,24 +314,25 @@ class BackwardPass {
     const Direction<E, A>& s = scan_.dir[c.d];
     const WeightGradients<E>& w = weights_[c.d];
     const int64_t G = cell_.gates, blocks = ceil_div(H_, W_), first_stage = cell_.stage_gates[0];
-    const Part panels(team, cell_.grads * blocks);
     const Outer<E, A> outer{kernels_, scan_.panel_rows, c.rows, G};
+    // By units, so that each member has all gates of its own: a GRU's gradients are not of as many products
+    // each, and where units are shared out in the scan too, its panels lie in its cache.
     const auto sweep = [&](const A* b, int64_t columns, E* out, int64_t g0, int64_t g1, bool recurrent) {
+      const Part part(team, blocks * (g1 - g0));
       const int64_t share = outer.columns_at_once(columns);
       for (int64_t k = 0; k < columns; k += share) {
-        for (int64_t j = panels.begin; j < panels.end; ++j) {
-          const int64_t column = j / blocks, block = j % blocks;
-          for (int64_t g = g0; g < g1; ++g) {
-            if ((recurrent ? cell_.hidden_grad[g] : g) != column) continue;
-            outer(s.dg + j * panel(), block, H_, b + k * scan_.panel_rows, std::min(share, columns - k),
-                  out + g * H_ * columns + k, columns, c.begun);
-          }
+        for (int64_t i = part.begin; i < part.end; ++i) {
+          const int64_t block = i / (g1 - g0), g = g0 + i % (g1 - g0);
+          const int64_t column = recurrent ? cell_.hidden_grad[g] : g;
+          outer(s.dg + (column * blocks + block) * panel(), block, H_, b + k * scan_.panel_rows,
+                std::min(share, columns - k), out + g * H_ * columns + k, columns, c.begun);
         }
       }
     };
     sweep(x_panels_, a_.I, w.w_ih, 0, G, false);
     sweep(h_prev_[c.d], P_, w.w_hh, 0, first_stage, true);
     if (cell_.stages == 2) sweep(mid_out_[c.d], P_, w.w_hh, first_stage, G, true);
+    const Part panels(team, cell_.grads * blocks);
     for (int64_t j = panels.begin; j < panels.end; ++j)
       kernels_.add_rows(s.dg + j * panel(), c.rows, w.bias + j * W_);
     if (projected_) {
