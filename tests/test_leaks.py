@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 from pathlib import Path
 
@@ -97,3 +98,47 @@ def test_scratch_is_kept_up_to_a_limit(batch, kept):
     first, second = map(int, Fresh("test_leaks.scratch", batch).finish().split())
     assert abs(second - first) < 1 << 20
     assert (1400 * batch < first < (65 << 20)) if kept else first < 1 << 20
+
+
+def lent():
+    """The megabytes that the system may take from this process when it wants for memory."""
+    rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
+    return round(int(rollup["LazyFree"].split()[0]) / 1024)
+
+
+def system_lends():
+    try:
+        with mmap.mmap(-1, 4 << 20, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+            memory.write(bytes(4 << 20))
+            memory.madvise(mmap.MADV_FREE)
+            return lent() == 4
+    except (AttributeError, KeyError, OSError, ValueError):
+        return False
+
+
+def drop(calls, T, B, H):
+    """Prints `lent` while what so many calls keep for their backward passes lives, when it has been dropped,
+    and when one call more has kept as much again."""
+    layer, x = fastrnn.LSTM(1, H), torch.randn(T, B, 1)
+    outputs = [layer(x)[0] for _ in range(calls)]
+    print(lent())
+    del outputs
+    print(lent())
+    _again = layer(x)[0]
+    print(lent())
+
+
+@pytest.mark.skipif(not system_lends(), reason="the system takes no pages back later (MADV_FREE)")
+@pytest.mark.parametrize(
+    ("calls", "sizes", "dropped", "again"),
+    [
+        (2, (64, 32, 256), (16, 16), (8, 8)),  # 8 MB of gates each; their c, 2 MB, is malloc's
+        (18, (64, 32, 256), (16 * 8, 16 * 8), (15 * 8, 15 * 8)),  # no more blocks than 16
+        (3, (1500, 128, 64), (293, 512), (150, 400)),  # 188 MB of gates and 47 of c: no more than 512 MB
+    ],
+)
+def test_what_training_kept_is_the_next_steps(calls, sizes, dropped, again):
+    alive, after, then = map(int, Fresh("test_leaks.drop", calls, *sizes).finish().split())
+    assert alive == 0
+    assert dropped[0] <= after <= dropped[1]
+    assert again[0] <= then <= again[1]

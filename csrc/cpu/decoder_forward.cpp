@@ -87,7 +87,7 @@ class DecoderForward : DecoderCall<E> {
     p_.weights = data(out_.weights);
     if (in_.w_q) {
       p_.query = arena_.template zeros<E>(B * p_.ld_query);
-      if (save) p_.queries = data(out_.saved.emplace_back(empty({N, K}, in_.dtype)));
+      if (save) p_.queries = data(out_.saved.emplace_back(kept<E>({N, K})));
     }
     if (p_.drops) {
       E** dropped = arena_.template get<E*>(L);
@@ -130,8 +130,8 @@ class DecoderForward : DecoderCall<E> {
     const int64_t B = in_.B, N = in_.N, H = in_.H, G = cell_.gates, width = p.w_ih.size(1);
     Scan<E>& scan = scans_[k];
     Direction<E>& s = scan.dir[0];
-    const auto kept = [&](int64_t columns) {
-      return save ? data(out_.saved.emplace_back(empty({N, columns}, in_.dtype)))
+    const auto rows = [&](int64_t columns) {
+      return save ? data(out_.saved.emplace_back(kept<E>({N, columns})))
                   : arena_.template get<E>(N * columns);
     };
     scan.I = a.I;
@@ -153,11 +153,11 @@ class DecoderForward : DecoderCall<E> {
     read_biases(p, G, H, bx, bh);
     s.bx = bx;
     s.bh = bh;
-    s.y = {kept(H), H, false};
-    for (int j = 1; j < cell_.states; ++j) s.seq[j - 1] = save ? kept(H) : nullptr;
+    s.y = {rows(H), H, false};
+    for (int j = 1; j < cell_.states; ++j) s.seq[j - 1] = save ? rows(H) : nullptr;
     s.save = save && cell_.saved;
     s.ld_gates = s.save ? cell_.saved * H : padded<E>(G * H);
-    s.gates = s.save ? kept(s.ld_gates) : arena_.template get<E>(scan.steps * B * s.ld_gates);
+    s.gates = s.save ? rows(s.ld_gates) : arena_.template get<E>(scan.steps * B * s.ld_gates);
     for (E*& ring : s.ring) ring = arena_.template zeros<E>(B * s.ld_ring);
     for (int j = 1; j < cell_.states; ++j) s.state[j] = arena_.template zeros<E>(B * s.ld_state);
     if (cell_.stages == 2) s.mid = arena_.template zeros<E>(B * s.ld_mid);

@@ -4,8 +4,11 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
+#include <functional>
 #include <memory>
+#include <numeric>
 #include <tuple>
 #include <utility>
 
@@ -265,19 +268,39 @@ class Weights {
 
 inline constexpr size_t kLargeTensor = 4 << 20;
 
+inline std::array<int64_t, 4> dense_strides(const Shape& shape) {
+  std::array<int64_t, 4> strides{1, 1, 1, 1};
+  for (size_t i = shape.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape.begin()[i], 1);
+  }
+  return strides;
+}
+
 // A new tensor on the CPU, past the dispatcher: for a short call that is a tenth of its time.
 inline Tensor empty(const Shape& shape, ScalarType dtype) {
-  const int64_t dims = static_cast<int64_t>(shape.size()), *sizes = shape.begin();
-  int64_t strides[4] = {1, 1, 1, 1};
-  for (int64_t i = dims; i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
+  const int64_t dims = static_cast<int64_t>(shape.size());
   AtenTensorHandle handle = nullptr;
-  const auto error = aoti_torch_empty_strided(dims, sizes, strides, static_cast<int32_t>(dtype),
-                                              aoti_torch_device_type_cpu(), 0, &handle);
+  const auto error =
+      aoti_torch_empty_strided(dims, shape.begin(), dense_strides(shape).data(), static_cast<int32_t>(dtype),
+                               aoti_torch_device_type_cpu(), 0, &handle);
   STD_TORCH_CHECK(error == AOTI_TORCH_SUCCESS, "no memory for a tensor of ", dims, " dimensions");
   Tensor t(handle);
   const size_t bytes = static_cast<size_t>(t.numel()) * t.element_size();
   if (bytes >= kLargeTensor) ask_for_large_pages(t.mutable_data_ptr(), bytes);
   return t;
+}
+
+// The same of E, for what a forward pass keeps for its backward pass, or a layer for the next: no caller's,
+// who might resize it.
+template <class E>
+Tensor kept(const Shape& shape) {
+  const size_t count = std::accumulate(shape.begin(), shape.end(), size_t{1}, std::multiplies<>());
+  if (!kPooled || count * sizeof(E) < kLargeTensor) return empty(shape, kScalar<E>);
+  Block* const block = take_block(count * sizeof(E));
+  const std::array<int64_t, 4> strides = dense_strides(shape);
+  return torch::stable::from_blob(block->data, {shape.begin(), shape.size()}, {strides.data(), shape.size()},
+                                  torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<E>,
+                                  [block](void*) { give_back(block); });
 }
 
 inline Tensor zeros(const Tensor& like, const Shape& shape, ScalarType dtype) {
