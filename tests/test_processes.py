@@ -102,6 +102,30 @@ def test_python_threads_at_once():
     Fresh("test_processes.python_threads").finish()
 
 
+def large_layers():
+    torch.set_num_threads(1)
+    work = [(make("LSTM", 1, 64), torch.randn(T, 64, 1)) for T in (65, 100, 200)]  # 4.3, 6.6 and 13 MB kept
+    alone = [train(*case) for case in work]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(3):
+            results = pool.map(lambda case: train(*case), work * 4)
+            assert all(same(*pair) for pair in zip(results, alone * 4, strict=True))
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        kept = [layer(x)[0] for layer, x in work * 4]
+        os._exit(0 if same(kept, [y for y, *_ in alone * 4]) else 3)
+    results = [train(*case) for case in work]
+    _, status = os.waitpid(child, 0)
+    assert status == 0, status
+    assert all(same(*pair) for pair in zip(results, alone, strict=True))
+
+
+def test_memory_of_the_step_before_is_one_calls_alone():
+    """Of Python threads that train at once, and of a forked child."""
+    Fresh("test_processes.large_layers").finish()
+
+
 def parallel_region(library):
     """In an OpenMP region every thread calls, and a call's team is that one thread."""
     work = cases()

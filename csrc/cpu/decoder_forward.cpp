@@ -87,7 +87,7 @@ class DecoderForward : DecoderCall<E> {
     p_.weights = data(out_.weights);
     if (in_.w_q) {
       p_.query = arena_.template zeros<E>(B * p_.ld_query);
-      if (save) p_.queries = data(out_.saved.emplace_back(kept<E>({N, K})));
+      if (save) p_.queries = data(out_.saved.emplace_back(pooled<E>({N, K})));
     }
     if (p_.drops) {
       E** dropped = arena_.template get<E*>(L);
@@ -131,7 +131,7 @@ class DecoderForward : DecoderCall<E> {
     Scan<E>& scan = scans_[k];
     Direction<E>& s = scan.dir[0];
     const auto rows = [&](int64_t columns) {
-      return save ? data(out_.saved.emplace_back(kept<E>({N, columns})))
+      return save ? data(out_.saved.emplace_back(pooled<E>({N, columns})))
                   : arena_.template get<E>(N * columns);
     };
     scan.I = a.I;

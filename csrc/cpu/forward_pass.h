@@ -51,15 +51,12 @@ class ForwardPass {
     out.last.reserve(cell.states);
     for (int j = 0; j < cell.states; ++j) out.last.push_back(empty({D, a.B, j ? H : P}, a.dtype));
     if (save || return_states) {
-      for (int j = 1; j < cell.states; ++j) {
-        out.seq.push_back(return_states || a.lengths ? fresh(a.seq_shape(), kScalar<E>)
-                                                     : kept<E>(a.seq_shape()));
-      }
+      for (int j = 1; j < cell.states; ++j) out.seq.push_back(fresh(a.seq_shape(), kScalar<E>));
     }
     const bool save_gates = save && cell.saved;
     if (save_gates) {
-      out.saved.push_back(kept<E>({D, N, cell.saved * H}));
-      if (projected) out.saved.push_back(kept<E>({D, N, H}));
+      out.saved.push_back(pooled<E>({D, N, cell.saved * H}));
+      if (projected) out.saved.push_back(pooled<E>({D, N, H}));
     }
 
     scan.rows = {a.T, a.B, table.active, table.offset,

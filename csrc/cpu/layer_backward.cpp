@@ -308,21 +308,20 @@ class BackwardPass {
     if (projected_) pair_rows(team, c, H_, raw_panels_);
   }
 
-  // Of all that the gates were multiplied with, by this member's panels of their gradients.
+  // Of all that the gates were multiplied with.
   void weight_gradients(const Team& team, const Chunk& c) const {
     if (c.rows == 0) return;
     const Direction<E, A>& s = scan_.dir[c.d];
     const WeightGradients<E>& w = weights_[c.d];
     const int64_t G = cell_.gates, blocks = ceil_div(H_, W_), first_stage = cell_.stage_gates[0];
     const Outer<E, A> outer{kernels_, scan_.panel_rows, c.rows, G};
-    // By units, so that each member has all gates of its own: a GRU's gradients are not of as many products
-    // each, and where units are shared out in the scan too, its panels lie in its cache.
+    // Each sweep is shared out by its own products: a GRU's columns of gradients have two, or one.
     const auto sweep = [&](const A* b, int64_t columns, E* out, int64_t g0, int64_t g1, bool recurrent) {
       const Part part(team, blocks * (g1 - g0));
       const int64_t share = outer.columns_at_once(columns);
       for (int64_t k = 0; k < columns; k += share) {
         for (int64_t i = part.begin; i < part.end; ++i) {
-          const int64_t block = i / (g1 - g0), g = g0 + i % (g1 - g0);
+          const int64_t g = g0 + i / blocks, block = i % blocks;
           const int64_t column = recurrent ? cell_.hidden_grad[g] : g;
           outer(s.dg + (column * blocks + block) * panel(), block, H_, b + k * scan_.panel_rows,
                 std::min(share, columns - k), out + g * H_ * columns + k, columns, c.begun);

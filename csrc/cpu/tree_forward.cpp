@@ -34,8 +34,8 @@ class TreeForwardPass : TreeCall<E> {
     const int64_t chunk = std::clamp<int64_t>(second_level_cache() / 8 * 3 / row_bytes, 32, 4096);
     save = save && lstm;
     if (save) {
-      out.saved.push_back(kept<E>({N, G * H}));
-      out.saved.push_back(kept<E>({N, H}));
+      out.saved.push_back(pooled<E>({N, G * H}));
+      out.saved.push_back(pooled<E>({N, H}));
       t_.gates = Base::data(out.saved[0]);
       t_.forget = Base::data(out.saved[1]);
       std::fill_n(t_.forget + s_.E * H, (N - s_.E) * H, E(0));  // as many rows as nodes, whatever the edges

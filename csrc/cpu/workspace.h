@@ -6,12 +6,11 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <numeric>
 #include <tuple>
 #include <utility>
 
+#include "blocks.h"
 #include "dispatch.h"
 #include "plan.h"
 #include "scratch.h"
@@ -290,13 +289,15 @@ inline Tensor empty(const Shape& shape, ScalarType dtype) {
   return t;
 }
 
-// The same of E, for what a forward pass keeps for its backward pass, or a layer for the next: no caller's,
-// who might resize it.
+// The same of E, for what a forward pass keeps for its backward pass: large ones in memory that waits for the
+// next. Their storage cannot be resized.
 template <class E>
-Tensor kept(const Shape& shape) {
-  const size_t count = std::accumulate(shape.begin(), shape.end(), size_t{1}, std::multiplies<>());
-  if (!kPooled || count * sizeof(E) < kLargeTensor) return empty(shape, kScalar<E>);
-  Block* const block = take_block(count * sizeof(E));
+Tensor pooled(const Shape& shape) {
+  size_t bytes = sizeof(E);
+  bool countable = true;
+  for (const int64_t n : shape) countable &= !__builtin_mul_overflow(bytes, static_cast<size_t>(n), &bytes);
+  Block* const block = countable && bytes >= kLargeTensor ? take_block(bytes) : nullptr;
+  if (!block) return empty(shape, kScalar<E>);
   const std::array<int64_t, 4> strides = dense_strides(shape);
   return torch::stable::from_blob(block->data, {shape.begin(), shape.size()}, {strides.data(), shape.size()},
                                   torch::stable::Device(torch::headeronly::DeviceType::CPU), kScalar<E>,
