@@ -136,14 +136,23 @@ def saved_by(layer, x):
 
 
 def drop(calls, T, B, H):
-    """Prints the megabytes lent while what so many calls keep lives and after, and whether the next call's is
-    where one of theirs was."""
+    """Prints the megabytes lent while what so many calls keep lives, when it is dropped, and in a child and its
+    parent after a fork; and whether the next call's is where one of theirs was."""
     layer, x = fastrnn.LSTM(1, H), torch.randn(T, B, 1)
+    saved_by(layer, x[:1])
+    before = lent()
     alive = [saved_by(layer, x) for _ in range(calls)]
     places = {t.data_ptr() for t in alive}
-    print(lent())
+    print(lent() - before)
     del alive
-    print(lent(), saved_by(layer, x).data_ptr() in places)
+    print(lent() - before)
+    again = saved_by(layer, x)
+    reused = again.data_ptr() in places
+    del again
+    child = os.fork()
+    if child == 0:
+        os._exit(int(lent() - before > 1))
+    print(os.waitpid(child, 0)[1], lent() - before, reused)
 
 
 @waiting
@@ -156,10 +165,12 @@ def drop(calls, T, B, H):
     ],
 )
 def test_what_training_keeps_waits_for_the_next_step(calls, sizes, most):
-    alive, after, reused = Fresh("test_leaks.drop", calls, *sizes, OMP_NUM_THREADS="1").finish().split()
-    assert float(alive) == 0
-    assert 0 < float(after) <= most
-    assert reused == "True"
+    printed = Fresh("test_leaks.drop", calls, *sizes, OMP_NUM_THREADS="1").finish().split()
+    alive, dropped, child, parent = map(float, printed[:4])
+    assert alive < 1
+    assert 1 < dropped < most + 1
+    assert child == 0 and parent < 1, "nothing waits when a process forks"
+    assert printed[4] == "True"
 
 
 @waiting

@@ -102,7 +102,7 @@ def test_python_threads_at_once():
     Fresh("test_processes.python_threads").finish()
 
 
-def large_layers():
+def threads_of_large_layers():
     torch.set_num_threads(1)
     work = [(make("LSTM", 1, 64), torch.randn(T, 64, 1)) for T in (65, 100, 200)]  # 4.3, 6.6 and 13 MB kept
     alone = [train(*case) for case in work]
@@ -110,20 +110,10 @@ def large_layers():
         for _ in range(3):
             results = pool.map(lambda case: train(*case), work * 4)
             assert all(same(*pair) for pair in zip(results, alone * 4, strict=True))
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)
-        kept = [layer(x)[0] for layer, x in work * 4]
-        os._exit(0 if same(kept, [y for y, *_ in alone * 4]) else 3)
-    results = [train(*case) for case in work]
-    _, status = os.waitpid(child, 0)
-    assert status == 0, status
-    assert all(same(*pair) for pair in zip(results, alone, strict=True))
 
 
-def test_memory_of_the_step_before_is_one_calls_alone():
-    """Of Python threads that train at once, and of a forked child."""
-    Fresh("test_processes.large_layers").finish()
+def test_python_threads_share_no_memory_of_the_step_before():
+    Fresh("test_processes.threads_of_large_layers").finish()
 
 
 def parallel_region(library):
@@ -180,18 +170,17 @@ def test_threads_of_the_inter_op_pool():
 
 
 def fork():
-    layer, x = make("LSTM", 64, 128), torch.randn(30, 8, 64)
-    expected = train(layer, x)
+    work = [(make("LSTM", 64, 128), torch.randn(30, 8, 64)), (make("LSTM", 1, 64), torch.randn(65, 64, 1))]
+    expected = [train(*case) for case in work]
     child = os.fork()
     if child == 0:
         signal.alarm(60)
         torch.set_num_threads(1)
-        with torch.no_grad():
-            y = layer(x)[0]
-        os._exit(0 if torch.equal(y, expected[0]) else 3)
+        right = [torch.equal(layer(x)[0], y) for (layer, x), (y, *_) in zip(work, expected, strict=True)]
+        os._exit(0 if all(right) else 3)
     _, status = os.waitpid(child, 0)
     assert status == 0, status
-    assert same(train(layer, x), expected)
+    assert all(same(train(*case), e) for case, e in zip(work, expected, strict=True))
 
 
 def test_forked_child():

@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <iterator>
 #include <memory>
 #endif
 
@@ -22,8 +23,8 @@ constexpr size_t kMostIdle = 512 << 20;
 // No locks: a forked child would inherit one locked by a thread that it does not have.
 struct Place {
   std::atomic<Block*> block{nullptr};
-  std::atomic<size_t> size{
-      0};  // of the block, or of one that was there: a hint, so that only what fits is taken
+  // The block's, or that of one before it: a hint, so that only what may fit is taken out.
+  std::atomic<size_t> size{0};
 };
 Place idle[16];
 std::atomic<size_t> idle_bytes{0};
@@ -90,11 +91,12 @@ bool system_takes_pages() {
   if (lent) pthread_atfork(unmap_idle, nullptr, [] { unmap_idle(), idle_bytes = 0; });
   return lent;
 }
+// Asked when the library is loaded: a local one's guard is a lock.
+const bool waits = system_takes_pages();
 
 }  // namespace
 
 Block* take_block(size_t size) {
-  static const bool waits = system_takes_pages();
   if (!waits || size > SIZE_MAX / 2) return nullptr;
   size = (size + kPage - 1) / kPage * kPage;
   const auto fits = [&](size_t s) { return s >= size && s / 2 <= size; };

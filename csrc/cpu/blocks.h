@@ -15,7 +15,7 @@ struct Block {
 };
 
 // At least so large, and up to twice. Null where there is no such memory, or where none would wait: the
-// system takes no pages back later (MADV_FREE), or AddressSanitizer is to see each piece's ends.
+// system takes no pages back later (MADV_FREE), or g++'s AddressSanitizer is to see each piece's ends.
 Block* take_block(size_t size);
 void give_back(Block* block);
 

@@ -80,7 +80,7 @@ __attribute__((noinline)) void tile(const A& a, const F* w, int64_t step, int64_
 }
 
 // By reference, here and in the tile: a struct that is copied by a wider load right after it was written
-// waits until all stores before it have reached the cache, the epilogue's to lines that are far.
+// waits until all earlier stores, among them the epilogue's to distant lines, have reached the cache.
 template <class F, int G, int U, int M, int Of = G, class... Rest>
 FASTRNN_HD void tile_of(int u, int m, const Rest&... rest) {
   if constexpr (U > 1) {
