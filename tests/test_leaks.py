@@ -103,13 +103,17 @@ def test_scratch_is_kept_up_to_a_limit(batch, kept):
 
 
 def lent():
-    """The megabytes that the system may take from this process when it wants for memory."""
-    rollup = dict(line.split(":", 1) for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:])
-    return int(rollup["LazyFree"].split()[0]) / 1024
+    """The megabytes that the system may take from this process when it wants for memory; 0 where it does not
+    tell."""
+    try:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]
+    except OSError:
+        return 0
+    return int(dict(line.split(":", 1) for line in lines).get("LazyFree", "0 kB").split()[0]) / 1024
 
 
 def memory_waits():
-    """Whether the system takes pages back later, and says so; under AddressSanitizer nothing waits for it."""
+    """Whether the system takes pages back later (MADV_FREE), and tells; under AddressSanitizer none waits."""
     if "libasan" in os.environ.get("LD_PRELOAD", ""):
         return False
     try:
@@ -117,11 +121,8 @@ def memory_waits():
             memory.write(bytes(4 << 20))
             memory.madvise(mmap.MADV_FREE)
             return lent() > 3
-    except (AttributeError, KeyError, OSError):
+    except (AttributeError, OSError):
         return False
-
-
-waiting = pytest.mark.skipif(not memory_waits(), reason="the system takes no pages back later (MADV_FREE)")
 
 
 def saved_by(layer, x):
@@ -155,7 +156,6 @@ def drop(calls, T, B, H):
     print(os.waitpid(child, 0)[1], lent() - before, reused)
 
 
-@waiting
 @pytest.mark.parametrize(
     ("calls", "sizes", "most"),
     [
@@ -168,12 +168,14 @@ def test_what_training_keeps_waits_for_the_next_step(calls, sizes, most):
     printed = Fresh("test_leaks.drop", calls, *sizes, OMP_NUM_THREADS="1").finish().split()
     alive, dropped, child, parent = map(float, printed[:4])
     assert alive < 1
-    assert 1 < dropped < most + 1
     assert child == 0 and parent < 1, "nothing waits when a process forks"
-    assert printed[4] == "True"
+    if memory_waits():
+        assert 1 < dropped < most + 1
+        assert printed[4] == "True"
+    else:
+        assert dropped < 1
 
 
-@waiting
 @pytest.mark.parametrize("lengths", [None, torch.arange(32)])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU"])
 def test_nothing_is_read_of_the_step_before(kind, lengths):
@@ -191,4 +193,5 @@ def test_nothing_is_read_of_the_step_before(kind, lengths):
     del before
     results = train()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
-    assert saved_by(layer, x.detach()).data_ptr() == place
+    if memory_waits():
+        assert saved_by(layer, x.detach()).data_ptr() == place
