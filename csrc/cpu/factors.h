@@ -33,6 +33,8 @@ using Sum = typename Terms<F>::Sum;
 
 template <class F>
 inline constexpr int kWidth = FASTRNN_VECTOR_BYTES / sizeof(F);
+// Vectors in a line of memory.
+inline constexpr int kLineVectors = 64 / FASTRNN_VECTOR_BYTES;
 // From one row of a panel of factors to the next.
 template <class F>
 inline constexpr int64_t kPanelRow = kWidth<F>;
@@ -46,10 +48,24 @@ inline constexpr int64_t kLongest = (kRegisters == 32 ? 4096 : 1024) / sizeof(F)
 template <class F>
 inline constexpr int64_t kShortSum = 512 / sizeof(F);
 
-// The left factor of a product, by how its memory is walked: `each` calls add(k, where element k of the first
-// row lies, the way from there to the next row's), and `piece` is how many k are walked at a time. kAhead: it
-// brings the K vectors of weights at `ahead` into the second-level cache meanwhile; not for one row, which
-// waits for its loads, so that one more a k costs a tenth.
+// Weights that come into the second-level cache while a tile is worked on.
+template <class F>
+struct Ahead {
+  // At most so much a k: a line, or where there are few registers, and fetches for two k at once, half of
+  // one.
+  static constexpr int64_t kMost = 64 / sizeof(F) / (kRegisters == 32 ? 1 : 2);
+  const F* data;
+  int64_t step;                    // a k
+  FASTRNN_HD void fetch(int ks) {  // for the next ks k
+    __builtin_prefetch(data, 0, 2);
+    data += ks * step;
+  }
+  FASTRNN_HD Ahead from(int64_t k) const { return {data + k * step, step}; }
+};
+
+// The left factor of a product, by how its memory is walked: `each` calls add(k, row), where element k of
+// row m lies at row(m), for M rows, and `piece` is how many k are walked at a time. It fetches what lies
+// `ahead` meanwhile; not for one row, which waits for its loads, so that one more a k costs a tenth.
 
 // [rows][K], rows of ld.
 template <class F>
@@ -60,12 +76,27 @@ struct InRows {
   FASTRNN_HD InRows from(int64_t row, int64_t k) const { return {data + row * ld + k, ld, longest}; }
   // Whatever K is, the cuts are the same: zeros behind a row's end, as trees have them, do not move them.
   FASTRNN_HD int64_t piece(int64_t K) const { return K < longest ? K : longest; }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+  template <int M, class Add>
+  FASTRNN_HD void each(int64_t K, Ahead<F> ahead, Add&& add) const {
+    int64_t k = 0;
+    if constexpr (kRegisters == 16 && M > 4) {
+      // x86 reaches three rows from one address. Left to itself the compiler counts up to each row of each k:
+      // a fifth of all instructions, which are what a tile of 16 registers waits for.
+      const F *first = data, *fourth = data + 3 * ld;
+      const auto row = [&](int m) __attribute__((always_inline)) {
+        return m < 3 ? first + m * ld : fourth + (m - 3) * ld;
+      };
+      for (; k + 1 < K; k += 2, first += 2, fourth += 2) {
+        asm("" : "+r"(first), "+r"(fourth));
+        ahead.fetch(2);
+        add(k, row);
+        add(k + 1, [&](int m) __attribute__((always_inline)) { return row(m) + 1; });
+      }
+    }
 #pragma GCC unroll 2
-    for (int64_t k = 0; k < K; ++k) {
-      if constexpr (kAhead) __builtin_prefetch(ahead + k * kWidth<F>, 0, 2);
-      add(k, data + k, ld);
+    for (; k < K; ++k) {
+      if constexpr (M > 1) ahead.fetch(1);
+      add(k, [&](int m) __attribute__((always_inline)) { return data + k + m * ld; });
     }
   }
 };
@@ -81,13 +112,13 @@ struct InBoth {
     return {h.from(row, of_h), x.from(row, k - of_h), P - of_h};
   }
   FASTRNN_HD int64_t piece(int64_t K) const { return h.piece(K); }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+  template <int M, class Add>
+  FASTRNN_HD void each(int64_t K, Ahead<F> ahead, Add&& add) const {
     const int64_t of_h = P < K ? P : K;
-    h.template each<kAhead>(of_h, ahead, add);
-    x.template each<kAhead>(K - of_h, ahead + of_h * kWidth<F>,
-                            [&](int64_t k, const F* at, int64_t row)
-                                __attribute__((always_inline)) { add(of_h + k, at, row); });
+    h.template each<M>(of_h, ahead, add);
+    x.template each<M>(K - of_h, ahead.from(of_h),
+                       [&](int64_t k, const auto& of_row)
+                           __attribute__((always_inline)) { add(of_h + k, of_row); });
   }
 };
 
@@ -108,26 +139,32 @@ struct InPanels {
   }
   // Gradients of gates have no order of size that a long sum of them could go by.
   FASTRNN_HD int64_t piece(int64_t K) const { return K < kShortSum<F> ? K : kShortSum<F>; }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
+  template <int M, class Add>
+  FASTRNN_HD void each(int64_t K, Ahead<F> ahead, Add&& add) const {
     constexpr int64_t W = kWidth<F>;
+    constexpr int kLanes = kLineVectors < W ? kLineVectors : W;  // whose first rows share a line
     const F* at = data;
-    for (int64_t k = 0, u = unit; k < K;) {
-      const int64_t lane0 = u % W, of_gate = units - u, of_panel = of_gate < W - lane0 ? of_gate : W - lane0;
-      const int64_t count = of_panel < K - k ? of_panel : K - k;
-      if (count == W && of_gate > W) {
+    int64_t k = 0, u = unit;
+    const auto left = [&] { return units - u < K - k ? units - u : K - k; };  // of this gate
+    for (; k < K; u = u == units ? 0 : u) {
+      for (int64_t whole = u % W ? 0 : left() / W; whole > 0; --whole, k += W, u += W, at += panel) {
 #pragma GCC unroll 2
-        for (int lane = 0; lane < W; ++lane) {
+        for (int lane = 0; lane < W; lane += kLanes) {
           // No hardware looks this far ahead: the panels' rows of this tile, and of the one after.
           __builtin_prefetch(at + 2 * panel + lane * W);
-          if constexpr (kAhead) __builtin_prefetch(ahead + (k + lane) * W, 0, 2);
-          add(k + lane, at + lane, W);
+          if constexpr (M > 1) ahead.fetch(kLanes);
+#pragma GCC unroll 4
+          for (int j = lane; j < lane + kLanes; ++j) {
+            add(k + j, [&](int m) __attribute__((always_inline)) { return at + j + m * W; });
+          }
         }
-      } else {
-        for (int64_t lane = 0; lane < count; ++lane) add(k + lane, at + lane0 + lane, W);
       }
-      k += count;
-      u = count == of_gate ? 0 : u + count;
+      if (left() == 0) continue;
+      const int64_t lane0 = u % W, count = left() < W - lane0 ? left() : W - lane0;
+      for (int64_t lane = lane0; lane < lane0 + count; ++lane, ++k) {
+        add(k, [&](int m) __attribute__((always_inline)) { return at + lane + m * W; });
+      }
+      u += count;
       at += panel;
     }
   }
@@ -149,15 +186,15 @@ struct InLanes {
   int lanes;
   const Sum<F>* to;
   int64_t ld;
-  template <bool, class Add>
-  FASTRNN_HD void each(int64_t K, const F*, Add&& add) const {
+  template <int, class Add>
+  FASTRNN_HD void each(int64_t K, Ahead<F>, Add&& add) const {
     const int64_t few = K / OuterTile<F>::kLanes;
     int64_t k = 0;
     for (int lane = 0; lane < lanes; ++lane) {
       for (int u = 0; u < U; ++u) __builtin_prefetch(to + lane * ld + u * kWidth<F>, 1);
 #pragma GCC unroll 2
       for (const int64_t end = lane + 1 < lanes ? k + few : K; k < end; ++k)
-        add(k, data + k * kPanelRow<F>, int64_t{1});
+        add(k, [&](int m) __attribute__((always_inline)) { return data + k * kPanelRow<F> + m; });
     }
   }
 };

@@ -24,8 +24,8 @@ void outer_tile(const F* a, const F* b, int64_t b_block, int64_t rows, int lanes
   using S = Simd<E>;
   constexpr int W = S::W, kLanes = OuterTile<F>::kLanes;
   alignas(64) E sums[kLanes * U * W];
-  tile<F, 1, U, kLanes>(InLanes<F, U>{a, lanes, out, ld_out}, b, kPanelRow<F>, b_block, rows, From<E>{}, a,
-                        sums);
+  tile<F, 1, U, kLanes>(InLanes<F, U>{a, lanes, out, ld_out}, b, kPanelRow<F>, b_block, rows, From<E>{},
+                        Ahead<F>{}, sums);
   const auto sum = [&](int m, int u) { return S::load(sums + (m * U + u) * W); };
   if (add && lanes == kLanes && left == W) {
     for (int m = 0; m < kLanes; ++m) {

@@ -47,16 +47,16 @@ struct InPanels<Pair> {
     const int64_t all = gates * W;
     return K <= kLongest<Pair> || kLongest<Pair> < all ? K : kLongest<Pair> / all * all;
   }
-  template <bool kAhead, class Add>
-  FASTRNN_HD void each(int64_t K, const Pair* ahead, Add&& add) const {
+  template <int M, class Add>
+  FASTRNN_HD void each(int64_t K, Ahead<Pair> ahead, Add&& add) const {
     const Pair* at = data;
     for (int64_t k = 0; k < K; at += panel) {
       for (int64_t lane = 0; lane < W && k < K; ++lane) {
         for (int64_t g = 0; g < gates; ++g, ++k) {
           const Pair* a = at + g * gate + lane;
           __builtin_prefetch(a + panel + lane * (W - 1));  // this tile's rows in the next panel
-          if constexpr (kAhead) __builtin_prefetch(ahead + k * W, 0, 2);
-          add(k, a, W);
+          if constexpr (M > 1) ahead.fetch(1);
+          add(k, [&](int m) __attribute__((always_inline)) { return a + m * W; });
         }
       }
     }

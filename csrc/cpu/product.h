@@ -35,11 +35,10 @@ struct From {
 
 // out [M][U][Of][W] = a [M rows][K] * w [U blocks][K][Of][W] + from, of G of the Of gates, the blocks `block`
 // apart and the k `step`. A sum's order is that of K alone, so the bits do not depend on how rows and units
-// were shared out. `ahead`: K vectors of weights to bring into the second-level cache meanwhile, of more rows
-// than one.
+// were shared out. `ahead`: to fetch meanwhile, of more rows than one.
 template <class F, int G, int U, int M, int Of = G, class A>
 __attribute__((noinline)) void tile(const A& a, const F* w, int64_t step, int64_t block, int64_t K,
-                                    const From<Sum<F>>& from, const F* ahead, Sum<F>* out) {
+                                    const From<Sum<F>>& from, const Ahead<F>& ahead, Sum<F>* out) {
   using S = Simd<Sum<F>>;
   const bool more = from.data == out;
   S acc[M][U][G];
@@ -52,22 +51,24 @@ __attribute__((noinline)) void tile(const A& a, const F* w, int64_t step, int64_
         acc[m][u][g] =
             from.data && !more ? S::load(from.data + m * from.row + u * from.unit + g * from.gate) : S(0);
       }
-  const auto add = [&](int64_t k, const F* a_k, int64_t row) __attribute__((always_inline)) {
+  const auto add = [&](int64_t k, const auto& row) __attribute__((always_inline)) {
     Terms<F> wk[U][G];
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
+      for (int g = 0; g < G; ++g) {
+        wk[u][g] = Terms<F>::load(w + u * block + k * step + g * kWidth<F>);
+      }
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
-      const auto am = Terms<F>::all(a_k + m * row);
+      const auto am = Terms<F>::all(row(m));
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u)
 #pragma GCC unroll 4
         for (int g = 0; g < G; ++g) acc[m][u][g] = am.add_product(wk[u][g], acc[m][u][g]);
     }
   };
-  a.template each<(M > 1)>(K, ahead, add);
+  a.template each<M>(K, ahead, add);
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
@@ -161,10 +162,16 @@ struct Reads {
   const E* data = nullptr;
   int64_t ld = 0, column = 0;
   int columns = 0;
+  // Vectors from `unit` on that one fetch brings.
+  FASTRNN_HD int at_once(int64_t unit) const {
+    const auto apart = (ld | column) * static_cast<int64_t>(sizeof(E));
+    return (reinterpret_cast<intptr_t>(data + unit) | apart) % 64 == 0 ? kLineVectors : 1;
+  }
   FASTRNN_HD void fetch(int64_t row, int rows, int64_t unit, int units) const {
+    const int each = at_once(unit);
     for (int m = 0; m < rows; ++m) {
       for (int g = 0; g < columns; ++g) {
-        for (int u = 0; u < units; ++u) {
+        for (int u = 0; u < units; u += each) {
           __builtin_prefetch(data + (row + m) * ld + g * column + unit + u * Simd<E>::W);
         }
       }
@@ -172,7 +179,7 @@ struct Reads {
   }
 };
 
-// Where that comes from memory, and is much: several of them, fetched a line at a time. All at once would
+// Where that comes from memory, and is much: several of them, fetched a line at a time. All at once it would
 // keep the tile's own weights waiting, and most of it would have left the first-level cache when its turn
 // comes.
 template <class E>
@@ -183,49 +190,64 @@ struct Streams {
   }
 };
 
-// The left factor of a product that meanwhile fetches `rows` rows from `row` on, of U vectors at `unit`.
+// The left factor of a product that meanwhile fetches the part-th of `parts` parts of that, of `rows` rows
+// from `row` on and U vectors at `unit`.
 template <class A, class E>
 struct Fetching {
   const A& a;
-  const Streams<E>* streams;
+  const Streams<E>& streams;
   int64_t row, unit;
-  int rows, U;
-  template <bool kAhead, class F, class Add>
-  FASTRNN_HD void each(int64_t K, const F* ahead, Add&& add) const {
-    int64_t lines = 0, k = 0;
-    for (const Reads<E>& reads : streams->of) lines += reads.columns * rows * U;
+  int rows, U, part, parts;
+  template <int M, class F, class Add>
+  FASTRNN_HD void each(int64_t K, Ahead<F> ahead, Add&& add) const {
+    int each[3], of[3], lines = 0;
+    for (int j = 0; j < 3; ++j) {
+      each[j] = streams.of[j].at_once(unit);
+      of[j] = streams.of[j].columns * rows * ((U + each[j] - 1) / each[j]);
+      lines += of[j];
+    }
+    const int begin = lines * part / parts, count = lines * (part + 1) / parts - begin;
     // The last of them arrive before the tile's end.
-    const int64_t few = lines > 0 ? K / 8 * 7 / lines : 0;
-    const auto some = [&](int64_t count) __attribute__((always_inline)) {
-      a.from(0, k).template each<kAhead>(count, ahead + k * kWidth<F>,
-                                         [&](int64_t i, const F* at, int64_t next)
-                                             __attribute__((always_inline)) { add(k + i, at, next); });
-      k += count;
+    const int64_t few = count > 0 ? K / 8 * 7 / count : 0;
+    int64_t k = 0;
+    const auto some = [&](int64_t n) __attribute__((always_inline)) {
+      a.from(0, k).template each<M>(n, ahead.from(k),
+                                    [&](int64_t i, const auto& of_row)
+                                        __attribute__((always_inline)) { add(k + i, of_row); });
+      k += n;
     };
-    for (int j = 0; j < 3 && lines > 0; ++j) {
-      const Reads<E>& reads = streams->of[j];
-      for (int m = 0; m < rows; ++m) {
-        for (int g = 0; g < reads.columns; ++g) {
-          const E* from = reads.data + (row + m) * reads.ld + g * reads.column + unit;
-          for (int u = 0; u < U; ++u) {
-            __builtin_prefetch(from + u * Simd<E>::W);
-            some(few);
-          }
-        }
-      }
+    int j = 0, m = 0, g = 0, u = 0;
+    if (begin > 0) {
+      int n = begin;
+      while (j < 2 && n >= of[j]) n -= of[j++];
+      const int across = (U + each[j] - 1) / each[j], columns = streams.of[j].columns;
+      u = n % across * each[j], g = n / across % columns, m = n / across / columns;
+    }
+    for (int i = 0; i < count; ++i) {
+      while (of[j] == 0) ++j;
+      const Reads<E>& reads = streams.of[j];
+      __builtin_prefetch(reads.data + (row + m) * reads.ld + g * reads.column + unit + u * Simd<E>::W);
+      some(few);
+      if ((u += each[j]) < U) continue;
+      u = 0;
+      if (++g < reads.columns) continue;
+      g = 0;
+      if (++m < rows) continue;
+      m = 0;
+      ++j;
     }
     some(K - k);
   }
 };
 
 template <class A, class E>
-FASTRNN_HD const A& while_fetching(const A& a, const Reads<E>&, int64_t, int64_t, int, int) {
+FASTRNN_HD const A& while_fetching(const A& a, const Reads<E>&, int64_t, int64_t, int, int, int, int) {
   return a;
 }
 template <class A, class E>
 FASTRNN_HD Fetching<A, E> while_fetching(const A& a, const Streams<E>& streams, int64_t row, int64_t unit,
-                                         int rows, int U) {
-  return {a, &streams, row, unit, rows, U};
+                                         int rows, int U, int part, int parts) {
+  return {a, streams, row, unit, rows, U, part, parts};
 }
 
 // Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
@@ -263,19 +285,23 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                         : dots ? S::W * weight.ld
                                : S::W;
   const int64_t piece = dots || int8 ? K : a.piece(K), group = piece < K ? kGroup : 1;
-  for (int64_t j = 0; j < sweeps; ++j) {
+  // Few lines in each piece of K or, where a piece is long, all of them in the last.
+  const int fetches = piece < K && kRegisters == 16 ? static_cast<int>((K + piece - 1) / piece) : 1;
+  // The blocks of the j-th sweep: U of them, from the one returned on.
+  const auto blocks_of = [&](int64_t j, int& U) {
     const int64_t at = backwards ? sweeps - 1 - j : j;
-    int U = wide;
-    int64_t b = at * wide;
-    if (at >= wides) {
-      int64_t first = at - wides;
-      U = int8 ? 1 : rest_tile(rest, at - wides, first);
-      b = wides * wide + first;
-    }
-    b += block0;
+    U = wide;
+    if (at < wides) return block0 + at * wide;
+    int64_t first = at - wides;
+    U = int8 ? 1 : rest_tile(rest, at - wides, first);
+    return block0 + wides * wide + first;
+  };
+  for (int64_t j = 0; j < sweeps; ++j) {
+    int U;
+    const int64_t b = blocks_of(j, U);
     const F* w = weight.data + b * block;
-    const int64_t after = backwards ? b - wide : b + U;
-    const F* next = packed && after >= block0 && after < block1 ? weight.data + after * block : nullptr;
+    int next_U = U;
+    const F* const next = packed && j + 1 < sweeps ? weight.data + blocks_of(j + 1, next_U) * block : nullptr;
     const E* bias_b = bias ? bias + b * S::W : nullptr;
     for (int64_t tile0 = 0; tile0 < tiles; tile0 += group) {
       const int64_t tile1 = tile0 + group < tiles ? tile0 + group : tiles;
@@ -283,14 +309,23 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
       do {
         k1 = k + piece < K ? k + piece : K;
         const F* w_k = w + k * step;
-        // While these tiles are worked on, the weights that follow come nearer, a gate's piece a tile.
-        const F* follow = k1 < K ? w + k1 * step : next;
+        // Meanwhile the weights of the next piece come nearer, an equal part by each tile: the first few
+        // alone would ask for more lines at once than the core can wait for.
+        const bool grouped = piece < K, sweep_ends = k1 == K && (tile1 == tiles || !grouped);
+        const F* const follow = !packed ? nullptr : sweep_ends ? next : k1 < K ? w + k1 * step : w;
+        const int follow_U = sweep_ends ? next_U : U;
+        const int64_t first = grouped ? tile0 : 0;  // of the tiles that meet this piece meanwhile
+        const int64_t calls = ((grouped ? tile1 : tiles) - first) * (rows > 2 ? G / Tile::kGates : 1);
+        const int64_t of_block = calls < follow_U ? 1 : calls / follow_U;
+        const int64_t part = (G * S::W + of_block - 1) / of_block;
+        const auto ahead = [&](int64_t call) __attribute__((always_inline)) -> Ahead<F> {
+          const int64_t u = call / of_block, at = call % of_block * part;
+          if (!follow || u >= follow_U || at >= G * S::W) return {w_k, 0};
+          return {follow + u * block + at * (k1 - k), part < Ahead<F>::kMost ? part : Ahead<F>::kMost};
+        };
         for (int64_t i = tile0; i < tile1; ++i) {
           const int64_t r = row0 + rows * i / tiles;
           const int M = static_cast<int>(row0 + rows * (i + 1) / tiles - r);
-          const auto ahead = [&](int64_t n) {
-            return follow && n < U * G ? follow + n / G * block + n % G * (k1 - k) * S::W : w_k;
-          };
           const A a_r = a.from(r, k);
           E* out = sums + (i - tile0) * kMost * S::W;
           const auto from_gate = [&](int g) __attribute__((always_inline)) {
@@ -298,7 +333,9 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                      : From<E>{bias_b ? bias_b + g * ld_bias : nullptr, 0, S::W, ld_bias};
           };
           const From<E> from = from_gate(0);
-          const auto& factor = while_fetching(a_r, reads, r, b * S::W, k1 == K ? M : 0, U);
+          const bool fetches_now = fetches > 1 || k1 == K;
+          const auto& factor = while_fetching(a_r, reads, r, b * S::W, fetches_now ? M : 0, U,
+                                              fetches > 1 ? static_cast<int>(k / piece) : 0, fetches);
           if (k1 == K && (!kSpread || dots || int8)) reads.fetch(r, M, b * S::W, U);
           if (dots) {
             if constexpr (std::is_same_v<A, InRows<E>> && std::is_same_v<E, F>) {
@@ -315,16 +352,17 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
               weight.int8->tile[G - 1](M, U, {a_r.data, a_r.ld, w, block, K, bias_b, ld_bias, out});
             }
           } else if (rows == 1) {
-            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, k1 - k, from, ahead(i), out);
+            tile_of<F, G, Tile::kUnitsOneRow, 1>(U, M, factor, w_k, step, block, k1 - k, from,
+                                                 ahead(i - first), out);
           } else if (rows == 2) {
-            tile_of<F, G, Tile::kUnitsTwoRows, 2>(U, M, factor, w_k, step, block, k1 - k, from, ahead(i),
-                                                  out);
+            tile_of<F, G, Tile::kUnitsTwoRows, 2>(U, M, factor, w_k, step, block, k1 - k, from,
+                                                  ahead(i - first), out);
           } else {
             const auto gates = [&](const auto& a_g, const From<E>& from_g,
                                    int g) __attribute__((always_inline)) {
-              const int64_t n = i * (G / Tile::kGates) + g / Tile::kGates;
+              const int64_t call = (i - first) * (G / Tile::kGates) + g / Tile::kGates;
               tile_of<F, Tile::kGates, Tile::kUnits, Tile::kRows, G>(
-                  U, M, a_g, w_k + g * S::W, step, block, k1 - k, from_g, ahead(n), out + g * S::W);
+                  U, M, a_g, w_k + g * S::W, step, block, k1 - k, from_g, ahead(call), out + g * S::W);
             };
             gates(factor, from, 0);
             if constexpr (Tile::kGates < G) gates(a_r, from_gate(Tile::kGates), Tile::kGates);

@@ -3,7 +3,7 @@
 // types of its own, and the linker can never merge a function compiled for one with that of another.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__AVX__)
 #include <immintrin.h>
 #endif
 
@@ -151,9 +151,15 @@ template <class E>
 FASTRNN_HD Simd<E> reciprocal(const Simd<E>& x) {
   return Simd<E>(1) / x;
 }
-#if defined(__AVX512F__)
 // Where the compiler finds less than the instruction set has. max and min return their second operand for a
-// NaN. (The maskz forms: g++ 12 warns of its own header's unmasked ones.)
+// NaN.
+#if FASTRNN_VECTOR_BYTES == 32 && defined(__AVX__)
+FASTRNN_HD Simd<float> clamp(const Simd<float>& x, float low, float high) {
+  const __m256 above = _mm256_max_ps(_mm256_set1_ps(low), x.v);
+  return Simd<float>::Native(_mm256_min_ps(_mm256_set1_ps(high), above));
+}
+#elif defined(__AVX512F__)
+// (The maskz forms: g++ 12 warns of its own header's unmasked ones.)
 FASTRNN_HD Simd<float> clamp(const Simd<float>& x, float low, float high) {
   const __m512 above = _mm512_maskz_max_ps(0xffff, _mm512_set1_ps(low), x.v);
   return Simd<float>::Native(_mm512_maskz_min_ps(0xffff, _mm512_set1_ps(high), above));
