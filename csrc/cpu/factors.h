@@ -178,8 +178,8 @@ struct OuterTile {
   static constexpr int kBlocks = kAccumulators / kLanes < 6 ? kAccumulators / kLanes : 6;
 };
 
-// One panel [K][W], transposed: its lanes are the rows. Meanwhile the `lanes` rows of U vectors that will be
-// added to, `ld` apart, come nearer, a few at a time: all at once would keep the factors waiting.
+// One panel [K][W], transposed: its lanes are the rows. Meanwhile sums come nearer, `lanes` rows of U vectors
+// `ld` apart, a few at a time: all at once would keep the factors waiting.
 template <class F, int U>
 struct InLanes {
   const F* data;

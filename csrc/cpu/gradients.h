@@ -18,13 +18,14 @@ void to_panels(const Border<E>& from, int64_t columns, E* to, int64_t panel) {
 }
 
 // `lanes` rows of U blocks of out, of which the last has `left` columns. b's blocks are `b_block` apart.
+// `next`: the sums that come nearer meanwhile, as many as these.
 template <class F, int U, class E>
 void outer_tile(const F* a, const F* b, int64_t b_block, int64_t rows, int lanes, int left, E* out,
-                int64_t ld_out, bool add) {
+                int64_t ld_out, bool add, const E* next) {
   using S = Simd<E>;
   constexpr int W = S::W, kLanes = OuterTile<F>::kLanes;
   alignas(64) E sums[kLanes * U * W];
-  tile<F, 1, U, kLanes>(InLanes<F, U>{a, lanes, out, ld_out}, b, kPanelRow<F>, b_block, rows, From<E>{},
+  tile<F, 1, U, kLanes>(InLanes<F, U>{a, lanes, next, ld_out}, b, kPanelRow<F>, b_block, rows, From<E>{},
                         Ahead<F>{}, sums);
   const auto sum = [&](int m, int u) { return S::load(sums + (m * U + u) * W); };
   if (add && lanes == kLanes && left == W) {
@@ -67,10 +68,15 @@ void outer_product(const cpu::OuterProduct<E>& p) {
       const int64_t block = blocks * i / tiles, after = blocks * (i + 1) / tiles;
       const int left = static_cast<int>(at_most(p.columns - (after - 1) * W, W));
       for (int lane = 0; lane < p.lanes; lane += kLanes) {
+        // A tile is done before memory has answered: it fetches the sums of the one after.
+        const bool more_lanes = lane + kLanes < p.lanes, more_blocks = i + 1 < tiles;
+        const int64_t next_lane = more_lanes ? lane + kLanes : more_blocks ? 0 : p.lanes;
+        const int64_t next_block = more_lanes ? block : more_blocks ? after : 0;
+        const E* next = p.out + next_lane * p.ld_out + next_block * W;
         outer_tile_of<E, kBlocks>(static_cast<int>(after - block), p.a + row0 * W + lane,
                                   p.b + block * p.b_panel + row0 * W, p.b_panel, rows,
                                   static_cast<int>(at_most(p.lanes - lane, kLanes)), left,
-                                  p.out + lane * p.ld_out + block * W, p.ld_out, p.add || piece > 0);
+                                  p.out + lane * p.ld_out + block * W, p.ld_out, p.add || piece > 0, next);
       }
     }
   }

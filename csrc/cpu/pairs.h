@@ -115,9 +115,10 @@ inline void outer_product(const cpu::OuterProduct<float, Bf16>& p) {
       const int left = static_cast<int>(columns - (blocks - 1) * kWidth<float>);
       for (int lane = 0; lane < p.lanes; lane += OuterTile<Pair>::kLanes) {
         const int lanes = static_cast<int>(at_most(p.lanes - lane, OuterTile<Pair>::kLanes));
+        float* const out = p.out + lane * p.ld_out + c;
         outer_tile_of<Pair, kBlocks>(blocks, as_pairs(a) + lane, as_pairs(b), int64_t{kWidth<Pair>},
-                                     pairs(rows), lanes, left, p.out + lane * p.ld_out + c, p.ld_out,
-                                     p.add || row0 > 0);
+                                     pairs(rows), lanes, left, out, p.ld_out, p.add || row0 > 0,
+                                     static_cast<const float*>(out));
       }
     }
   }
