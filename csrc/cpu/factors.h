@@ -142,7 +142,8 @@ struct InPanels {
   template <int M, class Add>
   FASTRNN_HD void each(int64_t K, Ahead<F> ahead, Add&& add) const {
     constexpr int64_t W = kWidth<F>;
-    constexpr int kLanes = kLineVectors < W ? kLineVectors : W;  // whose first rows share a line
+    // Of so many lanes one fetch: all of a panel's bring the lines of a tile's rows.
+    constexpr int kLanes = kLineVectors < W / 2 ? kLineVectors : W / 2;
     const F* at = data;
     int64_t k = 0, u = unit;
     const auto left = [&] { return units - u < K - k ? units - u : K - k; };  // of this gate

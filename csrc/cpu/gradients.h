@@ -68,7 +68,8 @@ void outer_product(const cpu::OuterProduct<E>& p) {
       const int64_t block = blocks * i / tiles, after = blocks * (i + 1) / tiles;
       const int left = static_cast<int>(at_most(p.columns - (after - 1) * W, W));
       for (int lane = 0; lane < p.lanes; lane += kLanes) {
-        // A tile is done before memory has answered: it fetches the sums of the one after.
+        // A tile is done before memory has answered: it fetches the sums of the one after, the last of all
+        // those of the next panel.
         const bool more_lanes = lane + kLanes < p.lanes, more_blocks = i + 1 < tiles;
         const int64_t next_lane = more_lanes ? lane + kLanes : more_blocks ? 0 : p.lanes;
         const int64_t next_block = more_lanes ? block : more_blocks ? after : 0;

@@ -164,8 +164,8 @@ struct Reads {
   int columns = 0;
   // Vectors from `unit` on that one fetch brings.
   FASTRNN_HD int at_once(int64_t unit) const {
-    const auto apart = (ld | column) * static_cast<int64_t>(sizeof(E));
-    return (reinterpret_cast<intptr_t>(data + unit) | apart) % 64 == 0 ? kLineVectors : 1;
+    constexpr int64_t kSize = sizeof(E);
+    return (reinterpret_cast<intptr_t>(data) | (unit | ld | column) * kSize) % 64 == 0 ? kLineVectors : 1;
   }
   FASTRNN_HD void fetch(int64_t row, int rows, int64_t unit, int units) const {
     const int each = at_once(unit);
@@ -285,7 +285,7 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
                         : dots ? S::W * weight.ld
                                : S::W;
   const int64_t piece = dots || int8 ? K : a.piece(K), group = piece < K ? kGroup : 1;
-  // Few lines in each piece of K or, where a piece is long, all of them in the last.
+  // Few lines in each piece of K or, where there are registers for longer pieces, all of them in the last.
   const int fetches = piece < K && kRegisters == 16 ? static_cast<int>((K + piece - 1) / piece) : 1;
   // The blocks of the j-th sweep: U of them, from the one returned on.
   const auto blocks_of = [&](int64_t j, int& U) {
@@ -314,14 +314,16 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
         const bool grouped = piece < K, sweep_ends = k1 == K && (tile1 == tiles || !grouped);
         const F* const follow = !packed ? nullptr : sweep_ends ? next : k1 < K ? w + k1 * step : w;
         const int follow_U = sweep_ends ? next_U : U;
+        const int64_t follow_K = k1 < K && K - k1 < piece ? K - k1 : piece;
         const int64_t first = grouped ? tile0 : 0;  // of the tiles that meet this piece meanwhile
         const int64_t calls = ((grouped ? tile1 : tiles) - first) * (rows > 2 ? G / Tile::kGates : 1);
         const int64_t of_block = calls < follow_U ? 1 : calls / follow_U;
         const int64_t part = (G * S::W + of_block - 1) / of_block;
+        const int64_t a_k = k1 > k ? (part * follow_K + k1 - k - 1) / (k1 - k) : 0;
         const auto ahead = [&](int64_t call) __attribute__((always_inline)) -> Ahead<F> {
           const int64_t u = call / of_block, at = call % of_block * part;
           if (!follow || u >= follow_U || at >= G * S::W) return {w_k, 0};
-          return {follow + u * block + at * (k1 - k), part < Ahead<F>::kMost ? part : Ahead<F>::kMost};
+          return {follow + u * block + at * follow_K, a_k < Ahead<F>::kMost ? a_k : Ahead<F>::kMost};
         };
         for (int64_t i = tile0; i < tile1; ++i) {
           const int64_t r = row0 + rows * i / tiles;
