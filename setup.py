@@ -1,7 +1,8 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. FASTRNN_INSTRUMENT: options, a sanitizer's, for all but what
-this machine lacks the instructions for. The CUDA sources take part where torch is a CUDA build and nvcc is
+this machine lacks the instructions for, and but for what it has wider ones for unless FASTRNN_ALL_ISAS is
+set: the kernels' sources are the same. The CUDA sources take part where torch is a CUDA build and nvcc is
 there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names the
 GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for
 another processor (CXX=aarch64-linux-gnu-g++).
@@ -145,6 +146,15 @@ def runs(options: list[str]) -> bool:
     return flags is None or needed <= {flag.replace("_", "") for flag in flags[1].split()}
 
 
+def instrumented(isa: str) -> bool:
+    """Of the kernels for several x86-64 instruction sets, whether FASTRNN_INSTRUMENT is for those of this."""
+    widths = ("baseline", "avx2", "avx512")
+    narrow = isa in widths and any(runs(FLAGS["isa"][name]) for name in widths[widths.index(isa) + 1 :])
+    if narrow and not os.environ.get("FASTRNN_ALL_ISAS"):
+        return False
+    return isa not in FLAGS["isa"] or runs(FLAGS["isa"][isa])
+
+
 @dataclass
 class Plan:
     """What to compile, each source with its whole command, and what to link."""
@@ -156,16 +166,16 @@ class Plan:
 def make_plan(compiler: Compiler, torch: Path, torch_version: str) -> Plan:
     include = [f"-isystem{torch / 'include'}"]
     common = [*compiler.command, *FLAGS["common"], *include, *words("CXXFLAGS")]
-    instrument = words("FASTRNN_INSTRUMENT")
+    instrument, x86 = words("FASTRNN_INSTRUMENT"), compiler.target == "x86_64"
     plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *words("LDFLAGS", "-s")])
     isa: list[tuple[Path, list[str]]] = []
     for source in sorted([*(ROOT / "csrc").glob("*.cpp"), *(ROOT / "csrc/cpu").glob("*.cpp")]):
         name = source.stem.rpartition("_")[2]
+        command = [*common, *(instrument if not x86 or instrumented(name) else [])]
         if name not in FLAGS["isa"]:
-            plan.units.append((source, [*common, *instrument, "-c"]))
-        elif compiler.target == "x86_64":
-            options = FLAGS["isa"][name]
-            isa.append((source, [*common, *(instrument if runs(options) else []), *options, "-c"]))
+            plan.units.append((source, [*command, "-c"]))
+        elif x86:
+            isa.append((source, [*command, *FLAGS["isa"][name], "-c"]))
     # Last: of an inline function that several units emit, the linker keeps the first copy, and that one must
     # run on every machine.
     plan.units += sorted(isa, key=lambda unit: list(FLAGS["isa"]).index(unit[0].stem.rpartition("_")[2]))
