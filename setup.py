@@ -139,18 +139,18 @@ def find_cuda(torch_version: str) -> tuple[str, Path] | None:
     return None
 
 
-def runs(options: list[str]) -> bool:
-    """Whether this machine has the instructions of these options; True where it does not say."""
+def runs(options: list[str], unknown: bool = True) -> bool:
+    """Whether this machine has the instructions of these options; `unknown` where it does not say."""
     flags = re.search(r"^flags\s*:(.*)", output("cat", "/proc/cpuinfo"), re.MULTILINE)
     needed = {o.removeprefix("-m").replace("-", "") for o in options if "=" not in o}
-    return flags is None or needed <= {flag.replace("_", "") for flag in flags[1].split()}
+    return needed <= {flag.replace("_", "") for flag in flags[1].split()} if flags else unknown
 
 
 def instrumented(isa: str) -> bool:
     """Of the kernels for several x86-64 instruction sets, whether FASTRNN_INSTRUMENT is for those of this."""
     widths = ("baseline", "avx2", "avx512")
-    narrow = isa in widths and any(runs(FLAGS["isa"][name]) for name in widths[widths.index(isa) + 1 :])
-    if narrow and not os.environ.get("FASTRNN_ALL_ISAS"):
+    wider = widths[widths.index(isa) + 1 :] if isa in widths else ()
+    if any(runs(FLAGS["isa"][w], unknown=False) for w in wider) and not os.environ.get("FASTRNN_ALL_ISAS"):
         return False
     return isa not in FLAGS["isa"] or runs(FLAGS["isa"][isa])
 

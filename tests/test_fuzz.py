@@ -179,7 +179,14 @@ def test_strided_batch_sizes():
     assert_same(y, reference.layer("gru", x.flatten(0, 1)[:5], states, params, None, batch_sizes)[0])
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.fixture
+def number_of_threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     cell=st.sampled_from(sorted(CELLS)),
     T=st.integers(1, 9),
@@ -189,12 +196,14 @@ def test_strided_batch_sizes():
     D=st.integers(1, 2),
     bias=st.booleans(),
     mask=st.sampled_from(MASKS),
+    threads=st.integers(1, 3),
     seed=st.integers(0, 1000),
 )
 # A single column, which matrix products treat by other paths.
-@example(cell="rnn_relu", T=1, B=2, I=5, H=1, D=2, bias=False, mask="none", seed=0)
-def test_parity_generated(cell, T, B, I, H, D, bias, mask, seed):
+@example(cell="rnn_relu", T=1, B=2, I=5, H=1, D=2, bias=False, mask="none", threads=1, seed=0)
+def test_parity_generated(number_of_threads, cell, T, B, I, H, D, bias, mask, threads, seed):
     torch.manual_seed(seed)
+    number_of_threads(threads)
     mask = "none" if B == 0 else mask
     x, states, params = random_case(cell, T, B, I, H, D=D, bias=bias)
     x, masks = random_masks(mask, x)

@@ -153,7 +153,7 @@ struct Share {
 struct Pack {
   const void* src;
   bool bf16;                                                    // of src; what is packed is A
-  int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements
+  int64_t gates, gate_stride, units, unit_stride, K, k_stride;  // strides in elements; one of the two is 1
   // Of the whole, where this is a part of a weight; to_K: a block's rows, where it has more. 0: this is all.
   int64_t to_gates = 0, to_K = 0;
 };
