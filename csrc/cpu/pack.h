@@ -21,6 +21,7 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
     // Some lines of each k at once: block by block, a line would come once for each block that has a part of
     // it.
     constexpr int64_t kRowsAhead = 8, kAcross = 4 * kLine < 8 * W ? 4 * kLine : 8 * W;
+    const bool aligned = (reinterpret_cast<intptr_t>(p.src) | p.k_stride * size) % 64 == 0;
     for (int64_t unit0 = block0 * W, unit1; unit0 < block1 * W; unit0 = unit1) {
       unit1 = at_most((unit0 / kAcross + 1) * kAcross, block1 * W);
       const int64_t last = at_most(unit1, end) - 1;
@@ -29,13 +30,15 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
           const int64_t from = g * p.gate_stride + k * p.k_stride;
           if (k + kRowsAhead < p.K) {
             const int64_t ahead = from + kRowsAhead * p.k_stride;
-            for (int64_t unit = unit0; unit < last; unit += kLine) fetch(ahead + unit);
-            fetch(ahead + last);  // of a row that begins within a line
+            for (int64_t unit = unit0; unit <= last; unit += kLine) fetch(ahead + unit);
+            if (!aligned) fetch(ahead + last);
           }
-          for (int64_t unit = unit0; unit < unit1; unit += W) {
-            const int lanes = static_cast<int>(at_most(p.units - unit, W));
-            load(src, 0, from + unit, lanes).store(dst + (unit / W * all_K + k) * step + g * W);
+          E* to = dst + (unit0 / W * all_K + k) * step + g * W;
+          int64_t unit = unit0;
+          for (; unit < unit1 && unit + W <= p.units; unit += W, to += all_K * step) {
+            load(src, 0, from + unit, W).store(to);
           }
+          if (unit < unit1) load(src, 0, from + unit, static_cast<int>(p.units - unit)).store(to);
         }
       }
     }
@@ -63,6 +66,14 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
           }
           E* to = dst + (b * all_K + k) * step + g * W;
           S v[W];
+          if (lanes == W && columns == W) {  // in registers all the way
+#pragma GCC unroll 16
+            for (int lane = 0; lane < W; ++lane) v[lane] = load(src, 0, from + lane * p.unit_stride, W);
+            transpose(v);
+#pragma GCC unroll 16
+            for (int j = 0; j < W; ++j) v[j].store(to + j * step);
+            continue;
+          }
           for (int lane = 0; lane < W; ++lane) {
             v[lane] = lane < lanes ? load(src, 0, from + lane * p.unit_stride, columns) : S(0);
           }
