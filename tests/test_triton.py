@@ -1,5 +1,5 @@
-"""The Triton backend: its kernels interpreted on the CPU, compiled ahead for every architecture, and run on a
-GPU where there is one."""
+"""The Triton backend: its kernels interpreted on the CPU, compiled ahead for several architectures, and run
+on a GPU where there is one."""
 
 from __future__ import annotations
 
@@ -321,7 +321,8 @@ def compile_beyond():
 
 @pytest.mark.slow
 def test_compiled_ahead():
-    """For NVIDIA's capabilities 9.0, 12.0 (8.0, 10.0), some for AMD's gfx942, without a GPU: see jobs."""
+    """For NVIDIA's capabilities 9.0 and 12.0 (all: 8.0, 10.0 too), some for AMD's gfx942, without a GPU: see
+    ARCHITECTURES and jobs."""
     seen = set()
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(os.cpu_count(), mp_context=context, initializer=_without_interpreter) as pool:

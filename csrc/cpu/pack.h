@@ -31,7 +31,7 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
           if (k + kRowsAhead < p.K) {
             const int64_t ahead = from + kRowsAhead * p.k_stride;
             for (int64_t unit = unit0; unit <= last; unit += kLine) fetch(ahead + unit);
-            if (!aligned) fetch(ahead + last);
+            if (!aligned || unit0 % kLine) fetch(ahead + last);
           }
           E* to = dst + (unit0 / W * all_K + k) * step + g * W;
           int64_t unit = unit0;
@@ -47,21 +47,25 @@ void pack(const cpu::Pack& p, E* dst, int64_t block0, int64_t block1) {
   // Where a vector is a line, one gate's rows to their ends: all gates' are more than the hardware's
   // prefetching follows. Else all gates of a few k before the next ones: the parts of a line are written one
   // soon after the other.
-  const int64_t run = W * sizeof(E) == 64 ? p.K : W;
+  constexpr bool kWhole = W == kLine;
+  const int64_t run = kWhole ? p.K : W;
   const int64_t lines_ahead = at_most(4 * kLine, round_up(p.K, kLine));
   for (int64_t b = block0; b < block1; ++b) {
     const int lanes = static_cast<int>(at_most(p.units - b * W, W));
     for (int64_t k0 = 0; k0 < p.K; k0 += run) {
       const int64_t k1 = at_most(k0 + run, p.K);
       for (int64_t g = 0; g < p.gates; ++g) {
+        // What is read where its rows end: the next gate's or the next block's.
+        const bool gate = kWhole && g + 1 < p.gates;
+        const int64_t jump = gate ? p.gate_stride : W * p.unit_stride - (kWhole ? g * p.gate_stride : 0);
+        const int64_t jump_rows = gate ? lanes : at_most(end - (b + 1) * W, W);
         for (int64_t k = k0; k < k1; k += W) {
           const int columns = static_cast<int>(at_most(p.K - k, W));
           const int64_t from = g * p.gate_stride + b * W * p.unit_stride + k;
           if (k % kLine == 0) {
-            // Instead of what lies beyond the rows, the first lines of the next block's.
-            const bool next = k + lines_ahead >= p.K;
-            const int64_t ahead = from + lines_ahead + (next ? W * p.unit_stride - round_up(p.K, kLine) : 0);
-            const int64_t rows = next ? at_most(end - (b + 1) * W, W) : lanes;
+            const bool ends = k + lines_ahead >= p.K;
+            const int64_t ahead = from + lines_ahead + (ends ? jump - round_up(p.K, kLine) : 0);
+            const int64_t rows = ends ? jump_rows : lanes;
             for (int64_t row = 0; row < rows; ++row) fetch(ahead + row * p.unit_stride);
           }
           E* to = dst + (b * all_K + k) * step + g * W;
