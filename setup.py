@@ -1,8 +1,8 @@
 """Builds fastrnn._C, one library against torch's stable ABI; the flags are in build_flags.json.
 
 Environment: CXX, CXXFLAGS, LDFLAGS, MAX_JOBS. FASTRNN_INSTRUMENT: options, a sanitizer's, for all but what
-this machine lacks the instructions for, and but for what it has wider ones for unless FASTRNN_ALL_ISAS is
-set: the kernels' sources are the same. The CUDA sources take part where torch is a CUDA build and nvcc is
+this machine lacks the instructions for and, unless FASTRNN_ALL_ISAS is set, kernels for narrower ones than
+its widest. The CUDA sources take part where torch is a CUDA build and nvcc is
 there; FASTRNN_CUDA=0 leaves them out, FASTRNN_CUDA=1 insists on them, FASTRNN_CUDA_ARCHS="80;90a" names the
 GPU architectures. FASTRNN_TORCH_DIR: the torch to build with where it is not this interpreter's, as for
 another processor (CXX=aarch64-linux-gnu-g++).
