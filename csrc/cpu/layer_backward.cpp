@@ -1,5 +1,6 @@
 // fastrnn::layer_backward on the CPU.
 #include "outer.h"
+#include "vanished.h"
 
 namespace fastrnn::cpu {
 namespace {
@@ -15,22 +16,6 @@ struct WeightGradients {
   E *w_ih, *w_hh, *w_hr;  // [G*H, I], [G*H, P], [P, H]
   double* bias;           // [kGrads][H, whole vectors]
 };
-
-// [0, n) shared out over a team: what falls to this member.
-struct Part {
-  int64_t begin, end;
-  Part(const Team& team, int64_t n)
-      : begin(n * team.member / team.size), end(n * (team.member + 1) / team.size) {}
-};
-
-// n elements, `stride` apart.
-template <class T>
-void copy_strided(const char* from, int64_t n, int64_t stride, char* to) {
-  if (stride == 1) return static_cast<void>(std::memcpy(to, from, n * sizeof(T)));
-  const T* const src = reinterpret_cast<const T*>(from);
-  T* const dst = reinterpret_cast<T*>(to);
-  for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
-}
 
 template <class E, class A = E>
 class BackwardPass {
@@ -81,28 +66,38 @@ class BackwardPass {
       w_.pack(team);
       const Share share = plan.share(team);
       Scan<E, A> scan = scan_;
+      bool begun[2]{};  // the direction's weight gradients have sums to add to
+      std::optional<bool> constants;
       for (scan.k0 = 0; scan.k0 < a_.T; scan.k0 = scan.k1) {
         scan.k1 = std::min(scan.k0 + steps_, a_.T);
+        Share mine = share;
+        bool live[2];
         for (int64_t d = 0; d < a_.D; ++d) {
-          const Chunk c(*this, scan, d);
-          gather_h_prev(team, c);
+          const Chunk c(scan, d);
           if (dy_.defined()) place_dy(team, c, scan.dir[d]);
+          live[d] = !vanished_(team, scan, c, constants);
+          if (live[d])
+            gather_h_prev(team, c);
+          else if (d == 0)
+            mine.dir0 = std::max(mine.dir0, 1);
+          else
+            mine.dir1 = std::min(mine.dir1, 1);
         }
         team.meet();
-        cell_.backward(scan, share);
+        cell_.backward(scan, mine);
         for (int64_t d = 0; d < a_.D; ++d) {
-          const Chunk c(*this, scan, d);
+          const Chunk c(scan, d);
           // The factors of the first direction are out of use since the last chunk, of the second not yet.
           if (d > 0) team.meet();
-          if (need_params_) gather_factors(team, c);
+          if (need_params_ && live[d]) gather_factors(team, c);
           team.meet();
-          if (need_params_) weight_gradients(team, c);
-          if (need_x_) input_gradient(team, c);
+          if (need_params_ && live[d]) weight_gradients(team, c, begun[d]);
+          if (need_x_) input_gradient(team, c, live[d]);
         }
         team.meet();
       }
       cell_.finish(scan, share);
-      finish(team);
+      finish(team, begun);
     });
     return results();
   }
@@ -213,22 +208,6 @@ class BackwardPass {
     return dtype_of(w) == kScalar<E> ? static_cast<E*>(out.mutable_data_ptr()) : arena_.get<E>(w.numel());
   }
 
-  // Of one direction, the steps [t0, t1) and rows of the scan's chunk, which is counted from the end of the
-  // forward scan.
-  struct Chunk {
-    int64_t d, t0, t1, first, rows;
-    bool begun;  // a chunk before it had rows
-    Chunk(const BackwardPass& pass, const Scan<E, A>& scan, int64_t d) : d(d) {
-      const bool reverse = scan.dir[d].reverse;
-      const int64_t T = pass.a_.T, *offset = pass.table_.offset;
-      t0 = reverse ? scan.k0 : T - scan.k1;
-      t1 = reverse ? scan.k1 : T - scan.k0;
-      first = offset[t0];
-      rows = offset[t1] - first;
-      begun = reverse ? first > 0 : offset[t1] < offset[T];
-    }
-  };
-
   // A dy that is not contiguous, as an expanded or a transposed one, is copied a chunk at a time.
   void place_dy(const Team& team, const Chunk& c, Direction<E, A>& s) const {
     char* const to = dy_rows_[c.d];
@@ -309,7 +288,7 @@ class BackwardPass {
   }
 
   // Of all that the gates were multiplied with.
-  void weight_gradients(const Team& team, const Chunk& c) const {
+  void weight_gradients(const Team& team, const Chunk& c, bool& begun) const {
     if (c.rows == 0) return;
     const Direction<E, A>& s = scan_.dir[c.d];
     const WeightGradients<E>& w = weights_[c.d];
@@ -324,7 +303,7 @@ class BackwardPass {
           const int64_t g = g0 + i / blocks, block = i % blocks;
           const int64_t column = recurrent ? cell_.hidden_grad[g] : g;
           outer(s.dg + (column * blocks + block) * panel(), block, H_, b + k * scan_.panel_rows,
-                std::min(share, columns - k), out + g * H_ * columns + k, columns, c.begun);
+                std::min(share, columns - k), out + g * H_ * columns + k, columns, begun);
         }
       }
     };
@@ -337,12 +316,13 @@ class BackwardPass {
     if (projected_) {
       const Part own(team, ceil_div(P_, W_));
       for (int64_t j = own.begin; j < own.end; ++j)
-        outer(s.dh_out + j * panel(), j, P_, raw_panels_, H_, w.w_hr, H_, c.begun);
+        outer(s.dh_out + j * panel(), j, P_, raw_panels_, H_, w.w_hr, H_, begun);
     }
+    begun = true;
   }
 
-  // The rows that the other direction has been to are added to.
-  void input_gradient(const Team& team, const Chunk& c) const {
+  // The rows that the other direction has been to are added to. Not live: all that is added is 0.
+  void input_gradient(const Team& team, const Chunk& c, bool live) const {
     Border<E> out = dx_rows_;
     const int64_t before = c.first * a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
     out.data = static_cast<char*>(out.data) + before;
@@ -350,7 +330,11 @@ class BackwardPass {
     const Part part(team, c.rows);
     const auto rows = [&](int64_t begin, int64_t end, bool add) {
       p.add = add;
-      kernels_.input_gradient(p, std::max(begin, part.begin), std::min(end, part.end));
+      begin = std::max(begin, part.begin), end = std::min(end, part.end);
+      if (live) return kernels_.input_gradient(p, begin, end);
+      const int64_t size = a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
+      if (begin < end && !add)
+        std::memset(static_cast<char*>(out.data) + begin * size, 0, (end - begin) * size);
     };
     if (a_.D == 1) return rows(0, c.rows, false);
     // The first direction does [T - k1, T - k0), after which the second does [k0, k1): that has been to [0,
@@ -361,7 +345,7 @@ class BackwardPass {
   }
 
   // What is not summed where it is wanted.
-  void finish(const Team& team) const {
+  void finish(const Team& team, const bool* begun) const {
     if (need_x_ && !direct_x_) {
       const E* rows = static_cast<const E*>(dx_rows_.data);
       const Part part(team, table_.rows());
@@ -374,7 +358,7 @@ class BackwardPass {
       for (size_t j = 0; j < dparams_[d].size(); ++j) {
         const Tensor& out = dparams_[d][j];
         const Part part(team, out.numel());
-        if (table_.rows() == 0) std::fill(sums[j] + part.begin, sums[j] + part.end, E(0));
+        if (!begun[d]) std::fill(sums[j] + part.begin, sums[j] + part.end, E(0));
         if (sums[j] != out.const_data_ptr())
           write(sums[j] + part.begin, part.end - part.begin, out, part.begin);
       }
@@ -438,6 +422,7 @@ class BackwardPass {
   A *h_prev_[2], *mid_out_[2];
   WeightGradients<E> weights_[2]{};
   char* dy_rows_[2]{};  // the chunk's, where dy is not contiguous
+  Vanished<E, A> vanished_{a_, cell_.states, saved_};
   bool direct_x_ = false;
   A *x_panels_ = nullptr, *raw_panels_ = nullptr;
   Border<E> dx_rows_{};
