@@ -17,6 +17,13 @@ struct WeightGradients {
   double* bias;           // [kGrads][H, whole vectors]
 };
 
+// n elements, `stride` apart.
+template <class T>
+void copy_strided(const char* from, int64_t n, int64_t stride, char* to) {
+  if (stride == 1) return static_cast<void>(std::memcpy(to, from, n * sizeof(T)));
+  for (int64_t i = 0; i < n; ++i) std::memcpy(to + i * sizeof(T), from + i * stride * sizeof(T), sizeof(T));
+}
+
 template <class E, class A = E>
 class BackwardPass {
  public:
@@ -75,7 +82,7 @@ class BackwardPass {
         for (int64_t d = 0; d < a_.D; ++d) {
           const Chunk c(scan, d);
           if (dy_.defined()) place_dy(team, c, scan.dir[d]);
-          live[d] = !vanished_(team, scan, c, constants);
+          live[d] = !vanished_(team, scan, c, dy_rows_[d] != nullptr, constants);
           if (live[d])
             gather_h_prev(team, c);
           else if (d == 0)
@@ -321,19 +328,18 @@ class BackwardPass {
     begun = true;
   }
 
-  // The rows that the other direction has been to are added to. Not live: all that is added is 0.
+  // The rows that the other direction has been to are added to. Not live: zeros where nobody has been.
   void input_gradient(const Team& team, const Chunk& c, bool live) const {
     Border<E> out = dx_rows_;
-    const int64_t before = c.first * a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
-    out.data = static_cast<char*>(out.data) + before;
+    const int64_t size = a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));  // of a row
+    out.data = static_cast<char*>(out.data) + c.first * size;
     InputGradient<E, A> p{scan_.dir[c.d].dg, panel(), cell_.gates, H_, w_ih_[c.d], a_.I, out, false};
     const Part part(team, c.rows);
     const auto rows = [&](int64_t begin, int64_t end, bool add) {
       p.add = add;
       begin = std::max(begin, part.begin), end = std::min(end, part.end);
       if (live) return kernels_.input_gradient(p, begin, end);
-      const int64_t size = a_.I * (out.bf16 ? sizeof(Bf16) : sizeof(E));
-      if (begin < end && !add)
+      if (begin < end && size > 0 && !add)
         std::memset(static_cast<char*>(out.data) + begin * size, 0, (end - begin) * size);
     };
     if (a_.D == 1) return rows(0, c.rows, false);

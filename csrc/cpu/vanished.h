@@ -28,8 +28,8 @@ struct Bits<Bf16> {
   static constexpr Word kExponent = 0x7f80;
 };
 
-// Whether no word is `bad`, which says 0 where it is not. Pieces of a length that the compiler knows become
-// vectors; the first with a bad word ends it.
+// Whether bad(word) is 0 for every word. Pieces of a length that the compiler knows become vectors; the first
+// with another word ends it.
 template <class T, class Bad>
 bool no_word(const T* p, int64_t n, Bad&& bad) {
   using Word = typename Bits<T>::Word;
@@ -100,31 +100,43 @@ struct Chunk {
 };
 
 // Whether a chunk's gradients are all 0, as those of a loss on the last step are some hundred steps before
-// it: none enters the chunk, none reaches it, and all that they would meet is finite, as 0 times infinity is
-// not 0. Then neither the scan nor the products after it have anything to do.
+// it: none enters the chunk, none reaches it, and all that they would meet, of what a forward pass can leave,
+// is finite, as 0 times infinity is not 0. Then neither the scan nor the products after it have anything to
+// do.
 template <class E, class A>
 class Vanished {
  public:
   Vanished(const LayerArgs& a, int states, const TensorList& saved) : a_(a), states_(states), saved_(saved) {}
 
-  // Called by all of a team, after what enters the chunk was met for, with the chunk's dy in place.
-  // constants: what a member found of its part of those, once it has looked.
-  bool operator()(const Team& team, const Scan<E, A>& scan, const Chunk& c, std::optional<bool>& constants) {
-    if (!none_enters(scan, scan.dir[c.d])) return false;
-    team.meet();  // others may have put their rows of dy there
-    if (!none_reaches(team, scan, c) || !meets_finite(team, scan, c, constants))
-      live_[c.d].store(scan.k0, std::memory_order_relaxed);
+  // Called by all of a team, which have met since the chunk before. copied: they have just put the chunk's dy
+  // there, each some rows. constants: whether a member's part of weights and first states is finite, once it
+  // has looked.
+  bool operator()(const Team& team, const Scan<E, A>& scan, const Chunk& c, bool copied,
+                  std::optional<bool>& constants) {
+    // A call of one chunk need not ask: all its gradients would be 0.
+    if (scan.k0 == 0 && scan.k1 == scan.rows.T) return false;
+    if (!none_enters(scan, c)) return false;
+    if (copied) team.meet();
+    if (!none_reaches(team, scan, c)) reached_[c.d].store(scan.k0, std::memory_order_relaxed);
     team.meet();
-    return live_[c.d].load(std::memory_order_relaxed) != scan.k0;
+    if (reached_[c.d].load(std::memory_order_relaxed) == scan.k0) return false;
+    if (!meets_finite(team, scan, c, constants)) infinite_[c.d].store(scan.k0, std::memory_order_relaxed);
+    team.meet();
+    return infinite_[c.d].load(std::memory_order_relaxed) != scan.k0;
   }
 
  private:
-  // From the step before it: its gradient of the gates lies in one ring, an older one in the other, which the
-  // chunk after this may read; and of the last states, which wait for the last step of each sequence.
-  bool none_enters(const Scan<E, A>& scan, const Direction<E, A>& s) const {
+  // From the step before it, whose gradient of the gates lies in one ring, as an older one in the other,
+  // which a later chunk may read; and of last states, which wait for the last steps of their sequences. No
+  // row beyond those active at the chunk's first step in time has a step in it.
+  bool none_enters(const Scan<E, A>& scan, const Chunk& c) const {
+    const Direction<E, A>& s = scan.dir[c.d];
+    const int64_t rows = scan.rows.active[c.t0];
     bool none = true;
-    for (int j = 0; j < states_; ++j) none = none && all_zero(s.state[j], a_.B * s.ld_state);
-    for (int j = 0; j < 2 && scan.k0 > 0; ++j) none = none && all_zero(s.ring[j], a_.B * s.ld_ring);
+    for (int j = 0; j < 2 && scan.k0 > 0; ++j)  // the last step's first
+      none = none && all_zero(s.ring[(scan.k0 + j) & 1], rows * s.ld_ring);
+    for (int j = states_; j-- > 0;)  // h's last: of an LSTM nothing waits there
+      none = none && all_zero(s.state[j], rows * s.ld_state);
     return none;
   }
 
@@ -157,11 +169,11 @@ class Vanished {
       const int64_t at = scan.rows.at(row);
       finite = all_finite(scan.x.row(at), 0, a_.I) && all_finite(s.y, at * s.y.ld, scan.P);
       for (int j = 1; j < states_; ++j) finite = finite && all_finite(s.seq[j - 1] + at * scan.H, scan.H);
-      for (const Tensor& t : saved_) {
-        const int64_t width = t.size(2);
-        const E* const rows = static_cast<const E*>(t.const_data_ptr());
-        finite = finite && all_finite(rows + (c.d * a_.N + row) * width, width);
-      }
+    }
+    for (const Tensor& t : saved_) {  // [D, N, ...]
+      const int64_t width = t.size(2), first = c.d * a_.N + begin + part.begin;
+      finite = finite && all_finite(static_cast<const E*>(t.const_data_ptr()) + first * width,
+                                    (part.end - part.begin) * width);
     }
     return finite;
   }
@@ -170,7 +182,7 @@ class Vanished {
   bool constants_finite(const Team& team) const {
     const auto finite = [&](const Tensor& t) {
       const Part part(team, t.numel());
-      const Border<E> all{t.mutable_data_ptr(), 0, dtype_of(t) == ScalarType::BFloat16};
+      const Border<E> all{const_cast<void*>(t.const_data_ptr()), 0, dtype_of(t) == ScalarType::BFloat16};
       return all_finite(all, part.begin, part.end - part.begin);
     };
     bool all = true;
@@ -185,7 +197,9 @@ class Vanished {
   const LayerArgs& a_;
   const int states_;
   const TensorList& saved_;
-  std::atomic<int64_t> live_[2]{-1, -1};  // of a direction the last chunk, by its k0, found not to be so
+  // Of a direction the last chunk, by its k0, of which some member found so. (Two: else a member that is
+  // ahead could tell one that is behind the second answer for the first.)
+  std::atomic<int64_t> reached_[2]{-1, -1}, infinite_[2]{-1, -1};
 };
 
 }  // namespace fastrnn::cpu

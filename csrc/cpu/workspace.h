@@ -78,15 +78,6 @@ inline void write(const Bf16* from, int64_t n, const Tensor& t, int64_t at) {
   if (n > 0) std::memcpy(static_cast<Bf16*>(t.mutable_data_ptr()) + at, from, n * sizeof(Bf16));
 }
 
-// n elements, `stride` apart.
-template <class T>
-void copy_strided(const char* from, int64_t n, int64_t stride, char* to) {
-  if (stride == 1) return static_cast<void>(std::memcpy(to, from, n * sizeof(T)));
-  const T* const src = reinterpret_cast<const T*>(from);
-  T* const dst = reinterpret_cast<T*>(to);
-  for (int64_t i = 0; i < n; ++i) dst[i] = src[i * stride];
-}
-
 // A vector of any instruction set divides it.
 template <class E>
 inline constexpr int64_t kWidest = 64 / sizeof(E);
