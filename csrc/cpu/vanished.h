@@ -100,20 +100,20 @@ struct Chunk {
 };
 
 // Whether a chunk's gradients are all 0, as those of a loss on the last step are some hundred steps before
-// it: none enters the chunk, none reaches it, and all that they would meet, of what a forward pass can leave,
-// is finite, as 0 times infinity is not 0. Then neither the scan nor the products after it have anything to
-// do.
+// it: none enters the chunk, none reaches it, and all that they would meet is finite, as 0 times infinity is
+// not 0. (Two saved values, each finite, could have an infinite product; no forward pass leaves such.) Then
+// neither the scan nor the products after it have anything to do.
 template <class E, class A>
 class Vanished {
  public:
   Vanished(const LayerArgs& a, int states, const TensorList& saved) : a_(a), states_(states), saved_(saved) {}
 
-  // Called by all of a team, which have met since the chunk before. copied: they have just put the chunk's dy
-  // there, each some rows. constants: whether a member's part of weights and first states is finite, once it
-  // has looked.
+  // Called by all of a team, which have met since the chunk before. copied: dy is what they have just copied
+  // of the chunk's, each some rows. constants: whether a member's part of weights and first states is finite,
+  // once it has looked.
   bool operator()(const Team& team, const Scan<E, A>& scan, const Chunk& c, bool copied,
                   std::optional<bool>& constants) {
-    // A call of one chunk need not ask: all its gradients would be 0.
+    // Of calls of one chunk only those without any gradient would gain.
     if (scan.k0 == 0 && scan.k1 == scan.rows.T) return false;
     if (!none_enters(scan, c)) return false;
     if (copied) team.meet();
@@ -126,8 +126,8 @@ class Vanished {
   }
 
  private:
-  // From the step before it, whose gradient of the gates lies in one ring, as an older one in the other,
-  // which a later chunk may read; and of last states, which wait for the last steps of their sequences. No
+  // From the step before it, which left its gradient of the gates in one ring; the other holds an older one,
+  // which a later chunk would read. And of last states, which wait for the last steps of their sequences. No
   // row beyond those active at the chunk's first step in time has a step in it.
   bool none_enters(const Scan<E, A>& scan, const Chunk& c) const {
     const Direction<E, A>& s = scan.dir[c.d];
@@ -135,7 +135,7 @@ class Vanished {
     bool none = true;
     for (int j = 0; j < 2 && scan.k0 > 0; ++j)  // the last step's first
       none = none && all_zero(s.ring[(scan.k0 + j) & 1], rows * s.ld_ring);
-    for (int j = states_; j-- > 0;)  // h's last: of an LSTM nothing waits there
+    for (int j = states_; j-- > 0;)  // h's last: after its first step an LSTM has 0 there
       none = none && all_zero(s.state[j], rows * s.ld_state);
     return none;
   }
@@ -197,8 +197,9 @@ class Vanished {
   const LayerArgs& a_;
   const int states_;
   const TensorList& saved_;
-  // Of a direction the last chunk, by its k0, of which some member found so. (Two: else a member that is
-  // ahead could tell one that is behind the second answer for the first.)
+  // Of a direction the last chunk, by its k0, that some member found a gradient to reach, or something not
+  // finite in. (With one for both a member that is ahead could tell one that is behind the second answer for
+  // the first.)
   std::atomic<int64_t> reached_[2]{-1, -1}, infinite_[2]{-1, -1};
 };
 
