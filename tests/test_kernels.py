@@ -359,6 +359,18 @@ def test_every_element_is_written():
     Fresh("test_kernels.poisoned", seconds=300, MALLOC_PERTURB_="128").finish()
 
 
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_a_gradient_goes_through_relu_of_nan(isa, monkeypatch):
+    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    ours, theirs = (kind(3, 20, nonlinearity="relu") for kind in (fastrnn.RNN, torch.nn.RNN))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, 2, 3)
+    x[2, 0, 0] = torch.nan
+    for layer in (ours, theirs):
+        layer(x)[0].sum().backward()
+    torch.testing.assert_close(ours.bias_ih_l0.grad, theirs.bias_ih_l0.grad)
+
+
 TINY = {torch.float32: 1e-40, torch.float64: 1e-310}  # denormal
 
 

@@ -71,7 +71,7 @@ def backward(CELL: tl.constexpr, saved, h, c, c_new, dh, dc):
         y = saved[0]
         return (dh * (1.0 - y * y),), dh * 0.0, dc
     else:
-        return (tl.where(saved[0] > 0.0, dh, 0.0),), dh * 0.0, dc
+        return (tl.where(saved[0] <= 0.0, 0.0, dh),), dh * 0.0, dc
 
 
 # The GRU of two stages.

@@ -277,7 +277,7 @@ FASTRNN_HD Simd<E> relu(const Simd<E>& x) {
 template <class E>
 FASTRNN_HD Simd<E> drelu(const Simd<E>& y) {
   const Simd<E> zero(0);
-  return select<E>(y.v > zero.v, Simd<E>(1), zero);
+  return select<E>(y.v <= zero.v, zero, Simd<E>(1));
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
