@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastrnn.bench.grid import Case
-from fastrnn.bench.records import Probe, Record
+from fastrnn.bench.records import UNKNOWN_ERROR, Probe, Record
 from fastrnn.bench.rivals import TORCH
 
 LEAST_NOISE = 0.03
@@ -21,7 +21,7 @@ def figure(row: Row) -> float:
 
 
 def error(row: Row) -> float:
-    return row.error if isinstance(row, Probe) else row.error[TORCH]
+    return row.error if isinstance(row, Probe) else row.error.get(TORCH, UNKNOWN_ERROR)
 
 
 def key(row: Row) -> tuple[str, Case]:

@@ -15,7 +15,7 @@ from fastrnn.bench.machine import UNKNOWN, Conditions
 from fastrnn.bench.rivals import OURS, PRODUCT, SIDE, TORCH, product_gflops
 from fastrnn.lm.errors import UserError, os_reason
 
-UNKNOWN_ERROR = 0.05  # of a section's figure in a file of before the errors were kept
+UNKNOWN_ERROR = 0.05  # of a section's figure in a file of before the errors were kept, and of one sample
 
 
 @dataclass
@@ -26,6 +26,8 @@ class Record:
     error   a rival's: the standard error of the ratio of the medians, as a share of it
     product  GFLOP/s of a torch.mm in the same rounds, the median; None where `rivals.pace` has none
     wrong   rivals that were not timed, as their answer was wrong
+
+    A rival that was called once (`rivals.far_behind`) has neither spread nor error.
     """
 
     case: Case
@@ -47,6 +49,7 @@ class Record:
         ratios = {
             name: [theirs / mine for theirs, mine in zip(values, ours, strict=True)]
             for name, values in rivals.items()
+            if len(values) > 1
         }
         return cls(
             case,
@@ -54,7 +57,7 @@ class Record:
             statistics.median(ours) / case.calls,
             {name: statistics.median(values) / case.calls for name, values in rivals.items()},
             {name: relative_spread(values) for name, values in ratios.items()},
-            {name: standard_error(values, ours) for name, values in rivals.items()},
+            {name: standard_error(rivals[name], ours) for name in ratios},
             conditions,
             product_gflops(SIDE, statistics.median(products)) if products else None,
         )

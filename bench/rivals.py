@@ -134,6 +134,14 @@ def rounds(one: float, seconds: float, least: int) -> int:
     return int(min(1000, max(3, fit, min(least, MOST * fit))))
 
 
+def far_behind(theirs: float, ours: float, seconds: float) -> bool:
+    """Is one call of a rival enough? Where it takes long and ten times ours, more change no verdict.
+
+    As torch.nn's training in bfloat16 without AVX-512, which takes up to 100 s.
+    """
+    return theirs > MOST * seconds and theirs > 10 * ours
+
+
 def alternate(
     calls: dict[Any, Call], seconds: float, prepare: Callable[[Any], Any] = lambda name: None
 ) -> dict[Any, list[float]]:

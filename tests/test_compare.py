@@ -13,7 +13,7 @@ import pytest
 pytest.importorskip("fastrnn.bench", reason="an in-place build links it")
 from measured import CASE, MACHINE, NOISY, record
 
-from fastrnn.bench import compare, grid, records, rivals
+from fastrnn.bench import compare, grid, records, rivals, test_speed
 from fastrnn.bench.grid import Case
 from fastrnn.bench.records import Probe, Record
 
@@ -113,3 +113,34 @@ def test_many_short_calls_make_a_sample():
     calls = []
     assert 0 <= rivals.repeated(lambda: calls.append(0), 5) < 1
     assert len(calls) == 5
+
+
+def test_a_rival_far_behind_is_called_once(monkeypatch):
+    """Where a call of its takes so long that others would not change the verdict."""
+    assert rivals.far_behind(theirs=100, ours=1.6, seconds=1.5)
+    assert not rivals.far_behind(theirs=100, ours=11, seconds=1.5)
+    assert not rivals.far_behind(theirs=5, ours=0.1, seconds=1.5)
+
+    case = Case("rnn", "training", grid.Shape(2, 1, 8, 8), dtype="bfloat16")
+    calls, timed, run = rivals.calls(case), rivals.timed, records.Run(0.01, 3)
+    slow, times = calls[rivals.TORCH], []
+
+    def seconds(call):
+        times.append(call)
+        return timed(call) + 10 * (call is slow)
+
+    class Rounds:
+        @staticmethod
+        def pedantic(call, rounds):
+            for _ in range(rounds):
+                call()
+
+    monkeypatch.setattr(rivals, "timed", seconds)
+    monkeypatch.setattr(rivals, "calls", lambda case: dict(calls))
+    test_speed.test_speed(Rounds, case, run)
+    (found,) = run.records
+    assert times.count(slow) == 1
+    assert found.rounds == times.count(calls[rivals.OURS]) - 1 >= 3
+    assert found.rivals[rivals.TORCH] > 10
+    assert found.spread.keys() == found.error.keys() == {rivals.FLOAT32}
+    assert compare.error(found) == records.UNKNOWN_ERROR
