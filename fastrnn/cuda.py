@@ -87,9 +87,8 @@ class Library:
 
 def _load() -> Library | None:
     """None where the library was built without nvcc."""
-    path = Path(__file__).parent / "_C.abi3.so"
     try:
-        return Library(path)
+        return Library(Path(__file__).parent / "_C.abi3.so")
     except (OSError, AttributeError):
         return None
 
@@ -99,9 +98,14 @@ LIBRARY = _load()
 
 def missing() -> str | None:
     """Why there are no kernels at all."""
-    if LIBRARY is None:
-        return "this build of fastrnn has no CUDA kernels (FASTRNN_CUDA=1 insists on them)"
-    return None
+    none = "this build of fastrnn has no CUDA kernels (FASTRNN_CUDA=1 insists on them)"
+    return none if LIBRARY is None else None
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _has_image(index: int | None) -> bool:
+    with torch.cuda.device(index):  # None: the current one. Also while a graph is traced, which takes no C
+        return LIBRARY is None or LIBRARY.has_image()
 
 
 @functools.cache
@@ -111,11 +115,8 @@ def _device_missing(index: int | None) -> str | None:
         return "it takes NVIDIA GPUs"
     if found < MIN_CAPABILITY:
         return f"it takes GPUs of compute capability 8.0 or newer, this one has {found / 10}"
-    if torch.compiler.is_compiling():  # which traces no C function: such a device is found when it runs
-        return None
-    with torch.cuda.device(index):  # None: the current one
-        if LIBRARY is not None and not LIBRARY.has_image():
-            return f"it was not compiled for compute capability {found / 10} (see FASTRNN_CUDA_ARCHS)"
+    if not _has_image(index):
+        return f"it was not compiled for compute capability {found / 10} (see FASTRNN_CUDA_ARCHS)"
     return None
 
 

@@ -73,7 +73,12 @@ def engine(request, monkeypatch):
     def use(kernel=None):
         if kernel is not None or device == "cpu":
             of = {**KERNELS, **OTHERS, **ON_THE_GPU}[kernel or "grid"]
-            monkeypatch.setattr(cuda, "configure", lambda shape: of(shape.B))
+
+            def chosen(shape):  # a grid where the device has no room for the cluster
+                fewer = of(shape.B).mode == "cluster" and shape.cluster_blocks < cuda.MOST_BLOCKS
+                return KERNELS["grid"](shape.B) if fewer else of(shape.B)
+
+            monkeypatch.setattr(cuda, "configure", chosen)
         if kernel in ON_THE_GPU and device == "cpu":
             pytest.skip("wide tiles run on a GPU alone: the emulation's compiler is slow")
         with fastrnn.backend("cuda"):
@@ -160,6 +165,11 @@ def test_a_device_that_nothing_was_compiled_for(monkeypatch):
     monkeypatch.setattr(cuda, "capability", lambda device: 103)
     monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     assert "not compiled for compute capability 10.3" in cuda._device_missing.__wrapped__(0)
+
+    def asked(x):
+        return x + 1 if cuda._device_missing(0) is None else x
+
+    assert not torch.compile(asked, fullgraph=True, backend="eager")(torch.zeros(1))
     monkeypatch.setattr(cuda, "LIBRARY", SimpleNamespace(has_image=lambda: True))
     assert cuda._device_missing.__wrapped__(0) is None
 

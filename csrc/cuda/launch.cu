@@ -137,8 +137,13 @@ int start_kernel(const Kernel& kernel, const Args& args, int64_t bytes, Queue qu
 }
 
 // What a question that failed says of the device: nothing runs there. But for want of memory, as for a kernel
-// that is loaded when first asked about: that, negative, is of this moment alone.
-int none(int error) { return error == cudaErrorMemoryAllocation ? -error : 0; }
+// that is loaded when first asked about, and for what a capture forbids: that, negative, is of this moment
+// alone.
+int none(int error) {
+  const bool captured =
+      error >= cudaErrorStreamCaptureUnsupported && error <= cudaErrorStreamCaptureWrongThread;
+  return error == cudaErrorMemoryAllocation || captured ? -error : 0;
+}
 
 int resident(const Kernel& kernel, const Args& args, int64_t bytes) {
   const void* function = reinterpret_cast<const void*>(kernel.function);
