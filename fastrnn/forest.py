@@ -37,7 +37,7 @@ def _indices(name: str, values: Tensor | Sequence[int], count: int | None = None
             numbers[i] = int(value)
             if abs(numbers[i]) >= 2**63:
                 raise ValueError(f"{name} must be integers of 64 bits: that of {of} {i} is {value!r}")
-        values = torch.tensor(numbers, dtype=torch.int64)
+        values = torch.tensor(numbers, dtype=torch.int64, device="cpu")
     if values.dim() != 1:
         several = f": node 0 has {values[0].numel()}" if values.dim() > 1 and values.shape[0] else ""
         raise ValueError(f"{name} must be [N], one for each node, got {list(values.shape)}{several}")
@@ -114,10 +114,10 @@ def schedule_steps(schedule: Tensor, device: torch.device) -> Steps:
     sizes = offsets.diff()
     L = sizes.numel()
     position = torch.empty_like(order)
-    position[order] = torch.arange(N)
-    level = torch.arange(L).repeat_interleave(sizes)  # of a position
+    position[order] = torch.arange(N, device="cpu")
+    level = torch.arange(L, device="cpu").repeat_interleave(sizes)  # of a position
     start = position[source]
-    end = torch.arange(N).repeat_interleave(first.diff())
+    end = torch.arange(N, device="cpu").repeat_interleave(first.diff())
     leaves_from, goes_to = level[start], level[end]
     sent = torch.argsort(leaves_from * L + goes_to, stable=True)
     received = torch.argsort(goes_to * L + leaves_from, stable=True)
@@ -181,17 +181,15 @@ class Forest:
                 )[kind - 1]
             )
         children = parents[parents >= 0]
-        inner = torch.zeros(parents.numel(), dtype=torch.bool).index_fill(0, children, True)
+        inner = torch.zeros_like(parents, dtype=torch.bool).index_fill(0, children, True)
         self.parents, self.slots = parents, slots
         self.roots = (parents < 0).nonzero().squeeze(1)
         self.leaves = (~inner).nonzero().squeeze(1)
         self.arity = int(slots[parents >= 0].max()) + 1 if children.numel() else 0
-        self.device = torch.device("cpu")
         self._own = parents, slots  # on the CPU
-        # By direction, and by (direction, device).
-        self._schedules: dict[str, Tensor] = {}
+        # Both now: at the first call a tracer might be at work, whose tensors must not be kept.
+        self._schedules = {d: torch.ops.fastrnn.tree_schedule(*self._own, d == "down") for d in DIRECTIONS}
         self._steps: dict[tuple[str, torch.device], Steps] = {}
-        self.schedule("up")
 
     @staticmethod
     def from_parents(
@@ -248,7 +246,7 @@ class Forest:
                 if not todo:
                     break
                 item = todo[-1][0][len(todo[-1][1])]
-        return Forest(torch.tensor(parents, dtype=torch.int64), None)
+        return Forest(torch.tensor(parents, dtype=torch.int64, device="cpu"), None)
 
     @staticmethod
     def batch(forests: Sequence[Forest]) -> Forest:
@@ -267,7 +265,7 @@ class Forest:
             own = forest._own[0]
             parents.append(torch.where(own < 0, own, own + start))
             start += own.numel()
-        none = torch.empty(0, dtype=torch.int64)
+        none = torch.empty(0, dtype=torch.int64, device="cpu")
         batched = Forest(torch.cat([none, *parents]), torch.cat([none, *(f._own[1] for f in forests)]))
         return batched.to(forests[0].device) if forests else batched
 
@@ -276,16 +274,18 @@ class Forest:
 
         The schedules are shared.
         """
-        device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
-        if device == self.device:
+        parents = self.parents.to(device)
+        if parents is self.parents:
             return self
         moved = copy(self)
-        moved.device = device
-        for name in ("parents", "slots", "roots", "leaves"):
-            setattr(moved, name, getattr(self, name).to(device))
+        moved.parents = parents
+        for name in ("slots", "roots", "leaves"):
+            setattr(moved, name, getattr(self, name).to(parents.device))
         return moved
+
+    @property
+    def device(self) -> torch.device:
+        return self.parents.device
 
     @property
     def num_nodes(self) -> int:
@@ -332,11 +332,9 @@ class Forest:
         return x.new_zeros(self.num_nodes, *x.shape[1:]).index_copy(0, self.leaves, x)
 
     def schedule(self, direction: str) -> Tensor:
-        """LongTensor [5, N + 1] on the CPU, as csrc/tree.h lays it out; computed at the first call."""
-        if direction not in self._schedules:
-            down = is_direction(direction) == "down"
-            self._schedules[direction] = torch.ops.fastrnn.tree_schedule(*self._own, down)
-        return self._schedules[direction]
+        """LongTensor [5, N + 1] on the CPU, as csrc/tree.h lays it out."""
+        schedule: Tensor = self._schedules[is_direction(direction)]
+        return schedule
 
     def steps(self, direction: str) -> Steps:
         """The schedule as the plain reference reads it, on this forest's device; computed at the first call,

@@ -135,7 +135,6 @@ def test_a_batch_is_its_trees():
 
 def test_copies_and_moves():
     trees = forest(*SHAPES["binary"](7))
-    trees.schedule("down")
     for other in (copy.deepcopy(trees), pickle.loads(pickle.dumps(trees))):
         assert torch.equal(other.schedule("up"), trees.schedule("up"))
         assert torch.equal(other.slots, trees.slots)
@@ -253,3 +252,45 @@ def test_the_largest_slot():
     far, near = (Forest.from_parents([-1, 0], slots=[0, slot]) for slot in (2**63 - 1, 7))
     for way in ("up", "down"):
         assert torch.equal(far.schedule(way)[:4], near.schedule(way)[:4])
+
+
+def test_under_a_default_device():
+    """A forest's own tensors lie on the CPU, whatever others' do."""
+    with torch.device("meta"):
+        for made in (
+            Forest.from_parents([-1, 0, 0]),
+            Forest.from_parents(torch.tensor([-1, 0, 0], device="cpu"), lengths=[3]),
+            Forest.from_nested(("a", ("b", "c"))),
+            Forest.batch([Forest.from_parents([-1, 0, 0])]),
+        ):
+            tensors = (
+                made.parents,
+                made.slots,
+                made.roots,
+                made.leaves,
+                *made.levels,
+                made.steps("down").inverse,
+            )
+            assert all(t.device.type == "cpu" for t in tensors)
+    with torch.device("meta"):
+        x = torch.randn(3, 2, dtype=torch.float64, device="cpu")
+        with fastrnn.backend("reference"):
+            make("nary", 2, 3).to_empty(device="cpu")(x, Forest.from_parents([-1, 0, 0]))
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_an_exported_model_leaves_nothing_in_its_forest(direction):
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.trees = fastrnn.TreeRNN(3, 4, direction=direction), forest([-1, 0, 0])
+
+        def forward(self, x):
+            return self.layer(x, self.trees)
+
+    model, x = Model(), torch.randn(3, 3)
+    with torch.no_grad():
+        expected = Model.forward(copy.deepcopy(model), x)
+        program = torch.export.export(model, (x,), strict=False).module()
+        torch.testing.assert_close(program(x), expected)
+        torch.testing.assert_close(model(x), expected)
