@@ -301,8 +301,8 @@ def _fake_attention_backward(
 
 
 def _autograd_attention(keyset: Any, *args: Any) -> Any:
-    no_transforms()
     *flat, scale, need_weights = args
+    no_transforms(*flat)
     if not wants_grad(*_present(flat)):
         return below_autograd(keyset, torch.ops.fastrnn.attention.default, *args)
     apply: Any = _OperatorFunction.apply
@@ -311,9 +311,9 @@ def _autograd_attention(keyset: Any, *args: Any) -> Any:
 
 
 def _autograd_attention_backward(keyset: Any, *args: Any) -> Any:
-    no_transforms()
     dcontext, dweights, query, keys, values, v, mask, scale, context, _, *needs = args
     flat = (query, keys, values, v, mask)
+    no_transforms(*flat, dcontext, dweights)
     if not wants_grad(*_present((*flat, dcontext, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.attention_backward.default, *args)
     call = Attention(scale, True)
@@ -323,9 +323,9 @@ def _autograd_attention_backward(keyset: Any, *args: Any) -> Any:
 
 
 def _autograd_decoder(keyset: Any, cell: str, *args: Any) -> Any:
-    no_transforms()
     x, states, feed, params, *rest, mask, drops, scale, save = args
     flat = [x, *states, feed, *params, *rest, mask, *drops]
+    no_transforms(*flat)
     if not wants_grad(*_present(flat)):
         return below_autograd(keyset, torch.ops.fastrnn.decoder.default, cell, *args)
     apply: Any = _OperatorFunction.apply
@@ -335,10 +335,10 @@ def _autograd_decoder(keyset: Any, cell: str, *args: Any) -> Any:
 
 
 def _autograd_decoder_backward(keyset: Any, cell: str, *args: Any) -> Any:
-    no_transforms()
     dout, dlast, dweights, x, states, feed, params, *rest, mask, drops, scale, out, weights = args[:-5]
     need_x, need_params, need_keys, need_values = args[-4:]
     flat = [x, *states, feed, *params, *rest, mask, *drops]
+    no_transforms(*flat, dout, *dlast, dweights)
     if not wants_grad(*_present((*flat, dout, *dlast, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.decoder_backward.default, cell, *args)
     S, P = len(states), len(params)

@@ -70,14 +70,15 @@ def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
     return twin
 
 
-def _batch_size(batch_sizes: Tensor, unsorted: Tensor | None, hx: Sequence[Tensor] | None) -> int:
-    """B of a PackedSequence. The compiler cannot read a tensor's value, but knows its shape."""
-    if torch.compiler.is_compiling():
+def _batch_size(batch_sizes: Tensor, unsorted: Tensor | None, hx: Sequence[Tensor] | None) -> Any:
+    """B of a PackedSequence. A graph cannot hold a tensor's value, but follows its shape; a trace, both."""
+    tracing = torch._C._get_tracing_state() is not None
+    if tracing or torch.compiler.is_compiling():
         if unsorted is not None:
             return unsorted.size(0)
         if hx is not None:
             return hx[0].size(1)
-    return int(batch_sizes[0])
+    return batch_sizes[0] if tracing else int(batch_sizes[0])
 
 
 def _pad(seq: Tensor, batch_sizes: Tensor, unsorted: Tensor | None, B: int) -> Tensor:

@@ -142,7 +142,8 @@ def export_onnx(
     """Writes model(*args) as an ONNX file in which every fastrnn layer and cell is an LSTM, GRU or RNN node.
 
     model    any module that holds fastrnn's layers, exported as it stands: call `model.eval()` for inference
-    args     example inputs, tensors or nests of them; sizes that the model does not fix (T, B) stay dynamic
+    args     example inputs, tensors or nests of them; sizes that the model does not fix (T, B) stay dynamic,
+             but the number of steps of an AttentionDecoder with input feeding, whose loop is written out
     path     the file to write
     options  go to torch.onnx.export (input_names, output_names, dynamic_shapes, opset_version ...)
 

@@ -278,7 +278,7 @@ def _autograd_stack(
     keyset: Any, cell: str, x: Tensor, states: list[Tensor], params: list[Tensor], *masks: Tensor | None
 ) -> tuple[Tensor, list[Tensor]]:
     """For graphs and direct calls: `kernels.stack` goes past it."""
-    no_transforms()
+    no_transforms(x, *states, *params)
     if wants_grad(x, *states, *params):
         raise RuntimeError(
             "torch.ops.fastrnn.stack is for inference and has no derivatives: call it under torch.no_grad(). "
@@ -328,8 +328,8 @@ class _OperatorFunction(_LayerFunction):
         return _LayerFunction.backward(ctx, *grads[: ctx.plan.outputs])
 
 
-def no_transforms() -> None:
-    if transforms.active():  # forward-mode AD would drop the tangents without a word
+def no_transforms(*tensors: Tensor | None) -> None:
+    if transforms.differentiates(*tensors):  # forward-mode AD would drop the tangents without a word
         raise RuntimeError(
             "torch.ops.fastrnn knows no transforms of torch.func and no forward-mode AD. A fastrnn module "
             "and fastrnn.functional do; where they are compiled, the transform goes inside the graph"
@@ -355,7 +355,7 @@ def _autograd_layer(
     save: bool,
     return_states: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    no_transforms()
+    no_transforms(x, *states, *params)
     inputs = Inputs(cell, x, states, params, lengths, batch_sizes, reset)
     if not wants_grad(x, *states, *params):
         unchanged: tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]
@@ -388,8 +388,8 @@ def _autograd_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    no_transforms()
     given = [g for g in (dy, *dlast, *dseq) if g is not None]
+    no_transforms(*given, x, *states, *params)
     if not wants_grad(*given, x, *states, *params):
         args = (dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved)
         unchanged: tuple[Tensor, list[Tensor], list[Tensor]]

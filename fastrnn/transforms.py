@@ -12,7 +12,8 @@ each an `autograd.Function` with these rules, so that under any nest the innermo
 
 LayerBackward runs the forward kernel again: what that saves is laid out its own way, which no vmap could
 split. Under two forward modes, one in the other, all is the plain reference: torch calls a Function's jvp
-with forward mode off, so that the outer one would see nothing of it.
+with forward mode off, so that the outer one would see nothing of it. And so it is under functionalize, for
+which torch's Functions have no rule.
 """
 
 from __future__ import annotations
@@ -43,9 +44,18 @@ def active() -> bool:
     return not is_compiling() and forward_ad._current_level >= 0
 
 
-def _nested_forward_modes() -> bool:
-    stack = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == TransformType.Jvp for level in stack) > 1
+def differentiates(*tensors: Tensor | None) -> bool:
+    """True inside a transform of torch.func, or where one of the tensors has a tangent (a dual_level may be
+    another thread's)."""
+    if _are_functorch_transforms_active():
+        return True
+    return active() and any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _plain_alone() -> bool:
+    """Whether no Function of torch's may stand here."""
+    keys = [level.key() for level in torch._C._functorch.get_interpreter_stack() or ()]
+    return TransformType.Functionalize in keys or keys.count(TransformType.Jvp) > 1
 
 
 # --- the rules by plain torch
@@ -152,7 +162,7 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """Those of x, states and params, by LayerBackward; flat: masks, x, states, params; needs: for each."""
     need_x, need_params = needs[MASKS], any(needs[MASKS + 1 + plan.states :])
-    if _nested_forward_modes():
+    if _plain_alone():
         return backward_reference(plan, flat[:MASKS], *grads, *_tensors(flat[MASKS:]))
     apply: Any = LayerBackward.apply
     given = list(apply(plan, need_x, need_params, *flat[:MASKS], *grads, *flat[MASKS:]))
@@ -251,7 +261,7 @@ class LayerBackward(torch.autograd.Function):
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
 def forward(plan: Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
     """The layer under any transforms: (y, *last, *seq) of masks, x, states and params."""
-    if _nested_forward_modes():
+    if _plain_alone():
         return _forward(plan, flat[:MASKS], *_tensors(flat[MASKS:]))
     apply: Any = LayerForward.apply
     return tuple(apply(plan, *flat))

@@ -207,7 +207,7 @@ def _fake_schedule(parents: Tensor, slots: Tensor, down: bool) -> Tensor:
 def _autograd_tree(
     keyset: Any, cell: str, x: Tensor | None, params: list[Tensor], schedule: Tensor, save: bool
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    no_transforms()
+    no_transforms(x, *params)
     if not wants_grad(*params, *([] if x is None else [x])):
         unchanged: tuple[Tensor, list[Tensor], list[Tensor]]
         unchanged = below_autograd(keyset, torch.ops.fastrnn.tree.default, cell, x, params, schedule, save)
@@ -232,8 +232,8 @@ def _autograd_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    no_transforms()
     given = [g for g in (dh, *dstates) if g is not None]
+    no_transforms(*given, x, *params)
     if not wants_grad(*given, *params, *([] if x is None else [x])):
         unchanged: tuple[Tensor, list[Tensor]] = below_autograd(
             keyset,

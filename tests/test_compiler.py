@@ -164,6 +164,31 @@ def test_traced(kind, gradients):
         torch.testing.assert_close(loaded(x), model(x))
 
 
+class Packed(torch.nn.Module):
+    """The rows of a batch of sorted sequences, and their last states."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layer = getattr(fastrnn, kind)(4, 6, dtype=F64)
+
+    def forward(self, x, lengths):
+        y, hidden = self.layer(pack_padded_sequence(x, lengths, enforce_sorted=self.training))
+        return y.data, hidden
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_traced_with_a_packed_sequence(kind, is_sorted):
+    """B is not baked in, either."""
+    model = Packed(kind).train(is_sorted)
+    traced = torch.jit.trace(model, (torch.randn(5, 3, 4, dtype=F64), torch.tensor([5, 3, 2])))
+    for lengths in ([5, 3], [6, 4, 4, 1]):
+        x = torch.randn(lengths[0], len(lengths), 4, dtype=F64)
+        args = (x, torch.tensor(lengths if is_sorted else lengths[::-1]))
+        torch.testing.assert_close(traced(*args), model(*args))
+
+
 def attention_and_decoder():
     torch.manual_seed(0)
     decoder = fastrnn.AttentionDecoder(4, 6, 6, num_layers=2, dtype=F64)

@@ -7,6 +7,7 @@ import torch
 from helpers import MASKS, random_case, random_masks
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastrnn
 from fastrnn import functional, kernels
@@ -327,3 +328,19 @@ def test_the_bare_operator_refuses(transform):
     run = {"grad": grad(f), "jvp": lambda x: jvp(f, (x,), (x,)), "vmap": vmap(f), "dual": dual}[transform]
     with pytest.raises(RuntimeError, match=r"knows no transforms|Batching rule not implemented"):
         run(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_functionalize(kind):
+    """Around and inside other transforms; as a graph of plain operators."""
+    layer, x = getattr(fastrnn, kind)(4, 6, dtype=torch.float64), torch.randn(5, 2, 4, dtype=torch.float64)
+
+    def loss(x):
+        return layer(x)[0].square().sum()
+
+    functionalize = torch.func.functionalize
+    expected, slope = layer(x)[0], grad(loss)(x)
+    torch.testing.assert_close(functionalize(lambda x: layer(x)[0])(x), expected)
+    torch.testing.assert_close(functionalize(grad(loss))(x), slope)
+    torch.testing.assert_close(grad(functionalize(loss))(x), slope)
+    torch.testing.assert_close(make_fx(functionalize(grad(loss)))(x)(x), slope)
