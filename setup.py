@@ -86,6 +86,11 @@ def check_torch(torch: Path) -> str:
     return text
 
 
+def has_teams(torch: Path) -> bool:
+    """Whether each caller of torch's parallel loops has threads of its own: with OpenMP, as in the wheels."""
+    return "#define AT_PARALLEL_OPENMP 0" not in (torch / "include/ATen/Config.h").read_text()
+
+
 @dataclass
 class Compiler:
     command: list[str]
@@ -165,7 +170,8 @@ class Plan:
 
 def make_plan(compiler: Compiler, torch: Path, torch_version: str) -> Plan:
     include = [f"-isystem{torch / 'include'}"]
-    common = [*compiler.command, *FLAGS["common"], *include, *words("CXXFLAGS")]
+    pool = [] if has_teams(torch) else ["-DFASTRNN_ONE_POOL"]
+    common = [*compiler.command, *FLAGS["common"], *pool, *include, *words("CXXFLAGS")]
     instrument, x86 = words("FASTRNN_INSTRUMENT"), compiler.target == "x86_64"
     plan = Plan(link=[f"-L{torch / 'lib'}", *FLAGS["link"], *words("LDFLAGS", "-s")])
     isa: list[tuple[Path, list[str]]] = []

@@ -104,6 +104,7 @@ STABLE_TORCH_LIBRARY(fastrnn, m) {
       "Tensor[] dparams, Tensor dw_h, Tensor dkeys, Tensor dvalues, Tensor dw_q, Tensor dv)");
   m.def("instruction_sets() -> str[]");
   m.def("instruction_set() -> str");
+  m.def("use_instruction_set(str name) -> str");
   m.def("build_info() -> str");
 }
 

@@ -37,6 +37,12 @@ bool has_shape(const Tensor& t, const Shape& shape) {
   return std::equal(sizes.begin(), sizes.end(), shape.begin(), shape.end());
 }
 
+void check_sizes(const char* names, std::initializer_list<int64_t> sizes) {
+  int64_t most = int64_t{1} << 48;  // elements: more than the addresses of a process
+  for (const int64_t n : sizes) most /= std::max<int64_t>(n, 1);
+  STD_TORCH_CHECK(most > 0, names, " must be the sizes of what fits into memory, got ", text(sizes));
+}
+
 Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 std::string take_string(StringHandle handle) {
@@ -68,6 +74,7 @@ LayerSizes param_sizes(const CellShape& cell, const TensorList& params, int64_t 
   const bool projected = per == 3 || per == 5;
   STD_TORCH_CHECK(!projected || cell.states == 2, "only the LSTM can be projected");
   const int64_t H = params[0].size(0) / cell.gates;
+  check_sizes("H and the widest of I and P", {H, std::max(params[0].size(1), params[1].size(1))});
   return {params[0].size(1), H, projected ? params[per - 1].size(0) : H, D, projected};
 }
 
@@ -114,6 +121,7 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
     a.batch_sizes = dense(*batch_sizes);
     a.T = a.batch_sizes->size(0);
     a.N = x.size(0);
+    check_sizes("T, B and the widest of I, H and P", {a.T, a.B, std::max({a.I, a.H, a.P})});
     const int64_t* sizes = check_indices("batch_sizes", *a.batch_sizes, a.T);
     int64_t sum = 0;
     for (int64_t t = 0; t < a.T; ++t) {
@@ -126,6 +134,7 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
   } else {
     STD_TORCH_CHECK(x.dim() == 3, "the input must be [T, B, I], got ", text(x.sizes()));
     a.T = x.size(0);
+    check_sizes("T, B and the widest of I, H and P", {a.T, a.B, std::max({a.I, a.H, a.P})});
     a.N = a.T * a.B;
   }
   STD_TORCH_CHECK(a.T > 0, "Expected sequence length to be larger than 0");
@@ -171,16 +180,8 @@ RowTable::RowTable(const LayerArgs& a) : T_(a.T), all_(new int64_t[2 * a.T + 1 +
     // Clamped: what a caller without the Python checks (a compiled program) passes must not lead out of
     // bounds.
     for (int64_t b = 0; b < a.B; ++b) length[b] = std::clamp<int64_t>(given[b], 0, a.T);
-    order_.resize(a.B);
-    std::iota(order_.begin(), order_.end(), 0);
-    std::stable_sort(order_.begin(), order_.end(),
-                     [&](int64_t p, int64_t q) { return length[p] > length[q]; });
-    int64_t count = a.B;
-    for (int64_t t = 0; t < a.T; ++t) {
-      while (count > 0 && length[order_[count - 1]] <= t) --count;
-      active[t] = count;
-      for (int64_t i = 0; i < count; ++i) outside.push_back(t * a.B + order_[i]);
-    }
+    // All of them whole, as a batch of one often is: without lengths.
+    if (std::any_of(length.begin(), length.end(), [&](int64_t n) { return n < a.T; })) sort(length);
   }
   int64_t known = 0;
   for (int64_t t = a.T; t > 0; --t) {  // from the end: the sequences that are new in step t end there
@@ -189,6 +190,20 @@ RowTable::RowTable(const LayerArgs& a) : T_(a.T), all_(new int64_t[2 * a.T + 1 +
   std::fill(lengths_ + known, lengths_ + a.B, 0);
   offset[0] = 0;
   std::partial_sum(active, active + a.T, offset + 1);
+}
+
+void RowTable::sort(const std::vector<int64_t>& length) {
+  const int64_t B = static_cast<int64_t>(length.size());
+  order_.resize(B);
+  std::iota(order_.begin(), order_.end(), 0);
+  std::stable_sort(order_.begin(), order_.end(), [&](int64_t p, int64_t q) { return length[p] > length[q]; });
+  outside.reserve(std::accumulate(length.begin(), length.end(), int64_t{0}));
+  int64_t count = B;
+  for (int64_t t = 0; t < T_; ++t) {
+    while (count > 0 && length[order_[count - 1]] <= t) --count;
+    active[t] = count;
+    for (int64_t i = 0; i < count; ++i) outside.push_back(t * B + order_[i]);
+  }
 }
 
 }  // namespace fastrnn

@@ -52,6 +52,10 @@ Tensor checked(const char* name, const Tensor& t, const Shape& shape, ScalarType
 // The same, contiguous.
 Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu);
 
+// Raises where no memory could hold what is of these sizes. Tensors may have them all the same, if another of
+// theirs is 0, or a stride; and the kernels' own products of sizes would overflow.
+void check_sizes(const char* names, std::initializer_list<int64_t> sizes);
+
 // t's type. Tensor::scalar_type() asks torch about one type after another, which a short call would notice.
 inline ScalarType dtype_of(const Tensor& t) {
   int32_t dtype = 0;
@@ -117,10 +121,13 @@ class RowTable {
   int64_t *active, *offset;      // [T], [T + 1]
   std::vector<int64_t> outside;  // [N'] the caller's row of a packed row; empty: the same
   int64_t rows() const { return offset[T_]; }
+  bool ragged() const { return !order_.empty(); }  // by lengths: not all rows of the caller's are here
   int64_t length(int64_t sequence) const { return lengths_[sequence]; }
   int64_t caller(int64_t sequence) const { return order_.empty() ? sequence : order_[sequence]; }
 
  private:
+  void sort(const std::vector<int64_t>& length);  // of unlike lengths: active, order_ and outside
+
   int64_t T_, *lengths_;            // [B] of the sorted sequences
   std::vector<int64_t> order_;      // [B] the caller's sequence of a sorted one; empty: the same
   std::unique_ptr<int64_t[]> all_;  // active, offset and lengths

@@ -201,7 +201,7 @@ class AttentionDecoder(nn.Module):
         run = self._scan if self.input_feeding and Tq > 1 else self._composed
         out, last, weights = run(x, memory, states, feed, mask)
         if self.input_feeding:
-            last = (*last, out[-1])
+            last = (*last, out[-1].clone())  # the caller may change the output in place
         if not batched:
             weights, last = weights.squeeze(0), tuple(s.squeeze(-2) for s in last)
         return out, last if len(last) > 1 else last[0], weights
@@ -259,8 +259,8 @@ class AttentionDecoder(nn.Module):
         W_c's part of it, since W_c c = sum_s w_s (W_c m_s)."""
         attention, M = self.attention, self.memory_size
         memory = attended(memory, mask)
-        ones = x.new_ones(*x.shape[:2], self.hidden_size)
         dropping = self.dropout > 0 and self.training
+        ones = x.new_ones(()).expand(*x.shape[:2], self.hidden_size)
         return functional.decoder(
             _CELLS[self.cell],
             x,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ class Packed(_Layer):
     and pickles, but no edit of a buffer in place; another tensor in its place is refused, in eager mode.
     """
 
-    _sources: dict[str, Tensor | None]  # the buffers when they were packed
+    _own: list[str]  # its buffers, but for what a user has added
+    _sources: dict[str, Tensor | None]  # these when they were packed
     _source_ids: tuple[int, ...]
     word: str  # for messages
     cell: str  # a name of `reference.CELLS`
@@ -44,13 +45,16 @@ class Packed(_Layer):
     def _take(self, cell: str, weights: dict[str, Tensor]) -> None:
         """Makes these weights its own; it was a plain layer, perhaps a parametrized one, until now."""
         self.cell = cell
-        self._parameters.clear()
-        self._modules.clear()
+        for name in weights:  # and nothing that a user has added
+            self._parameters.pop(name, None)
+        self._modules.pop("parametrizations", None)
         # torch.nn's second list of the parameters.
         self._flat_weights_names, self._flat_weights, self._flat_weight_refs = [], [], []
+        self._own = [f"packed_l{k}" for k in range(self.num_layers)]
         for name, weight in weights.items():
             for own, tensor in self._kept(name, weight).items():
                 self.register_buffer(own, tensor)
+                self._own.append(own)
         self._pack()
 
     def _pack(self) -> None:
@@ -59,13 +63,25 @@ class Packed(_Layer):
             names = [name for group in self._all_weights[k * D : (k + 1) * D] for name in group]
             params, scales = self._pack_layer(names)
             self.register_buffer(f"packed_l{k}", packed.pack(self.cell, params, scales, D), persistent=False)
-        self._sources = dict(self._buffers)
-        self._source_ids = tuple(map(id, self._buffers.values()))
+        self._sources = {name: self._buffers[name] for name in self._own}
+        self._source_ids = self._ids()
+
+    def _ids(self) -> tuple[int, ...]:
+        return tuple(map(id, map(self._buffers.get, self._own)))
+
+    def _forget(self) -> None:
+        """Before others are packed: memory is for one of them. If that fails, the next call does too."""
+        self._sources, self._source_ids = {}, ()
 
     def _check_sources(self) -> None:
         """RuntimeError where functional_call or an assignment has put another tensor in a buffer's place."""
-        if tuple(map(id, self._buffers.values())) == self._source_ids:
+        if self._ids() == self._source_ids:
             return
+        if not self._sources:
+            raise RuntimeError(
+                f"a {self.word} layer has no packed weights since a load_state_dict that failed: load "
+                "another state, or make the layer again"
+            )
         for name, source in self._sources.items():
             now = self._buffers.get(name)
             same = now is source or (now is not None and source is not None and now.is_set_to(source))
@@ -76,7 +92,7 @@ class Packed(_Layer):
                 )
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
-        self._sources = {}  # or they would be in memory beside those that come
+        self._forget()
         super()._load_from_state_dict(*args, **options)
         self._pack()
 
@@ -99,13 +115,14 @@ class Packed(_Layer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Behind `to`, `half`, `cuda` and their like: RuntimeError where the kernels could not follow."""
-        like = fn(next(b for b in self.buffers() if b.is_floating_point()).new_empty(0))
+        mine = (self._buffers[name] for name in self._own)
+        like = fn(next(b for b in mine if b is not None and b.is_floating_point()).new_empty(0))
         if not self._serves(like):
             raise RuntimeError(
                 f"a {self.word} layer cannot be moved to {like.dtype} on {like.device}: move the layer it "
                 "was made from, and make it again"
             )
-        self._sources = {}
+        self._forget()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._pack()
         return self
@@ -191,34 +208,38 @@ def _is_ours(module: torch.nn.Module) -> bool:
 
 def _copied(model: _M, kind: type[Packed], dtypes: frozenset[torch.dtype]) -> _M:
     """A copy of the model in eval mode whose layers are of `kind`."""
-    modules = _checks.is_module(model).named_modules()
-    found = [(name, cast(_Layer, m)) for name, m in modules if _is_ours(m)]
+
+    def layers(of: torch.nn.Module) -> list[tuple[str, Any]]:
+        return [(name or "the layer", m) for name, m in of.named_modules() if _is_ours(m)]
+
+    found = layers(_checks.is_module(model))
     if not found:
         raise ValueError(
             f"{type(model).__name__} holds no fastrnn.LSTM, GRU or RNN (fastrnn.convert makes them of "
             "torch.nn's); subclasses, cells, and layers that are frozen or quantized already do not count"
         )
-    for where, module in found:
-        for name in module._flat_weights_names:
-            tensor, called = getattr(module, name), f"{where or 'the layer'}: {name}"
+    for where, layer in found:
+        for name in layer._flat_weights_names:
+            if name not in layer._parameters and not parametrize.is_parametrized(layer, name):
+                raise ValueError(
+                    f"{where}: {name} is no Parameter; where a hook makes it, as pruning's and the old "
+                    "weight_norm's do, take that off first"
+                )
+    # A parametrization may have a state, which reading changes: the copy's, in eval mode.
+    made = copy.deepcopy(model).eval()
+    taken = []
+    for where, layer in layers(made):
+        weights = {name: getattr(layer, name).detach() for name in layer._flat_weights_names}
+        for name, tensor in weights.items():
             if not tensor.is_cpu or tensor.dtype not in dtypes:
                 names = " or ".join(sorted(str(d) for d in dtypes))
                 raise ValueError(
-                    f"{called} must be {names} on the CPU, got {tensor.dtype} on {tensor.device}"
+                    f"{where}: {name} must be {names} on the CPU, got {tensor.dtype} on {tensor.device}"
                 )
-            if name not in module._parameters and not parametrize.is_parametrized(module, name):
-                raise ValueError(
-                    f"{called} is no Parameter; where a hook makes it, as pruning's and the old "
-                    "weight_norm's do, take that off first"
-                )
-    made = copy.deepcopy(model).eval()
-    for copied in made.modules():
-        if _is_ours(copied):
-            layer = cast(Any, copied)
-            cell = layer._cell
-            weights = {name: getattr(layer, name).detach() for name in layer._flat_weights_names}
-            layer.__class__ = kind
-            layer._take(cell, weights)
+        taken.append((layer, layer._cell, weights))
+    for layer, cell, weights in taken:
+        layer.__class__ = kind
+        layer._take(cell, weights)
     return made
 
 

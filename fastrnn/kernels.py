@@ -73,7 +73,7 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str:
-    """The instruction set in force: the best, or the one that FASTRNN_CPU_ISA names."""
+    """The instruction set in force: the best, or the one that FASTRNN_CPU_ISA named at the first question."""
     return str(torch.ops.fastrnn.instruction_set()) if LOADED else "none"
 
 

@@ -28,6 +28,10 @@ _NO_GRADIENT = (
     "a frozen or quantized layer is for inference and has no derivatives: call it under torch.no_grad(), or "
     "train the layer it was made from and make it again"
 )
+_NO_TRANSFORM = (
+    "a frozen or quantized layer knows no transforms of torch.func: call the layer that it was made from; "
+    "vmap's dimension can be a part of the batch"
+)
 
 
 def pack(cell: str, params: Sequence[Tensor], scales: Sequence[Tensor], directions: int) -> Tensor:
@@ -55,6 +59,13 @@ def call(
         return _LAYER(cell, x, states, weights, lengths, batch_sizes, reset, return_states)
 
 
+def _refuse_derivatives(*tensors: Tensor) -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(_NO_TRANSFORM)
+    if wants_grad(*tensors) or transforms.differentiates(*tensors):
+        raise RuntimeError(_NO_GRADIENT)
+
+
 def layer(
     cell: str,
     x: Tensor,
@@ -76,8 +87,7 @@ def layer(
         x, states = x.to(weights.dtype), [s.to(weights.dtype) for s in states]
     if RECORDER.take is not None or choose(x) != "cpu":
         raise BackendError(f"{NO_BACKEND}, and is not exported to ONNX")
-    if transforms.active() or wants_grad(x, *states):
-        raise RuntimeError(_NO_GRADIENT)
+    _refuse_derivatives(x, *states)
     args = (cell, x, list(states), weights, lengths, batch_sizes, reset, return_states)
     # A graph keeps the operator itself.
     in_graph = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
@@ -106,8 +116,7 @@ def _fake(
 def _autograd(
     keyset: Any, cell: str, x: Tensor, states: list[Tensor], weights: Tensor, *rest: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    if transforms.active() or wants_grad(x, *states, weights):
-        raise RuntimeError(_NO_GRADIENT)
+    _refuse_derivatives(x, *states, weights)
     args = (cell, x, states, weights, *rest)
     result: tuple[Tensor, list[Tensor], list[Tensor]] = below_autograd(
         keyset, torch.ops.fastrnn.layer_packed.default, *args

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -49,6 +49,16 @@ def seed() -> int:
     """Every test starts from the same random numbers."""
     torch.manual_seed(20)
     return 20
+
+
+@pytest.fixture
+def use_isa() -> Iterator[Callable[[str], str]]:
+    """Has the kernels of an instruction set do the rest of the test."""
+    import fastrnn  # noqa: F401  the operators
+
+    before: str = torch.ops.fastrnn.instruction_set()
+    yield torch.ops.fastrnn.use_instruction_set
+    torch.ops.fastrnn.use_instruction_set(before)
 
 
 @pytest.fixture

@@ -122,8 +122,8 @@ def test_kernels_equal_the_reference(score, shape, mask):
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
-def test_each_instruction_set(isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_each_instruction_set(isa, use_isa):
+    use_isa(isa)
     for score in SCORES:
         for shape in (SHAPES[2], *SHAPES[5:]):
             test_kernels_equal_the_reference(score, shape, "both")

@@ -92,3 +92,29 @@ def test_bad_input_of_the_function(backend):
 def test_bad_constructions(args, options, error, text):
     with pytest.raises(error, match=text):
         fastrnn.Attention(*args, **options)
+
+
+def test_a_decoders_output_and_state_share_no_memory():
+    decoder, memory = fastrnn.AttentionDecoder(4, 6, 6), torch.randn(3, 2, 6)
+    with torch.no_grad():
+        for call, x in ((decoder, torch.randn(4, 2, 4)), (decoder.step, torch.randn(2, 4))):
+            out, state, _ = call(x, memory)
+            before = state[-1].clone()
+            out.zero_()
+            assert torch.equal(state[-1], before)
+
+
+def test_sizes_that_no_memory_holds():
+    """As of layers: widths of 0 make tensors of them, and what the kernels allocate would overflow."""
+    z, none = torch.zeros, (None, None)
+    query, memory, needs = z(16, 1, 0), z(2**59, 1, 0), (True, True, True, False)
+    with pytest.raises(RuntimeError, match="Tq, S and B must be the sizes of what fits into memory"):
+        torch.ops.fastrnn.attention_backward(
+            *(*none, query, memory, memory, *none, 1.0, query, z(1, 16), *needs),
+        )
+    memory, params = z(2**58, 1, 0), [z(0, 0), z(0, 0), z(0), z(0)]
+    with pytest.raises(RuntimeError, match="T, S and B must be the sizes of what fits into memory"):
+        torch.ops.fastrnn.decoder(
+            *("rnn_tanh", z(1, 1, 0), [z(1, 1, 0)], z(1, 0), params, z(0, 0), memory, memory),
+            *(*none, None, [], 1.0, False),
+        )

@@ -141,9 +141,9 @@ def test_explain():
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
-def test_explain_arithmetic(isa, monkeypatch):
+def test_explain_arithmetic(isa, use_isa):
     """Of bfloat16, in autocast too, it is what the instruction set multiplies; the scans' alone."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     multiplied = f"{isa}, products of bfloat16, float32 sums"
     plain = f"{isa}, float32 arithmetic"
     of_bfloat16 = multiplied if isa in ("amx", "avx512bf16") else plain
@@ -309,9 +309,9 @@ def second_level():
 
 
 @pytest.mark.skipif("amx" not in kernels.instruction_sets(), reason="no processor without AMX runs its tiles")
-def test_tiles_take_x_and_h_in_one_product_by_their_rows(monkeypatch):
+def test_tiles_take_x_and_h_in_one_product_by_their_rows(use_isa):
     """The second level holds W and R of both, in bfloat16; four times as much; neither."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", "amx")
+    use_isa("amx")
     level = second_level()
     for H, least in (
         (math.isqrt(level // 16), 2),

@@ -66,16 +66,16 @@ def assert_close(cell, case, masks):
 @each_isa
 @pytest.mark.parametrize("shape", SHAPES + FEW, ids=str)
 @each_cell
-def test_shapes(cell, shape, isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_shapes(cell, shape, isa, use_isa):
+    use_isa(isa)
     assert_close(cell, random_case(cell, *shape, D=2, dtype=torch.bfloat16), {})
 
 
 @each_isa
 @pytest.mark.parametrize("mask", MASKS)
 @each_cell
-def test_masks(cell, mask, isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_masks(cell, mask, isa, use_isa):
+    use_isa(isa)
     x, states, params = random_case(cell, 7, 21, 5, 37, D=2, dtype=torch.bfloat16)
     x, masks = random_masks(mask, x)
     assert_close(cell, (x, states, params), masks)
@@ -83,15 +83,15 @@ def test_masks(cell, mask, isa, monkeypatch):
 
 @each_isa
 @pytest.mark.parametrize("P", [1, 33, 40])
-def test_projection(P, isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_projection(P, isa, use_isa):
+    use_isa(isa)
     assert_close("lstm", random_case("lstm", 6, 19, 3, 41, D=2, P=P, dtype=torch.bfloat16), {})
 
 
 @each_isa
 @each_cell
-def test_no_units(cell, isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_no_units(cell, isa, use_isa):
+    use_isa(isa)
     x = torch.randn(3, 2, 5, dtype=torch.bfloat16, requires_grad=True)
     states = [x.new_empty(1, 2, 0) for _ in range(CELLS[cell].states)]
     y, _, _ = functional.layer(cell, x, states, [x.new_empty(0, 5), x.new_empty(0, 0)])
@@ -101,9 +101,9 @@ def test_no_units(cell, isa, monkeypatch):
 
 @each_isa
 @pytest.mark.parametrize(("cell", "P"), [*((cell, 0) for cell in CELLS), ("lstm", 33)])
-def test_frozen(cell, P, isa, monkeypatch):
+def test_frozen(cell, P, isa, use_isa):
     """The bits of the plain layer, whose weights are packed too where there are so many rows."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     x, states, params = random_case(cell, 5, 19, 35, 41, D=2, P=P, dtype=torch.bfloat16)
     with torch.no_grad():
         plain = functional.layer(cell, x, states, params)

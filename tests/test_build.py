@@ -231,3 +231,24 @@ def test_edited_header_is_compiled_again(checkout: Path, tmp_path: Path) -> None
         assert python("-c", load, cwd=tmp_path).stdout.strip() == expected
         compiled.append(sorted(re.findall(r"^compiling csrc/(.*)$", built.stdout, re.MULTILINE)))
     assert compiled == [["cpu/ops.cpp", "other.cpp"], ["cpu/ops.cpp"], ["cpu/ops.cpp"]]
+
+
+@pytest.mark.parametrize("value", [0, 1])
+def test_teams_where_each_caller_has_threads_of_its_own(checkout: Path, tmp_path: Path, value: int) -> None:
+    """Else two callers' teams could wait for each other: without OpenMP a call has one thread."""
+    for name in ("setup.py", "build_flags.json"):
+        shutil.copy(checkout / name, tmp_path)
+    config = tmp_path / "torch/include/ATen/Config.h"
+    config.parent.mkdir(parents=True)
+    config.write_text(f"#define AT_PARALLEL_OPENMP {value}\n#define AT_PARALLEL_NATIVE {1 - value}\n")
+    write_sources(tmp_path, a_cpp="")
+    code = """
+import setuptools
+setuptools.setup = lambda **options: None
+import setup
+(_, command), = setup.make_plan(setup.find_compiler(), setup.ROOT / "torch", "").units
+print("-DFASTRNN_ONE_POOL" in command)
+"""
+    run = python("-c", code, cwd=tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == f"{value == 0}\n"

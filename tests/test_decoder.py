@@ -116,8 +116,8 @@ def test_kernels_equal_the_reference(cell, score, shape):
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
-def test_each_instruction_set(isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_each_instruction_set(isa, use_isa):
+    use_isa(isa)
     for cell, score in zip(CELLS, SCORES, strict=True):
         test_kernels_equal_the_reference(cell, score, SHAPES[2])
 

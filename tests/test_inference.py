@@ -77,8 +77,8 @@ def test_quantized_is_float64_with_rounded_weights(case, mask):
 
 @each_isa
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_instruction_set(cell, isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_each_instruction_set(cell, isa, use_isa):
+    use_isa(isa)
     for T, B, H in ((9, 11, 37), (20, 1, 200), (3, 2, 64), (4, 4, 31), (2, 50, 70)):
         x, states, params = random_case(cell, T, B, 5, H, D=2, dtype=torch.float32)
         masks = {"lengths": torch.randint(0, T + 1, (B,))}
@@ -92,9 +92,9 @@ def test_each_instruction_set(cell, isa, monkeypatch):
 
 @each_isa
 @pytest.mark.parametrize("K", [1, 3, 512, 513, 516, 517, 4099, 20000])
-def test_the_largest_sums(K, isa, monkeypatch):
+def test_the_largest_sums(K, isa, use_isa):
     """Weights and inputs all at their largest, of either sign: what would overflow, would here."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     x = torch.ones(1, 3, K)
     x[0, 1] = -1
     params = [torch.ones(2, K), torch.zeros(2, 2)]
@@ -111,8 +111,8 @@ def test_the_largest_sums(K, isa, monkeypatch):
 
 
 @each_isa
-def test_rows_that_are_not_finite(isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_rows_that_are_not_finite(isa, use_isa):
+    use_isa(isa)
     quantized = fastrnn.quantize(layer("lstm", 21, 33))
     x = torch.randn(3, 5, 21)
     expected = quantized(x)[0]
@@ -260,13 +260,13 @@ def test_size_is_a_quarter():
     len(kernels.instruction_sets()) < 2, reason="compares instruction sets, and here is but one"
 )
 @each_maker
-def test_another_machine(make, monkeypatch):
+def test_another_machine(make, use_isa):
     """Packed for one instruction set: refused by one of other vectors; what is saved is packed anew."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", "baseline")
+    use_isa("baseline")
     made = make(layer("gru", 4, 8))
     state, file, x = made.state_dict(), pickle.dumps(made), torch.randn(3, 2, 4)
     y = made(x)[0]
-    monkeypatch.delenv("FASTRNN_CPU_ISA")
+    use_isa(kernels.instruction_sets()[-1])
     with pytest.raises(RuntimeError, match="packed for vectors of 16 bytes"):
         made(x)
     torch.testing.assert_close(pickle.loads(file)(x)[0], y)
@@ -277,12 +277,12 @@ def test_another_machine(make, monkeypatch):
 @pytest.mark.skipif(
     not {"avx512", "avx512bf16"} <= {*kernels.instruction_sets()}, reason="needs AVX-512 with bfloat16"
 )
-def test_packed_singly_or_in_pairs(monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", "avx512")
+def test_packed_singly_or_in_pairs(use_isa):
+    use_isa("avx512")
     frozen = fastrnn.freeze(layer("lstm", 4, 8).bfloat16())
     x = torch.randn(3, 2, 4, dtype=torch.bfloat16)
     y = frozen(x)[0]
-    monkeypatch.setenv("FASTRNN_CPU_ISA", "avx512bf16")
+    use_isa("avx512bf16")
     with pytest.raises(RuntimeError, match="packed for another instruction set than avx512bf16: freeze"):
         frozen(x)
     torch.testing.assert_close(pickle.loads(pickle.dumps(frozen))(x)[0], y, **ROUNDED)
@@ -306,3 +306,74 @@ def test_weights_that_were_replaced(make, layers):
         made.bias_hh_l0 = made.bias_hh_l0.clone()
         with pytest.raises(RuntimeError, match="bias_hh_l0 of a"):
             made(x)
+
+
+@each_maker
+def test_a_transform_is_refused_by_its_name(make):
+    made, x = make(fastrnn.GRU(3, 4)), torch.randn(5, 2, 3)
+
+    def call(x):
+        return made(x)[0]
+
+    for transformed in (lambda: torch.func.vmap(call)(x[None]), lambda: torch.func.jvp(call, (x,), (x,))):
+        with torch.no_grad(), pytest.raises(RuntimeError, match=r"knows no transforms of torch\.func: call"):
+            transformed()
+
+
+@each_maker
+def test_forward_mode_of_others(make):
+    """A dual level is one of all threads: only who brings a tangent is refused."""
+    made, x = make(fastrnn.GRU(3, 4)), torch.randn(5, 2, 3)
+    with torch.no_grad():
+        expected, graph = made(x)[0], torch.compile(made, fullgraph=True, backend="eager")
+        assert torch.equal(graph(x)[0], expected)
+        with torch.autograd.forward_ad.dual_level():
+            for call in (made, graph):
+                assert torch.equal(call(x)[0], expected)
+                with pytest.raises(RuntimeError, match="has no derivatives"):
+                    call(torch.autograd.forward_ad.make_dual(x, x))[0]
+
+
+@each_maker
+def test_a_load_that_failed(make):
+    """Its state and its packed weights are no longer the same."""
+    made, x = make(fastrnn.GRU(3, 4)), torch.randn(5, 2, 3)
+    state = {name: t.clone() for name, t in made.state_dict().items()}
+    bad = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    expected = made(x)[0].detach()
+    with pytest.raises(RuntimeError):
+        made.load_state_dict(bad, assign=True)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="no packed weights since a load_state_dict that"):
+        made(x)
+    made.load_state_dict(state, assign=True)
+    assert torch.equal(made(x)[0], expected)
+
+
+@each_maker
+def test_the_model_stays_as_it_was(make):
+    """Also the state of its parametrizations, which a call in train mode changes."""
+    model = torch.nn.utils.parametrizations.spectral_norm(fastrnn.LSTM(4, 8), "weight_hh_l0")
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    made = make(model)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    x = torch.randn(5, 2, 4)
+    bound = {"rtol": 0, "atol": 0.05} if make is fastrnn.quantize else {}
+    torch.testing.assert_close(made(x)[0], model.eval()(x)[0], **bound)
+
+
+@each_maker
+def test_what_a_user_has_added_to_a_layer(make):
+    plain = fastrnn.LSTM(4, 8)
+    plain.h0, plain.norm = torch.nn.Parameter(torch.ones(1, 1, 8)), torch.nn.LayerNorm(8)
+    plain.register_buffer("calls", torch.zeros(()))
+    made, x = make(plain), torch.randn(5, 2, 4)
+    for one in (made, pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
+        assert torch.equal(one.h0, plain.h0)
+        assert one.norm.weight.requires_grad
+        one.calls = one.calls + 1
+        torch.testing.assert_close(one(x)[0], made(x)[0])
+        added = {name for name in plain.state_dict() if name.startswith(("h0", "norm", "calls"))}
+        assert added < one.state_dict().keys()
+    if make is fastrnn.freeze:
+        made.load_state_dict(plain.state_dict())
+        plain.load_state_dict(made.state_dict())

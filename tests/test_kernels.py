@@ -64,8 +64,8 @@ def test_parity_projection(P, D, mask):
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("cell", CELLS)
-def test_each_instruction_set(cell, isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_each_instruction_set(cell, isa, use_isa):
+    use_isa(isa)
     assert kernels.instruction_set() == isa
     x, states, params = random_case(cell, 9, 11, 5, 37, D=2)
     assert_agree(cell, x, states, params, {"lengths": torch.randint(0, 10, (11,))})
@@ -83,11 +83,28 @@ def test_each_instruction_set(cell, isa, monkeypatch):
         assert_agree(cell, x, states, params, {})
 
 
-def test_unknown_instruction_set(monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", "avx1024")
-    x, states, params = random_case("lstm", 1, 1, 1, 1)
-    with pytest.raises(RuntimeError, match="FASTRNN_CPU_ISA must be one of baseline"):
-        functional.layer("lstm", x, states, params)
+def refused():
+    """Called in a process whose FASTRNN_CPU_ISA is none: the first question is not the last to be told."""
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"FASTRNN_CPU_ISA must be one of baseline.*, got avx1024"):
+            functional.layer("lstm", *random_case("lstm", 1, 1, 1, 1))
+
+
+def test_unknown_instruction_set(use_isa):
+    Fresh("test_kernels.refused", FASTRNN_CPU_ISA="avx1024").finish()
+    before = kernels.instruction_set()
+    with pytest.raises(RuntimeError, match=r"must be one of baseline.*, got avx1024"):
+        use_isa("avx1024")
+    assert kernels.instruction_set() == before
+
+
+def forced():
+    """Called in a process whose FASTRNN_CPU_ISA is baseline."""
+    assert kernels.instruction_set() == "baseline"
+
+
+def test_forced_instruction_set():
+    Fresh("test_kernels.forced", FASTRNN_CPU_ISA="baseline").finish()
 
 
 RIVALS = {
@@ -119,9 +136,9 @@ LONGEST = ((1000, 2, 16, 64), (12, 8, 64, 1024))
     ],
 )
 @pytest.mark.parametrize("name", RIVALS)
-def test_error_is_at_most_twice_torchs(name, dtype, shape, isa, monkeypatch):
+def test_error_is_at_most_twice_torchs(name, dtype, shape, isa, use_isa):
     """Root mean square against float64, over the output and every gradient; the median of three draws."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     kind, options = RIVALS[name]
     T, B, I, H = shape
     ratios = []
@@ -170,9 +187,9 @@ def test_extremes(cell):
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_gate_functions_near_their_limits(dtype, isa, monkeypatch):
+def test_gate_functions_near_their_limits(dtype, isa, use_isa):
     """Within a few ulp over all their range, by cells that are nothing else."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-30, 0, 1001)]).to(dtype)
     one, zero = torch.ones(1, 1, dtype=dtype), torch.zeros(1, 1, dtype=dtype)
     with fastrnn.backend("cpu"):
@@ -193,10 +210,10 @@ def test_gate_functions_near_their_limits(dtype, isa, monkeypatch):
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("I", [500, 1024, 1200, 2100])
 @pytest.mark.parametrize("cell", ["lstm", "rnn_tanh", "gru"])
-def test_rows_longer_than_a_piece(cell, I, isa, monkeypatch):
+def test_rows_longer_than_a_piece(cell, I, isa, use_isa):
     """K beyond what a product walks at once (512 of float64, 64 where that is h's own sum), x ending before,
     at and after its pieces."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     x, states, params = random_case(cell, 2, 29, I, 33)
     with torch.no_grad():
         with fastrnn.backend("cpu"):
@@ -239,10 +256,10 @@ def test_bits_do_not_depend_on_threads(cell, shape, mask, save):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("H", [32, 33, 40], ids=["lines", "odd", "vectors"])
-def test_training_that_outgrows_the_caches(H, threads, mask, isa, monkeypatch):
+def test_training_that_outgrows_the_caches(H, threads, mask, isa, use_isa):
     """What is kept for the backward pass goes past the caches where it is whole lines: the bits are those of
     a few sequences at a time, whose own stays there."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     B, each = 24, 4
     cache = torch.ops.fastrnn.plan("lstm", torch.empty(1, H), 1, 1, 1, H, H, 1, False, 1)[4]
     T = 2 * cache * threads // (B * 5 * 4 * H) + 1
@@ -314,10 +331,10 @@ LAYOUTS = {
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
-def test_an_input_that_is_not_contiguous(cell, mask, isa, monkeypatch):
+def test_an_input_that_is_not_contiguous(cell, mask, isa, use_isa):
     """Read where it lies: over chunks of steps, by threads that share out rows or units, with x and h in one
     product or two, the bits are those of the contiguous one."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     before = torch.get_num_threads()
     for threads, dtype, D, shape in (
         (1, torch.float64, 2, (130, 9, 6, 17)),
@@ -360,8 +377,8 @@ def test_every_element_is_written():
 
 
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
-def test_a_gradient_goes_through_relu_of_nan(isa, monkeypatch):
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+def test_a_gradient_goes_through_relu_of_nan(isa, use_isa):
+    use_isa(isa)
     ours, theirs = (kind(3, 20, nonlinearity="relu") for kind in (fastrnn.RNN, torch.nn.RNN))
     ours.load_state_dict(theirs.state_dict())
     x = torch.randn(3, 2, 3)
@@ -408,3 +425,36 @@ def test_denormals_count_after_an_error():
         with pytest.raises((ValueError, RuntimeError)):
             functional.layer("rnn_relu", x, [torch.ones(1, 1, 64).expand(1, x.shape[1], 64)], [eye, eye])
         assert denormals_count()
+
+
+@pytest.mark.parametrize(
+    ("x", "h", "weights"),
+    [
+        (torch.zeros(2**63 - 1, 1, 0), torch.zeros(1, 1, 1), [(1, 0), (1, 1)]),
+        (torch.zeros(1, 1, 1).expand(2**63 - 1, 1, 1), torch.zeros(1, 1, 1), [(1, 1), (1, 1)]),
+        (torch.zeros(2**30, 2**30, 0), torch.zeros(1, 1, 1).expand(1, 2**30, 1), [(1, 0), (1, 1)]),
+        (torch.zeros(1, 0, 0), torch.zeros(1, 0, 2**31), [(2**31, 0), (2**31, 2**31)]),
+    ],
+)
+def test_sizes_that_no_memory_holds(x, h, weights):
+    """Where a width of 0 or a stride of 0 makes tensors of them: what the kernels allocate would overflow."""
+    params = [torch.zeros(1, 1).expand(*size) if 0 not in size else torch.zeros(size) for size in weights]
+    with pytest.raises(RuntimeError, match="must be the sizes of what fits into memory, got"):
+        torch.ops.fastrnn.layer("rnn_tanh", x, [h], params, None, None, None, False, False)
+
+
+@pytest.mark.parametrize("mask", ["lengths", "lengths+reset"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_whole_lengths_are_none(cell, mask):
+    """Sequences that are all of T steps, as a batch of one often is, take the way without lengths."""
+    x, states, params = random_case(cell, 30, 4, 3, 37, D=2)
+    x, masks = random_masks(mask, x)
+    got = []
+    for lengths in (torch.full((4,), 30), None):
+        leaves = [t.detach().clone().requires_grad_() for t in (x, *states, *params)]
+        S = len(states)
+        y, last, _ = functional.layer(
+            cell, leaves[0], leaves[1 : 1 + S], leaves[1 + S :], **{**masks, "lengths": lengths}
+        )
+        got.append([y, *last, *torch.autograd.grad(y.sum() + sum(s.sum() for s in last), leaves)])
+    assert all(torch.equal(a, b) for a, b in zip(*got, strict=True))

@@ -40,6 +40,10 @@ CASES = (
 )
 
 
+# ThreadSanitizer sees what was not ordered, not what went wrong, and takes its time.
+ROUNDS = 1 if "TSAN_OPTIONS" in os.environ else 5
+
+
 def make(kind, *sizes, **options):
     torch.manual_seed(0)
     return getattr(fastrnn, kind)(*sizes, **options)
@@ -92,7 +96,7 @@ def python_threads():
     work = cases() * 2  # a layer is in use by two threads
     alone = [train(*case) for case in work]
     with ThreadPoolExecutor(6) as pool:
-        for _ in range(5):
+        for _ in range(ROUNDS):
             results = pool.map(lambda case: train(*case), work)
             assert all(same(*pair) for pair in zip(results, alone, strict=True))
 
@@ -107,7 +111,7 @@ def threads_of_large_layers():
     work = [(make("LSTM", 1, 64), torch.randn(T, 64, 1)) for T in (65, 100, 200)]  # 4.3, 6.6 and 13 MB kept
     alone = [train(*case) for case in work]
     with ThreadPoolExecutor(6) as pool:
-        for _ in range(3):
+        for _ in range(ROUNDS):
             results = pool.map(lambda case: train(*case), work * 4)
             assert all(same(*pair) for pair in zip(results, alone * 4, strict=True))
 
@@ -157,7 +161,7 @@ def tasks():
     params, h = [p.detach() for p in gru.parameters()], torch.zeros(1, 5, 96)
     xs = [torch.randn(40, 5, 32) for _ in range(16)]
     expected = [gru(x)[0] for x in xs]
-    for _ in range(5):
+    for _ in range(ROUNDS):
         assert same(at_once(xs, h, params), expected)
     # Past the end of that pool, where torch aborts now and then, after tasks of torch.mm as well: "terminate
     # called without an active exception".

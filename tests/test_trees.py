@@ -87,9 +87,9 @@ def test_numbering_does_not_matter(cell, direction, shape, rng):
 @pytest.mark.parametrize("isa", kernels.instruction_sets() or ["none"])
 @directions
 @cells
-def test_each_instruction_set(cell, direction, isa, H, monkeypatch):
+def test_each_instruction_set(cell, direction, isa, H, use_isa):
     """Beside the reference, with rows for several tiles, a node of many children, and a wide arity."""
-    monkeypatch.setenv("FASTRNN_CPU_ISA", isa)
+    use_isa(isa)
     rng = random.Random(1)
     parents, slots = random_tree(150, rng)
     # A root of a hundred children, for the cell that takes them.

@@ -30,6 +30,9 @@ AttentionInputs check_attention(const Tensor& query, const Tensor& keys, const T
   a.S = keys.size(0);
   a.V = values.size(2);
   a.scale = scale;
+  check_sizes("Tq, S and B", {a.Tq, a.S, a.B});
+  check_sizes("the longer of Tq and S, B and the wider of K and V",
+              {std::max(a.Tq, a.S), a.B, std::max(a.K, a.V)});
   a.query = expect("query", query, {a.Tq, a.B, a.K}, a.dtype, true);
   a.keys = expect("keys", keys, {a.S, a.B, a.K}, a.dtype, true);
   a.values = expect("values", values, {a.S, a.B, a.V}, a.dtype, true);

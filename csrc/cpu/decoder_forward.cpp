@@ -27,6 +27,10 @@ DecoderInputs check_decoder(const CellShape& cell, const Tensor& x, const Tensor
   a.K = keys.size(2);
   a.L = static_cast<int64_t>(params.size() / 4);
   a.scale = scale;
+  check_sizes("T, S and B", {a.T, a.S, a.B});
+  check_sizes("the longer of T and S, B and the widest of I, H and K",
+              {std::max(a.T, a.S), a.B, std::max({a.I, a.H, a.K})});
+  check_sizes("H and the widest of I, H and K", {a.H, std::max({a.I, a.H, a.K})});
   const auto get = [&](const char* name, const Tensor& t, const Shape& shape) {
     return expect(name, t, shape, a.dtype, true);
   };

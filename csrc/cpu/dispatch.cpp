@@ -2,6 +2,7 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#include <atomic>
 #include <cstdlib>
 
 #include "attention.h"
@@ -90,16 +91,31 @@ const std::vector<InstructionSet>& instruction_sets() {
   return sets;
 }
 
-const InstructionSet& instruction_set() {
-  const auto& sets = instruction_sets();
-  const char* forced = std::getenv("FASTRNN_CPU_ISA");
-  if (!forced || !*forced) return sets.back();
+namespace {
+
+const InstructionSet& named(const std::string& name) {
   std::string names;
-  for (const auto& s : sets) {
-    if (s.name == std::string(forced)) return s;
-    names += std::string(names.empty() ? "" : ", ") + s.name;
+  for (const auto& s : instruction_sets()) {
+    if (s.name == name) return s;
+    names += (names.empty() ? "" : ", ") + std::string(s.name);
   }
-  STD_TORCH_CHECK(false, "FASTRNN_CPU_ISA must be one of ", names, " on this processor, got ", forced);
+  STD_TORCH_CHECK(false, "FASTRNN_CPU_ISA must be one of ", names, " on this processor, got ", name);
+}
+
+std::atomic<const InstructionSet*>& in_force() {
+  static std::atomic<const InstructionSet*> set = [] {
+    const char* forced = std::getenv("FASTRNN_CPU_ISA");
+    return forced && *forced ? &named(forced) : &instruction_sets().back();
+  }();
+  return set;
+}
+
+}  // namespace
+
+const InstructionSet& instruction_set() { return *in_force().load(std::memory_order_acquire); }
+
+std::string use_instruction_set(const std::string& name) {
+  return in_force().exchange(&named(name), std::memory_order_acq_rel)->name;
 }
 
 template <>

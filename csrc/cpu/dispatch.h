@@ -10,9 +10,11 @@ namespace fastrnn::cpu {
 
 // Those that are compiled in and that this processor runs, best last.
 const std::vector<InstructionSet>& instruction_sets();
-// The best one, or that of the environment's FASTRNN_CPU_ISA, read at every call so that tests can force
-// each.
+// The best one, or that of FASTRNN_CPU_ISA, which the first call reads from the environment: not each, since
+// another thread might be changing that.
 const InstructionSet& instruction_set();
+// For tests, which have no other call under way: from now on that of this name. Returns the one before.
+std::string use_instruction_set(const std::string& name);
 
 template <class E, class A = E>
 const Kernels<E, A>& kernels();

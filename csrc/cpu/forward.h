@@ -280,7 +280,9 @@ struct Forward {
     my_blocks<E>(share, p.H, block0, block1);
     // A step alone, of few sequences, does nothing but read the weights. It takes both products of some units
     // at a time: one sweep over all weights, which the next call begins where this one ends.
-    const bool alone = T == 1 && p.rows.B <= 4 && Cell::kStages == 1 && !p.joint;
+    // (Not of int8: each piece would round all of x and h again.)
+    const bool int8 = p.dir[0].w_x[0].layout == cpu::Weight<A>::kInt8;
+    const bool alone = T == 1 && p.rows.B <= 4 && Cell::kStages == 1 && !p.joint && !int8;
     for (int which = share.dir0; which < share.dir1; ++which) {
       const Direction<E, A>& d = p.dir[which];
       const auto time = [&](int64_t k) { return d.reverse ? T - 1 - k : k; };

@@ -45,7 +45,7 @@ class ForwardPass {
     const bool projected = a.projected, bf16 = a.dtype == ScalarType::BFloat16;
     Outputs& out = out_;
     const auto fresh = [&](const Shape& shape, ScalarType dtype) {
-      return a.lengths ? zeros(a.x, shape, dtype) : empty(shape, dtype);
+      return table.ragged() ? zeros(a.x, shape, dtype) : empty(shape, dtype);
     };
     out.y = y ? *y : fresh(a.row_shape(D * P), a.dtype);
     out.last.reserve(cell.states);

@@ -160,8 +160,7 @@ class BackwardPass {
       }
       s.y = {static_cast<char*>(y_.mutable_data_ptr()) + d * P_ * y_.element_size(), D * P_, bf16};
       if (dy_.defined() && dy_.is_contiguous()) {
-        s.dy = at(dy_, d * P_);
-        s.dy.ld = D * P_;
+        s.dy = {static_cast<char*>(dy_.mutable_data_ptr()) + d * P_ * dy_.element_size(), D * P_, bf16};
       } else if (dy_.defined()) {
         dy_rows_[d] = arena_.get<char>(steps_ * B * P_ * dy_.element_size());
         s.dy = {dy_rows_[d], P_, bf16};
@@ -203,7 +202,7 @@ class BackwardPass {
     direct_x_ = (!bf16 || D == 1) && table_.outside.empty();
     if (need_x_) {
       const Shape shape = a_.row_shape(a_.I);
-      dx_ = a_.lengths ? zeros(a_.x, shape, a_.dtype) : empty(shape, a_.dtype);
+      dx_ = table_.ragged() ? zeros(a_.x, shape, a_.dtype) : empty(shape, a_.dtype);
       E* rows = direct_x_ ? nullptr : arena_.get<E>(table_.rows() * a_.I);
       dx_rows_ = direct_x_ ? Border<E>{dx_.mutable_data_ptr(), a_.I, bf16} : Border<E>{rows, a_.I, false};
     }
@@ -239,6 +238,7 @@ class BackwardPass {
   void gather_h_prev(const Team& team, const Chunk& c) const {
     const int64_t d = c.d;
     const Direction<E, A>& s = scan_.dir[d];
+    const Border<E> first = rows_of(a_.states[0], d * a_.B, P_);
     const Part steps(team, c.t1 - c.t0);
     for (int64_t t = c.t0 + steps.begin; t < c.t0 + steps.end; ++t) {
       const int64_t before = s.reverse ? t + 1 : t - 1;
@@ -249,9 +249,9 @@ class BackwardPass {
         if (s.keep && !s.keep[row]) {
           // stays null: zeros
         } else if (i < known) {
-          h = at(y_, scan_.rows.at(table_.offset[before] + i) * a_.D * P_ + d * P_);
+          h = s.y.row(scan_.rows.at(table_.offset[before] + i));
         } else {
-          h = at(a_.states[0], (d * a_.B + table_.caller(i)) * P_);
+          h = first.row(table_.caller(i));
         }
         kernels_.to_panels(h, P_, h_prev_[d] + (row - c.first) * W_, panel());
       }
@@ -260,8 +260,9 @@ class BackwardPass {
 
   int64_t panel() const { return scan_.panel_rows * W_; }
 
-  static Border<E> at(const Tensor& t, int64_t element) {
-    return {static_cast<char*>(t.mutable_data_ptr()) + element * t.element_size(), 0,
+  // Of a matrix, from row `first` on.
+  static Border<E> rows_of(const Tensor& t, int64_t first, int64_t width) {
+    return {static_cast<char*>(t.mutable_data_ptr()) + first * width * t.element_size(), width,
             dtype_of(t) == ScalarType::BFloat16};
   }
 
@@ -284,7 +285,8 @@ class BackwardPass {
     const int64_t from = c.d * a_.N;
     gather(team, c, a_.I, x_panels_, [&](int64_t row) { return scan_.x.row(scan_.rows.at(row)); });
     if (projected_) {
-      gather(team, c, H_, raw_panels_, [&](int64_t row) { return at(saved_[1], (from + row) * H_); });
+      const Border<E> raw = rows_of(saved_[1], from, H_);
+      gather(team, c, H_, raw_panels_, [&](int64_t row) { return raw.row(row); });
     }
     if (!kernels_.pair_rows || c.rows == 0) return;
     team.meet();

@@ -114,6 +114,7 @@ std::vector<std::string> instruction_set_names() {
   return names;
 }
 std::string instruction_set_name() { return instruction_set().name; }
+std::string force_instruction_set(StringHandle name) { return use_instruction_set(take_string(name)); }
 
 }  // namespace
 }  // namespace fastrnn::cpu
@@ -127,4 +128,5 @@ STABLE_TORCH_LIBRARY_IMPL(fastrnn, CompositeExplicitAutograd, m) {
   m.impl("plan", TORCH_BOX(&fastrnn::cpu::plan));
   m.impl("instruction_sets", TORCH_BOX(&fastrnn::cpu::instruction_set_names));
   m.impl("instruction_set", TORCH_BOX(&fastrnn::cpu::instruction_set_name));
+  m.impl("use_instruction_set", TORCH_BOX(&fastrnn::cpu::force_instruction_set));
 }

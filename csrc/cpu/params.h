@@ -42,6 +42,10 @@ struct Border {
   void* data;
   int64_t ld;
   bool bf16;
+
+  Border row(int64_t row) const {
+    return {static_cast<char*>(data) + row * ld * (bf16 ? sizeof(Bf16) : sizeof(E)), 0, bf16};
+  }
 };
 
 // x where its caller has it: its rows, ld apart where all are in order; else row t*B + b of them at t*step +

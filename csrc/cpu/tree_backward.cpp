@@ -279,9 +279,10 @@ class TreeBackwardPass : TreeCall<E> {
     for (int64_t p = 0; p < t_.N; ++p) {
       if (t_.hi[p]) alike[{t_.lo[p], t_.hi[p]}].push_back(p);
     }
-    for (const auto& [slots, rows] : alike) {
-      const auto [lo, hi] = slots;
-      const auto edge = [&, lo = lo](int64_t r, int64_t k) {
+    for (const auto& entry : alike) {  // by name: clang before 16 captures no structured binding
+      const std::vector<int64_t>& rows = entry.second;
+      const int64_t lo = entry.first.first, hi = entry.first.second;
+      const auto edge = [&](int64_t r, int64_t k) {
         for (int64_t e = t_.first[rows[r]]; e < t_.first[rows[r] + 1]; ++e) {
           if (t_.slot[e] - lo == k) return e;
         }
@@ -295,7 +296,7 @@ class TreeBackwardPass : TreeCall<E> {
             const int64_t e = edge(r, g - 3);
             return e < 0 ? nullptr : t_.df + e * H;
           },
-          [&, lo = lo, hi = hi](int64_t r, E* row) -> const E* {
+          [&](int64_t r, E* row) -> const E* {
             if (hi - lo == 1) return t_.h + t_.source[t_.first[rows[r]]] * H;
             std::fill_n(row, (hi - lo) * H, E(0));
             for (int64_t e = t_.first[rows[r]]; e < t_.first[rows[r] + 1]; ++e) {
@@ -303,7 +304,7 @@ class TreeBackwardPass : TreeCall<E> {
             }
             return row;
           },
-          [&, lo = lo](int64_t g) {
+          [&](int64_t g) {
             const int64_t row = g == 0 ? 0 : g < 3 ? A + g : 1 + lo + g - 3;  // of w_hh: i, f_0 .., g, o
             return dw + row * H * A * H + lo * H;
           });
