@@ -121,7 +121,9 @@ LayerArgs check_input(const CellShape& cell, const LayerSizes& sizes, const Tens
     a.batch_sizes = dense(*batch_sizes);
     a.T = a.batch_sizes->size(0);
     a.N = x.size(0);
-    check_sizes("T, B and the widest of I, H and P", {a.T, a.B, std::max({a.I, a.H, a.P})});
+    check_sizes("T and B", {a.T, a.B});
+    check_sizes("the more of rows and sequences and the widest of I, H and P",
+                {std::max(a.N, a.B), std::max({a.I, a.H, a.P})});
     const int64_t* sizes = check_indices("batch_sizes", *a.batch_sizes, a.T);
     int64_t sum = 0;
     for (int64_t t = 0; t < a.T; ++t) {

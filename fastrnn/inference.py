@@ -70,18 +70,24 @@ class Packed(_Layer):
         return tuple(map(id, map(self._buffers.get, self._own)))
 
     def _forget(self) -> None:
-        """Before others are packed: memory is for one of them. If that fails, the next call does too."""
+        """Before others are packed: no two at a time take memory, and there are none where that fails."""
+        for k in range(self.num_layers):
+            self._buffers[f"packed_l{k}"] = None
         self._sources, self._source_ids = {}, ()
+
+    def _weights(self, k: int) -> Tensor:
+        weights = self._buffers[f"packed_l{k}"]
+        if weights is None:
+            raise RuntimeError(
+                f"a {self.word} layer has no packed weights since a load or a move that failed: load another "
+                "state, or make the layer again"
+            )
+        return weights
 
     def _check_sources(self) -> None:
         """RuntimeError where functional_call or an assignment has put another tensor in a buffer's place."""
         if self._ids() == self._source_ids:
             return
-        if not self._sources:
-            raise RuntimeError(
-                f"a {self.word} layer has no packed weights since a load_state_dict that failed: load "
-                "another state, or make the layer again"
-            )
         for name, source in self._sources.items():
             now = self._buffers.get(name)
             same = now is source or (now is not None and source is not None and now.is_set_to(source))
@@ -93,20 +99,23 @@ class Packed(_Layer):
 
     def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
         self._forget()
-        super()._load_from_state_dict(*args, **options)
-        self._pack()
+        try:
+            super()._load_from_state_dict(*args, **options)
+        finally:
+            self._pack()
 
     # no-untyped-call, here and below: torch does not annotate these methods of Module.
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[no-untyped-call]
-        state["_buffers"] = {
-            k: b for k, b in self._buffers.items() if k not in self._non_persistent_buffers_set
-        }
+        derived = {*self._own} & self._non_persistent_buffers_set
+        state["_buffers"] = {k: b for k, b in self._buffers.items() if k not in derived}
         del state["_sources"], state["_source_ids"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if "_own" not in state:  # pickled without it
+            self._own = [*self._buffers, *(f"packed_l{k}" for k in range(self.num_layers))]
         self._pack()  # perhaps on a machine of other instruction sets
 
     def _serves(self, like: Tensor) -> bool:
@@ -123,8 +132,10 @@ class Packed(_Layer):
                 "was made from, and make it again"
             )
         self._forget()
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._pack()
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._pack()
         return self
 
     def train(self, mode: bool = True) -> Any:
@@ -145,7 +156,7 @@ class Packed(_Layer):
     def _layer_weights(self, k: int, D: int) -> list[Tensor]:
         if k == 0 and not torch.compiler.is_compiling():
             self._check_sources()
-        return [getattr(self, f"packed_l{k}")]
+        return [self._weights(k)]
 
     def _call_layer(
         self, x: Tensor, states: tuple[Tensor, ...], weights: list[Tensor], **options: Any
@@ -156,7 +167,7 @@ class Packed(_Layer):
         if torch.is_grad_enabled():
             raise LookupError  # `_run` says what cannot be trained
         self._check_sources()
-        return [self._buffers["packed_l0"]]
+        return [self._weights(0)]
 
 
 class Frozen(Packed):
@@ -225,9 +236,14 @@ def _copied(model: _M, kind: type[Packed], dtypes: frozenset[torch.dtype]) -> _M
                     f"{where}: {name} is no Parameter; where a hook makes it, as pruning's and the old "
                     "weight_norm's do, take that off first"
                 )
+        for name in getattr(layer, "parametrizations", ()):
+            if name not in layer._flat_weights_names:
+                raise ValueError(
+                    f"{where}: {name} is parametrized and no weight of the layer: take that off first "
+                    "(torch.nn.utils.parametrize.remove_parametrizations)"
+                )
     # A parametrization may have a state, which reading changes: the copy's, in eval mode.
     made = copy.deepcopy(model).eval()
-    taken = []
     for where, layer in layers(made):
         weights = {name: getattr(layer, name).detach() for name in layer._flat_weights_names}
         for name, tensor in weights.items():
@@ -236,8 +252,7 @@ def _copied(model: _M, kind: type[Packed], dtypes: frozenset[torch.dtype]) -> _M
                 raise ValueError(
                     f"{where}: {name} must be {names} on the CPU, got {tensor.dtype} on {tensor.device}"
                 )
-        taken.append((layer, layer._cell, weights))
-    for layer, cell, weights in taken:
+        cell = layer._cell
         layer.__class__ = kind
         layer._take(cell, weights)
     return made

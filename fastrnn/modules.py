@@ -71,14 +71,15 @@ def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
 
 
 def _batch_size(batch_sizes: Tensor, unsorted: Tensor | None, hx: Sequence[Tensor] | None) -> Any:
-    """B of a PackedSequence. A graph cannot hold a tensor's value, but follows its shape; a trace, both."""
-    tracing = torch._C._get_tracing_state() is not None
-    if tracing or torch.compiler.is_compiling():
+    """B of a PackedSequence. A trace follows the tensor; the compiler cannot read it, but knows its shape."""
+    if torch._C._get_tracing_state() is not None:
+        return batch_sizes[0]
+    if torch.compiler.is_compiling():
         if unsorted is not None:
             return unsorted.size(0)
         if hx is not None:
             return hx[0].size(1)
-    return batch_sizes[0] if tracing else int(batch_sizes[0])
+    return int(batch_sizes[0])
 
 
 def _pad(seq: Tensor, batch_sizes: Tensor, unsorted: Tensor | None, B: int) -> Tensor:
@@ -233,9 +234,7 @@ class _Layer(torch_rnn.RNNBase):
         L, D = self.num_layers, 2 if self.bidirectional else 1
         H, P = self.hidden_size, self.proj_size or self.hidden_size
         two = self.mode == "LSTM"
-        given: tuple[Tensor, ...] | None = None
-        if hx is not None:
-            given = (hx[0], hx[1]) if two else (hx,)
+        given: tuple[Tensor, ...] | None = None if hx is None else (hx[0], hx[1]) if two else (hx,)
 
         batched, batch_sizes, sort, unsort = True, None, None, None
         if isinstance(input, PackedSequence):

@@ -340,13 +340,42 @@ def test_a_load_that_failed(make):
     made, x = make(fastrnn.GRU(3, 4)), torch.randn(5, 2, 3)
     state = {name: t.clone() for name, t in made.state_dict().items()}
     bad = {name: t.half() if t.is_floating_point() else t for name, t in state.items()}
+    graph = torch.compile(made, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        expected = made(x)[0]
+        assert torch.equal(graph(x)[0], expected)
+        with pytest.raises(RuntimeError):
+            made.load_state_dict(bad, assign=True)
+        for call in (made, graph):
+            with pytest.raises(Exception, match="no packed weights since a load or a move that failed"):
+                call(x)
+        made.load_state_dict(state, assign=True)
+        for call in (made, graph):
+            assert torch.equal(call(x)[0], expected)
+
+
+@each_maker
+def test_a_move_that_failed(make):
+    """Further in, where nothing of the layer itself was moved: it goes on."""
+    plain, x = fastrnn.GRU(3, 4), torch.randn(5, 2, 3)
+    plain.inner = fastrnn.quantize(fastrnn.GRU(3, 4))
+    made = make(plain)
     expected = made(x)[0].detach()
-    with pytest.raises(RuntimeError):
-        made.load_state_dict(bad, assign=True)
-    with torch.no_grad(), pytest.raises(RuntimeError, match="no packed weights since a load_state_dict that"):
-        made(x)
-    made.load_state_dict(state, assign=True)
+    with pytest.raises(RuntimeError, match=r"cannot be moved to torch\.float64"):
+        made.double()
     assert torch.equal(made(x)[0], expected)
+
+
+@each_maker
+def test_pickled_without_its_list_of_buffers(make):
+    """As by builds before that had one."""
+    made, x = make(fastrnn.GRU(3, 4)), torch.randn(5, 2, 3)
+    state = made.__getstate__()
+    del state["_own"]
+    other = object.__new__(type(made))
+    other.__setstate__(state)
+    assert torch.equal(other(x)[0], made(x)[0])
+    assert torch.equal(pickle.loads(pickle.dumps(other))(x)[0], made(x)[0])
 
 
 @each_maker
@@ -366,9 +395,11 @@ def test_what_a_user_has_added_to_a_layer(make):
     plain = fastrnn.LSTM(4, 8)
     plain.h0, plain.norm = torch.nn.Parameter(torch.ones(1, 1, 8)), torch.nn.LayerNorm(8)
     plain.register_buffer("calls", torch.zeros(()))
+    plain.register_buffer("scale", torch.ones(()), persistent=False)
     made, x = make(plain), torch.randn(5, 2, 4)
     for one in (made, pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
         assert torch.equal(one.h0, plain.h0)
+        assert torch.equal(one.scale, plain.scale)
         assert one.norm.weight.requires_grad
         one.calls = one.calls + 1
         torch.testing.assert_close(one(x)[0], made(x)[0])
@@ -377,3 +408,6 @@ def test_what_a_user_has_added_to_a_layer(make):
     if make is fastrnn.freeze:
         made.load_state_dict(plain.state_dict())
         plain.load_state_dict(made.state_dict())
+    torch.nn.utils.parametrize.register_parametrization(plain, "h0", torch.nn.Tanh())
+    with pytest.raises(ValueError, match=r"^the layer: h0 is parametrized and no weight"):
+        make(plain)

@@ -446,7 +446,7 @@ def test_sizes_that_no_memory_holds(x, h, weights):
 @pytest.mark.parametrize("mask", ["lengths", "lengths+reset"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_whole_lengths_are_none(cell, mask):
-    """Sequences that are all of T steps, as a batch of one often is, take the way without lengths."""
+    """Where all sequences are of T steps, as one alone often is, the bits are those without lengths."""
     x, states, params = random_case(cell, 30, 4, 3, 37, D=2)
     x, masks = random_masks(mask, x)
     got = []

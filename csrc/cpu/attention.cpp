@@ -176,7 +176,7 @@ class AttentionCall {
     constexpr int64_t kLeastCall = 100000;  // shorter ones are better run alone
     const int64_t work = products * in_.B * in_.Tq * in_.S * std::max(in_.K, in_.V);
     most = std::max<int64_t>(1, std::min(most, work / kLeastCall));
-    return static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+    return static_cast<int>(std::min<int64_t>(team_threads(), most));
   }
 
   // f(task, scratch) of all tasks, shared out over so many threads.
@@ -196,7 +196,7 @@ class AttentionCall {
   template <class F>
   void run_backward(int64_t scratch, int64_t products, F&& f) {
     const int64_t B = in_.B, each = ceil_div(scratch, 64) * 64;
-    const int want = threads(products, torch::stable::get_num_threads());
+    const int want = threads(products, team_threads());
     E* all = arena_.template get<E>(std::min<int64_t>(want, B) * each);
     run_team(want, [&](const Team& team) {
       const int64_t rounds = B / team.size, left = B - rounds * team.size;

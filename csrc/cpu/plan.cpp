@@ -1,6 +1,5 @@
 #include "plan.h"
 
-#include <torch/csrc/stable/ops.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -99,7 +98,7 @@ int64_t input_steps(const LayerArgs& a, int64_t columns, size_t element, bool ti
 
 int product_threads(int64_t multiplications) {
   const int64_t most = std::max<int64_t>(1, multiplications / Plan::kLeastCall);
-  return static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+  return static_cast<int>(std::min<int64_t>(team_threads(), most));
 }
 
 Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes, int64_t blocks,
@@ -116,7 +115,7 @@ Plan::Plan(const LayerArgs& a, int64_t step, int64_t call, int64_t weight_bytes,
       blocks_(blocks) {
   // A step shorter than its barrier, or a call shorter than waking a team, is better run alone.
   const int64_t most = std::max<int64_t>(1, std::min(a.D * step / kLeastStep, call / least_call));
-  threads_ = static_cast<int>(std::min<int64_t>(torch::stable::get_num_threads(), most));
+  threads_ = static_cast<int>(std::min<int64_t>(team_threads(), most));
   // More parts of the units than vectors of them would have nothing to do but meet.
   while (threads_ > 1 && split(threads_).units > std::max<int64_t>(blocks_, 1)) --threads_;
 }
@@ -159,7 +158,7 @@ Plan::Wave Plan::wave(int64_t layers, int64_t cached) const {
   // Of a chunk: few meetings, a short way for the first steps through all layers, and gx in the cache.
   const int64_t steps = std::clamp(ceil_div(T_, kChunks), kLeastSteps, std::max(cached, kLeastSteps));
   Wave best{1, 1, steps};
-  const int64_t most = std::min<int64_t>(torch::stable::get_num_threads(), layers * call_ / kLeastCall);
+  const int64_t most = std::min<int64_t>(team_threads(), layers * call_ / kLeastCall);
   // Parts of the rows need no barrier that a wave could save.
   if (D_ > 1 || split(threads_).rows > 1) return best;
   const double waking = kWaking / static_cast<double>(T_);

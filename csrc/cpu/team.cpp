@@ -109,11 +109,16 @@ void meet(Place* places, int member, int members) {
   }
 }
 
-void run_team(int want, void (*body)(void*, const Team&), void* context) {
+int team_threads() {
 #ifdef FASTRNN_ONE_POOL
   // All of torch's callers share one pool of threads: two teams with a part of it each would wait for ever.
-  want = 1;
+  return 1;
+#else
+  return static_cast<int>(torch::stable::get_num_threads());
 #endif
+}
+
+void run_team(int want, void (*body)(void*, const Team&), void* context) {
   if (want <= 1) {
     const FlushDenormals flush;
     body(context, {0, 1, nullptr});

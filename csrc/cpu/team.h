@@ -34,6 +34,9 @@ struct Team {
   Place* group(int begin) const { return places + size + begin; }
 };
 
+// The most that a team of this thread's may have.
+int team_threads();
+
 // Runs body(context, team) on up to `want` threads; every member runs at once, so they may meet. The size is
 // derived from the threads that really arrive: one inside another parallel region or a forked child. The body
 // must not throw, nor allocate: the others would wait for ever where it is to meet them. So that ends the

@@ -169,8 +169,8 @@ class TreeBackwardPass : TreeCall<E> {
     const int64_t W = kernels_.width, H = t_.H, blocks = ceil_div(H, W), panel = kPanelRows * W;
     const int64_t all_left = gates * blocks, all_right = ceil_div(columns, W);
     const int64_t work = rows * gates * H * std::max<int64_t>(columns, 1);
-    const int threads = static_cast<int>(
-        std::clamp<int64_t>(work / 200000, 1, std::min<int64_t>(torch::stable::get_num_threads(), all_left)));
+    const int threads =
+        static_cast<int>(std::clamp<int64_t>(work / 200000, 1, std::min<int64_t>(team_threads(), all_left)));
     while (memory_.size() < static_cast<size_t>(threads)) memory_.push_back(arena_.template get<E>(room_));
     run_team(threads, [&](const Team& team) {
       const int parts = left_parts(team.size, all_left, all_right);
