@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -123,6 +124,30 @@ LONG = ((400, 4, 16, 256), (12, 33, 260, 512), (2, 8, 64, 512), (16, 1, 64, 256)
 LONGEST = ((1000, 2, 16, 64), (12, 8, 64, 1024))
 
 
+def outputs(module, x):
+    x = x.clone().requires_grad_()
+    y = module(x)[0]
+    return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
+
+
+def errors(module, x, exact):
+    found = zip(outputs(module, x), exact, strict=True)
+    return [(a.double() - e).square().mean().sqrt().item() for a, e in found]
+
+
+@functools.lru_cache(maxsize=1)  # of one instruction set after another
+def draws(name, dtype, shape):
+    """torch.nn's layers, inputs, what is exact, and torch.nn's errors."""
+    kind, options = RIVALS[name]
+    T, B, I, H = shape
+    found = []
+    for _ in range(3):
+        theirs, x = kind(I, H, **options).to(dtype), torch.randn(T, B, I).to(dtype)
+        exact = outputs(copy.deepcopy(theirs).double(), x.double())
+        found.append((theirs, x, exact, errors(theirs, x, exact)))
+    return found
+
+
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize(
     ("dtype", "shape"),
@@ -139,25 +164,13 @@ LONGEST = ((1000, 2, 16, 64), (12, 8, 64, 1024))
 def test_error_is_at_most_twice_torchs(name, dtype, shape, isa, use_isa):
     """Root mean square against float64, over the output and every gradient; the median of three draws."""
     use_isa(isa)
-    kind, options = RIVALS[name]
-    T, B, I, H = shape
-    ratios = []
-
-    def run(module, x):
-        x = x.clone().requires_grad_()
-        y = module(x)[0]
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])]
-
-    for _ in range(3):
-        theirs = kind(I, H, **options).to(dtype)
-        ours = fastrnn.convert(copy.deepcopy(theirs))
-        x = torch.randn(T, B, I).to(dtype)
-        exact = run(copy.deepcopy(theirs).double(), x.double())
-        errors = [
-            [(a.double() - e).square().mean().sqrt() for a, e in zip(run(m, x), exact, strict=True)]
-            for m in (ours, theirs)
+    ratios = [
+        [
+            a / b
+            for a, b in zip(errors(fastrnn.convert(copy.deepcopy(theirs)), x, exact), of_theirs, strict=True)
         ]
-        ratios.append([(a / b).item() for a, b in zip(*errors, strict=True)])
+        for theirs, x, exact, of_theirs in draws(name, dtype, shape)
+    ]
     medians = torch.tensor(ratios).median(0).values
     assert (medians <= 2).all(), medians
 
