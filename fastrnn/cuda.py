@@ -102,9 +102,9 @@ def missing() -> str | None:
     return none if LIBRARY is None else None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch gives it no types
 def _has_image(index: int | None) -> bool:
-    with torch.cuda.device(index):  # None: the current one. Also while a graph is traced, which takes no C
+    with torch.cuda.device(index):  # None: the current one. A graph takes no C, and the answer is for good
         return LIBRARY is None or LIBRARY.has_image()
 
 

@@ -133,7 +133,7 @@ class Packed(_Layer):
             )
         self._forget()
         try:
-            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # of torch's, see above
         finally:
             self._pack()
         return self

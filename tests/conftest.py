@@ -54,9 +54,9 @@ def seed() -> int:
 @pytest.fixture
 def use_isa() -> Iterator[Callable[[str], str]]:
     """Has the kernels of an instruction set do the rest of the test."""
-    import fastrnn  # noqa: F401  the operators
+    from fastrnn.kernels import instruction_set
 
-    before: str = torch.ops.fastrnn.instruction_set()
+    before = instruction_set()
     yield torch.ops.fastrnn.use_instruction_set
     torch.ops.fastrnn.use_instruction_set(before)
 
