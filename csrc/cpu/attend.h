@@ -40,11 +40,11 @@ FASTRNN_HD int64_t vectors(int64_t n) {
 
 // to[s] = row . rows[s], whole vectors of them.
 template <class E, class Store>
-FASTRNN_HD void dots(const E* row, const E* rows, int64_t ld, int64_t S, int64_t K, Store&& store) {
+FASTRNN_HD void dots(const E* row, const E* rows, int64_t ld, int64_t S, int64_t K, const Store& store) {
   using cpu::Weight;
   product<1>(0, 1, 0, vectors<E>(S), S, InRows<E>{row, 0}, Weight<E>{rows, Weight<E>::kRows, ld}, K,
              static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-             [&](int64_t, int64_t s, int, const Vec<Simd<E>, 1>& v) { store(s, v[0]); });
+             [store](int64_t, int64_t s, int, const Vec<Simd<E>, 1>& v) { store(s, v[0]); });
 }
 
 // to = the sum of factor[s] * rows[s], whole vectors of it.
@@ -54,7 +54,7 @@ FASTRNN_HD void weighted_sum(const E* factor, const E* rows, int64_t ld, int64_t
   product<1>(0, 1, 0, vectors<E>(width), width, InRows<E>{factor, 0},
              Weight<E>{rows, Weight<E>::kColumns, ld}, S, static_cast<const E*>(nullptr), 0, false,
              Reads<E>{},
-             [&](int64_t, int64_t unit, int, const Vec<Simd<E>, 1>& v) { v[0].store(to + unit); });
+             [to](int64_t, int64_t unit, int, const Vec<Simd<E>, 1>& v) { v[0].store(to + unit); });
 }
 
 // score[s] = v . tanh(query + keys[s]), a few s at a time: a tanh alone would wait for its own steps.
@@ -128,8 +128,9 @@ FASTRNN_HD void attend(const Memory<E>& m, const E* query, E* row, E* mixed) {
   if (m.v) {
     additive_scores(m, query, row);
   } else {
-    dots(query, m.keys, m.ld_keys, m.S, m.K,
-         [&](int64_t s, const Simd<E>& score) { (score * Simd<E>(m.scale)).store(row + s); });
+    dots(
+        query, m.keys, m.ld_keys, m.S, m.K,
+        [row, scale = Simd<E>(m.scale)](int64_t s, const Simd<E>& score) { (score * scale).store(row + s); });
   }
   softmax(m, row);
   weighted_sum(row, m.values, m.ld_values, m.S, m.V, mixed);

@@ -50,10 +50,10 @@ FASTRNN_HD cpu::Weight<E> pack_rows(const E* from, int64_t ld, int64_t S, int64_
 
 template <class A, class E, class Store>
 FASTRNN_HD void rows_by(int64_t rows, int64_t units, const A& a, const cpu::Weight<E>& w, int64_t K,
-                        Store&& store) {
+                        const Store& store) {
   product<1>(
       0, rows, 0, vectors<E>(units), units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-      [&](int64_t i, int64_t unit, int lanes, const Vec<Simd<E>, 1>& v) { store(i, unit, lanes, v[0]); });
+      [store](int64_t i, int64_t unit, int lanes, const Vec<Simd<E>, 1>& v) { store(i, unit, lanes, v[0]); });
 }
 
 template <class E>
@@ -99,7 +99,7 @@ struct AttendForward {
                                   : pack_rows(keys, p.ld_keys, count, p.K, memory);
     const S scale(p.scale);
     rows_by(rows, count, InRows<E>{queries, p.ld_query}, w, p.K,
-            [&](int64_t i, int64_t s, int, const S& v) { (v * scale).store(score + i * kBlock + s); });
+            [=, *this](int64_t i, int64_t s, int, const S& v) { (v * scale).store(score + i * kBlock + s); });
   }
 
   // A row's scores to e^(score - top), for the top so far; shrink: what sums with the top before it are
@@ -130,10 +130,11 @@ struct AttendForward {
       copy_rows(from, p.ld_values, count, p.V, p.any ? p.any + s0 : nullptr, values);
       w = {values, Weight::kColumns, whole<E>(p.V), nullptr};
     }
-    rows_by(rows, p.V, InRows<E>{score, kBlock}, w, count, [&](int64_t i, int64_t unit, int, const S& v) {
-      E* to = sums + i * whole<E>(p.V) + unit;
-      (s0 ? S::load(to) * S(shrink[i]) + v : v).store(to);
-    });
+    rows_by(rows, p.V, InRows<E>{score, kBlock}, w, count,
+            [=, *this](int64_t i, int64_t unit, int, const S& v) {
+              E* to = sums + i * whole<E>(p.V) + unit;
+              (s0 ? S::load(to) * S(shrink[i]) + v : v).store(to);
+            });
   }
 
   static void run(const Attend<E>& p, int64_t q0, int64_t q1, E* scratch) {
@@ -264,11 +265,11 @@ struct AttendBackward : AttendPieces<E> {
 
   // Own vectors of `units`, f(row, unit, lanes, sum).
   template <class A, class F>
-  void own_units(int64_t rows, int64_t units, const A& a, const Weight& w, int64_t K, F&& f) const {
+  void own_units(int64_t rows, int64_t units, const A& a, const Weight& w, int64_t K, const F& f) const {
     int64_t b0, b1;
     my_blocks<E>(share, units, b0, b1);
     product<1>(0, rows, b0, b1, units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-               [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { f(i, unit, lanes, v[0]); });
+               [f](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { f(i, unit, lanes, v[0]); });
   }
 
   // f(row) for own rows.
@@ -300,7 +301,7 @@ struct AttendBackward : AttendPieces<E> {
   // The weights of queries [q0, q0 + rows), again.
   void softmax(int64_t q0, int64_t rows) const {
     const S scale(p.scale);
-    const auto keep = [&](int64_t i, int64_t s, const S& e) {
+    const auto keep = [=, *this](int64_t i, int64_t s, const S& e) {
       exp_(e - S(p.lse[q0 + i])).store(in_panels(weights, i, s));
     };
     if (p.v) {
@@ -310,7 +311,7 @@ struct AttendBackward : AttendPieces<E> {
       }
     } else {
       own_units(rows, p.S, InRows<E>{p.query + q0 * p.ld_query, p.ld_query}, by_keys, p.K,
-                [&](int64_t i, int64_t s, int, const S& v) { keep(i, s, v * scale); });
+                [=](int64_t i, int64_t s, int, const S& v) { keep(i, s, v * scale); });
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask : nullptr;
@@ -343,7 +344,7 @@ struct AttendBackward : AttendPieces<E> {
   void scores(int64_t q0, int64_t rows) const {
     const S scale(p.scale), zero(0);
     own_units(rows, p.S, InRows<E>{p.dcontext + q0 * p.ld_context, p.ld_context}, by_values, p.V,
-              [&](int64_t i, int64_t s, int lanes, const S& v) {
+              [=, *this](int64_t i, int64_t s, int lanes, const S& v) {
                 const S w = S::load(in_panels(weights, i, s));
                 const S dw = p.dweights ? v + S::load(p.dweights + (q0 + i) * p.ld_weights + s, lanes) : v;
                 select<E>(w.v == zero.v, zero, scale * w * (dw - S(delta[i])))
@@ -364,8 +365,8 @@ struct AttendBackward : AttendPieces<E> {
     E* to = p.dquery ? p.dquery + q0 * p.ld_query : nullptr;
     if (!p.v) {
       return own_units(rows, p.K, InPanels<E>{ds, most * S::W, p.S}, by_positions, p.S,
-                       [&](int64_t i, int64_t unit, int lanes, const S& v) {
-                         v.store(to + i * p.ld_query + unit, lanes);
+                       [=, ld = p.ld_query](int64_t i, int64_t unit, int lanes, const S& v) {
+                         v.store(to + i * ld + unit, lanes);
                        });
     }
     int64_t b0, b1;

@@ -138,13 +138,14 @@ struct Backward {
 
   template <class Fetches, class Epilogue>
   FASTRNN_HD void phase(int64_t row1, int64_t units, const A* a, int64_t lda, const cpu::Weight<A>& w,
-                        int64_t K, const Fetches& reads, Epilogue&& epilogue) const {
+                        int64_t K, const Fetches& reads, const Epilogue& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
-    product<1>(
-        share.row0, row1, block0, block1, units, InRows<A>{a, lda}, w, K, static_cast<const E*>(nullptr), 0,
-        (k & 1) != 0, reads,
-        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { epilogue(i, unit, lanes, v[0]); });
+    product<1>(share.row0, row1, block0, block1, units, InRows<A>{a, lda}, w, K,
+               static_cast<const E*>(nullptr), 0, (k & 1) != 0, reads,
+               [epilogue](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+                 epilogue(i, unit, lanes, v[0]);
+               });
     end_phase(share);
   }
 
@@ -153,23 +154,23 @@ struct Backward {
     const int64_t K = k == 0 ? 0 : kRecurrent * p.H;
     if (d.w_proj) {
       phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, Reads<E>{},
-            [&](int64_t i, int64_t unit, int lanes, const S& v) {
+            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) {
               const S dh = arriving(i, unit, lanes, v);
               store_row(dh, d.mid + i * d.ld_mid + unit, lanes);
               store_row(dh, d.dh_out + in_panels(i, unit), lanes);
               S(0).store(d.state[0] + i * d.ld_state + unit);
             });
       phase(row1, p.H, d.mid, d.ld_mid, d.w_proj, p.P, far(),
-            [&](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
+            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
     } else {
       phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, far(),
-            [&](int64_t i, int64_t unit, int lanes, const S& v) {
+            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) {
               cell(i, unit, lanes, arriving(i, unit, lanes, v));
             });
     }
     if constexpr (Cell::kStages == 2) {
       phase(row1, p.H, d.mid, d.ld_mid, d.w[1], kLast * p.H, Reads<E>{},
-            [&](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
+            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
     }
   }
 

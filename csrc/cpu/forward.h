@@ -77,7 +77,7 @@ struct Forward {
     my_blocks<E>(share, p.H, block0, block1);
     product<kFirst>(row0, row1, block0, block1, p.H, operand(share, d.w[0], row0, row1, h_in, d.ld_ring, p.H),
                     d.w[0], p.H, d.bh, d.ld_b, backwards, gx_of(0, kFirst),
-                    [&](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
+                    [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
                       Vec<S, kFirst> gx, first;
                       Vec<S, Cell::kStates> s;
                       S mid;
@@ -109,7 +109,7 @@ struct Forward {
   FASTRNN_HD void new_states(int64_t row0, int64_t row1, int64_t block0, int64_t block1, const Source& source,
                              const cpu::Weight<A>& w, int64_t K, const E* bias, const Reads<E>& reads) const {
     product<kLast>(row0, row1, block0, block1, p.H, source, w, K, bias, d.ld_b, backwards, reads,
-                   [&](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
+                   [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
                      Vec<S, kLast> gx;
                      Vec<S, Cell::kStates> s, s_new;
                      if constexpr (kJoint) {
@@ -155,11 +155,12 @@ struct Forward {
   FASTRNN_HD void projection(int64_t row0, int64_t row1) const {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
-    product<1>(
-        row0, row1, block0, block1, p.P,
-        operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H, kShortSum<A>), d.w_proj, p.H,
-        static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
-        [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) { write_h(i, unit, lanes, h[0]); });
+    product<1>(row0, row1, block0, block1, p.P,
+               operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H, kShortSum<A>), d.w_proj, p.H,
+               static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
+               [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& h) {
+                 write_h(i, unit, lanes, h[0]);
+               });
     end_phase(share);
   }
 
@@ -213,8 +214,9 @@ struct Forward {
     E* to = d.gates + (d.save ? first : place) * d.ld_gates + gate0 * p.H;
     const auto rows = operand(share, d.w_x[stage], 0, count, x, ld_x, p.I);
     product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_b, d.ld_b, false,
-               Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
-                 for (int g = 0; g < N; ++g) gx[g].store(to + i * d.ld_gates + g * p.H + unit, lanes);
+               Reads<E>{},
+               [=, ld = d.ld_gates, H = p.H](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
+                 for (int g = 0; g < N; ++g) gx[g].store(to + i * ld + g * H + unit, lanes);
                });
   }
 
@@ -239,7 +241,7 @@ struct Forward {
                            int64_t block1) const {
     product<N>(share.row0, share.row1, block0, block1, p.H, InRows<E>{feed.rows, feed.ld}, feed.w[stage], p.H,
                static_cast<const E*>(nullptr), 0, backwards, gx_of(gate0, N),
-               [&](int64_t i, int64_t unit, int lanes, const Vec<S, N>& v) {
+               [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, N>& v) {
                  Vec<S, N> gx;
                  load_gx(i, unit, lanes, gate0, gx);
                  for (int g = 0; g < N; ++g) gx[g] = gx[g] + v[g];

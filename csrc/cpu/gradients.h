@@ -105,8 +105,8 @@ void input_gradient_from(const InPanels<A>& dg, const cpu::InputGradient<E, A>& 
   using S = Simd<E>;
   product<1>(row0, row1, 0, (p.columns + S::W - 1) / S::W, p.columns, dg, p.w, p.gates * p.units,
              static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-             [&](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
-               store(p.out, row, unit, lanes, p.add ? load(p.out, row, unit, lanes) + v[0] : v[0]);
+             [out = p.out, add = p.add](int64_t row, int64_t unit, int lanes, const Vec<S, 1>& v) {
+               store(out, row, unit, lanes, add ? load(out, row, unit, lanes) + v[0] : v[0]);
              });
 }
 template <class E>

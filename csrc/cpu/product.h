@@ -1,6 +1,7 @@
 // The product inside a step: rows of a (h, or gradients of the gates) times a packed weight, all gates of a
 // block of units in one register tile, or two where registers are few; then `epilogue` runs the cell on each
-// vector of units while they are in L1.
+// vector of units while they are in L1. What an epilogue captures by value it has in registers, see
+// EachVector.
 #pragma once
 
 #include <type_traits>
@@ -250,13 +251,24 @@ FASTRNN_HD Fetching<A, E> while_fetching(const A& a, const Streams<E>& streams, 
   return {a, streams, row, unit, rows, U, part, parts};
 }
 
-// Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>). `backwards` sweeps
-// the blocks from the last: where w outgrows the cache, the next step then begins with what this one left
-// there.
-template <int G, class A, class F, class Fetches, class Epilogue>
-FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const A& a,
-                        const cpu::Weight<F>& weight, int64_t K, const Sum<F>* bias, int64_t ld_bias,
-                        bool backwards, const Fetches& reads, Epilogue&& epilogue) {
+// What a tile's sums are handed to: `rows` rows from `row` on and U blocks from the one at `unit` on. By a
+// pointer, a call a tile, so that the product is compiled once for all epilogues.
+template <class E>
+struct Finish {
+  const void* self;
+  void (*run)(const void* self, int64_t row, int rows, int64_t unit, int U, const E* sums);
+  void operator()(int64_t row, int rows, int64_t unit, int U, const E* sums) const {
+    run(self, row, rows, unit, U, sums);
+  }
+};
+
+// `backwards` sweeps the blocks from the last: where w outgrows the cache, the next step then begins with
+// what this one left there.
+template <int G, class A, class F, class Fetches>
+__attribute__((noinline)) void multiply(int64_t row0, int64_t row1, int64_t block0, int64_t block1,
+                                        int64_t units, const A& a, const cpu::Weight<F>& weight, int64_t K,
+                                        const Sum<F>* bias, int64_t ld_bias, bool backwards,
+                                        const Fetches& reads, const Finish<Sum<F>>& finish) {
   using E = Sum<F>;
   constexpr bool kSpread = std::is_same_v<Fetches, Streams<E>>;
   using S = Simd<E>;
@@ -370,22 +382,48 @@ FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t bloc
             if constexpr (Tile::kGates < G) gates(a_r, from_gate(Tile::kGates), Tile::kGates);
           }
           if (k1 < K) continue;
-          const E* sum = out;
-#pragma GCC unroll 1
-          for (int m = 0; m < M; ++m) {
-#pragma GCC unroll 1
-            for (int64_t unit = b * S::W; unit < (b + U) * S::W; unit += S::W, sum += G * S::W) {
-              Vec<S, G> v;
-              for (int g = 0; g < G; ++g) v[g] = S::load(sum + g * S::W);
-              const int64_t left = units - unit;
-              epilogue(r + m, unit, static_cast<int>(left < S::W ? left : S::W), v);
-            }
-          }
+          finish(r, M, b * S::W, U, out);
         }
         k = k1;
       } while (k < K);
     }
   }
+}
+
+// Calls an epilogue for each vector of a tile's sums.
+template <int G, class E, class Epilogue>
+struct EachVector {
+  const Epilogue& epilogue;
+  int64_t units;
+  // What the epilogue has captured by value it keeps in registers, in a copy that no store can reach.
+  __attribute__((flatten)) static void run(const void* self, int64_t row, int rows, int64_t unit0, int U,
+                                           const E* sums) {
+    using S = Simd<E>;
+    const EachVector& each = *static_cast<const EachVector*>(self);
+    const Epilogue epilogue = each.epilogue;
+    const int64_t units = each.units, end = unit0 + U * S::W;
+#pragma GCC unroll 1
+    for (int m = 0; m < rows; ++m) {
+#pragma GCC unroll 1
+      for (int64_t unit = unit0; unit < end; unit += S::W, sums += G * S::W) {
+        Vec<S, G> v;
+        for (int g = 0; g < G; ++g) v[g] = S::load(sums + g * S::W);
+        const int64_t left = units - unit;
+        epilogue(row + m, unit, static_cast<int>(left < S::W ? left : S::W), v);
+      }
+    }
+  }
+};
+
+// Rows [row0, row1) x blocks [block0, block1). epilogue(row, unit, lanes, Vec<Simd, G>).
+template <int G, class A, class F, class Fetches, class Epilogue>
+FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units, const A& a,
+                        const cpu::Weight<F>& weight, int64_t K, const Sum<F>* bias, int64_t ld_bias,
+                        bool backwards, const Fetches& reads, const Epilogue& epilogue) {
+  using Each = EachVector<G, Sum<F>, Epilogue>;
+  const Each each{epilogue, units};
+  multiply<G>(row0, row1, block0, block1, units, a, weight, K, bias, ld_bias, backwards, reads,
+              Finish<Sum<F>>{&each, &Each::run});
 }
 
 }  // namespace fastrnn::FASTRNN_ISA

@@ -53,7 +53,7 @@ void tree_input(const Tree<E>& p, const TreeScratch<E>& scratch, const TreePart&
     E* to = p.gates + (r0 - p.gates_first) * G * H;
     product<G>(0, n, part.block0, part.block1, H, InRows<E>{scratch.rows, scratch.ld_rows}, p.w_x,
                p.x ? p.I : 0, p.bias, p.ld, false, Reads<E>{},
-               [&](int64_t i, int64_t unit, int lanes, const Vec<S, G>& gx) {
+               [=](int64_t i, int64_t unit, int lanes, const Vec<S, G>& gx) {
                  for (int g = 0; g < G; ++g) gx[g].store(to + (i * G + g) * H + unit, lanes);
                });
   }
@@ -113,7 +113,7 @@ struct TreeForward {
       }
       product<1>(0, n, part.block0, part.block1, H, InRows<E>{s.rows, s.ld_rows}, p.w_f, H,
                  static_cast<const E*>(nullptr), 0, part.backwards, Reads<E>{},
-                 [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& gh) {
+                 [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& gh) {
                    const int64_t position = p.target[e0 + i];
                    forget(e0 + i, position - r0, position, unit, lanes, gh[0]);
                  });
@@ -127,7 +127,7 @@ struct TreeForward {
       w.data += k * p.f_step;
       product<1>(0, r1 - r0, part.block0, part.block1, p.H, InRows<E>{s.rows, s.ld_rows}, w, (hi - lo) * p.H,
                  static_cast<const E*>(nullptr), 0, part.backwards, Reads<E>{},
-                 [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& gh) {
+                 [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& gh) {
                    const int64_t e = s.edges[i * (hi - lo) + k - lo];
                    if (e >= 0) forget(e, i, r0 + i, unit, lanes, gh[0]);
                  });
@@ -144,7 +144,7 @@ struct TreeForward {
           const InRows<E> rows{p.summed ? s.sums : s.rows, p.summed ? p.ld : s.ld_rows};
           product<3>(0, r1 - r0, part.block0, part.block1, p.H, rows, from_k<3>(p.w, lo * p.H), K,
                      static_cast<const E*>(nullptr), 0, part.backwards, Reads<E>{},
-                     [&](int64_t i, int64_t unit, int lanes, const Vec<S, 3>& gh) {
+                     [=, &p, &s](int64_t i, int64_t unit, int lanes, const Vec<S, 3>& gh) {
                        E* g = f.gates(r0 + i, TreeLstm::kGates) + unit;
                        const Vec<S, 3> gx{
                            {S::load(g, lanes), S::load(g + 2 * p.H, lanes), S::load(g + 3 * p.H, lanes)}};
@@ -171,7 +171,7 @@ struct TreeForward {
                product<1>(0, r1 - r0, part.block0, part.block1, p.H, InRows<E>{s.rows, s.ld_rows},
                           from_k<1>(p.w, lo * p.H), (hi - lo) * p.H, static_cast<const E*>(nullptr), 0,
                           part.backwards, Reads<E>{},
-                          [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& gh) {
+                          [=, &p](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& gh) {
                             Vec<S, 1> h, saved;
                             const Vec<S, 1> gx{{S::load(f.gates(r0 + i, 1) + unit, lanes)}};
                             Cell::forward(gx, gh, Vec<S, 1>{}, h, saved);
