@@ -23,7 +23,8 @@ const int64_t* check_indices(const char* name, const Tensor& t, int64_t count) {
 
 Tensor checked(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype, bool on_cpu) {
   STD_TORCH_CHECK(has_shape(t, shape), name, " must be ", text(shape), ", got ", text(t.sizes()));
-  STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must have the input's dtype");
+  STD_TORCH_CHECK(dtype_of(t) == dtype, name, " must be of dtype ", torch::headeronly::toString(dtype),
+                  ", got ", torch::headeronly::toString(dtype_of(t)));
   STD_TORCH_CHECK(t.is_cpu() == on_cpu, name, " must be on the input's device");
   return t;
 }

@@ -72,7 +72,8 @@ def stack(
         known = not torch.is_grad_enabled() and x.is_cpu and x.dtype in KERNEL_DTYPES
         other = RECORDER.take is not None or transforms.active() or torch._C._is_any_autocast_enabled()
         # An exported program may be called where gradients are wanted, whatever was so when it was made.
-        other = other or torch.compiler.is_exporting()
+        # is_exporting() is True of whatever the compiler of torch 2.11 traces.
+        other = other or torch.compiler._is_exporting_flag
         differ = any(t.dtype != x.dtype for t in (*states, *params))
         if not known or other or differ or choose(x) != "cpu":
             return None

@@ -46,6 +46,25 @@ class Watch(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("Tq", [3, 40])  # few queries, and a block of them
+@each_score
+def test_no_gradient_reaches_what_nobody_may_attend_to(additive, Tq, backend):
+    """Not one of 0 times infinity either: of a position amid others, and of one behind the last."""
+    (query, keys, values, v), _ = tensors(Tq, 20, 2, 8, 8, additive, False)
+    mask = torch.ones(2, 20, dtype=torch.bool)
+    mask[0, [4, 18, 19]] = False
+    leaves = [t.requires_grad_() for t in (keys, values)]
+    with fastrnn.backend(backend):
+        context, _ = functional.attention(query, keys, values, v, mask=mask)
+        dcontext = torch.ones_like(context)
+        dcontext[1, 0, 0] = torch.inf
+        for gradient in torch.autograd.grad(context, leaves, dcontext):
+            assert (gradient[[4, 18, 19], 0] == 0).all()
+            assert gradient[:, 1].isfinite().all()
+            assert not gradient[:, 0].isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("given", ["context", "weights", "both"])
 @pytest.mark.parametrize("Tq", [5, 40, 150])  # few queries, a block of them, and more

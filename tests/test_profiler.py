@@ -39,10 +39,15 @@ def test_eager(kind, options):
 
 def test_module_names():
     """A profile with stacks names the module, in inference as well."""
-    layer, x = fastrnn.GRU(5, 8), torch.randn(3, 2, 5)
-    with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], with_stack=True) as profiled:
-        layer(x)
-    assert any(event.name.startswith("nn.Module: GRU") for event in profiled.events())
+
+    def named(layer):
+        with torch.no_grad(), profile(activities=[ProfilerActivity.CPU], with_stack=True) as profiled:
+            layer(torch.randn(3, 2, 5))
+        return any(event.name.startswith("nn.Module: GRU") for event in profiled.events())
+
+    if not named(torch.nn.GRU(5, 8)):
+        pytest.skip("this torch's profiler names no modules at all")  # seen of 2.11
+    assert named(fastrnn.GRU(5, 8))
 
 
 def test_shapes():

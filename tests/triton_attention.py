@@ -130,6 +130,22 @@ def test_what_nobody_may_attend_to_is_not_read(additive):
     assert (weights.sum(-1)[1:] - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("additive", [False, True])
+def test_no_gradient_reaches_what_nobody_may_attend_to(additive):
+    """Not one of 0 times infinity either."""
+    given, _ = case(5, 7, 2, 4, 3, additive, "none")
+    flat = [None if t is None else t.to(DEVICE, torch.float32) for t in given]
+    allowed = torch.ones(2, 7, dtype=torch.bool, device=DEVICE)
+    allowed[0, [2, 6]] = False
+    context, _, lse = kernels.forward(*flat, allowed, 1.0, False)
+    dcontext = torch.ones_like(context)
+    dcontext[1, 0, 0] = torch.inf
+    _, dkeys, dvalues, _ = kernels.backward(dcontext, None, *flat, allowed, 1.0, context, lse, *ALL)
+    for gradient in (dkeys, dvalues):
+        assert (gradient[[2, 6], 0] == 0).all()
+        assert gradient[:, 1].isfinite().all()
+
+
 def test_no_number_in_a_score_reaches_its_query():
     """As the reference has it: it must not pass for a query that may attend to nothing."""
     given, _ = case(3, 4, 1, 5, 2, False, "none")

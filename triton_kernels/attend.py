@@ -60,6 +60,15 @@ def _tanh_of_sums(query, keys, row_q, row_s, K, k, has_q, has_s):
 
 
 @triton.jit
+def _read(attended, s, b, S, MASKED: tl.constexpr):
+    """Which of the positions s of sequence b are read: those that there are and any query may attend to."""
+    has_s = s < S
+    if MASKED:
+        has_s = has_s & (tl.load(attended + b.to(tl.int64) * S + s, mask=has_s, other=0) != 0)
+    return has_s
+
+
+@triton.jit
 def _weights(
     query, keys, v, mask, attended, lse, q, s, b, Tq, S, B, K, scale,
     mask_b, mask_q,
@@ -70,10 +79,9 @@ def _weights(
     """Scores of queries q and positions s of sequence b, -inf where q may not attend to s, or, NORMED, their
     softmax, 0 there; and which positions are read at all."""
     row_q, row_s = q.to(tl.int64) * B + b, s.to(tl.int64) * B + b
-    has_q, has_s = q < Tq, s < S
-    may = has_q[:, None] & has_s[None, :]
+    has_q, has_s = q < Tq, _read(attended, s, b, S, MASKED)
+    may = has_q[:, None] & (s < S)[None, :]
     if MASKED:
-        has_s = has_s & (tl.load(attended + b.to(tl.int64) * S + s, mask=has_s, other=0) != 0)
         allowed = tl.load(
             mask + b.to(tl.int64) * mask_b + q.to(tl.int64)[:, None] * mask_q + s[None, :], mask=may, other=0
         )
@@ -220,9 +228,7 @@ def attend_dscores(
 @triton.jit
 def _dscores(dscores, attended, q, s, b, Tq, S, MASKED: tl.constexpr):
     """What attend_dscores left, and which positions are read."""
-    has_s = s < S
-    if MASKED:
-        has_s = has_s & (tl.load(attended + b.to(tl.int64) * S + s, mask=has_s, other=0) != 0)
+    has_s = _read(attended, s, b, S, MASKED)
     place = (b.to(tl.int64) * Tq + q)[:, None] * S + s[None, :]
     return tl.load(dscores + place, mask=(q < Tq)[:, None] & (s < S)[None, :], other=0.0), has_s
 
@@ -307,6 +313,7 @@ def attend_dkeys(
             acc = tl.dot(left, part.to(OPERAND), acc, input_precision=PRECISION)
     if ADDITIVE:
         acc *= tl.load(v + column, mask=column < K, other=0.0).to(tl.float32)[None, :]
+    acc = tl.where(_read(attended, s, b, S, MASKED)[:, None], acc, 0.0)  # 0 times infinity is NaN
     _put(dkeys, row_s, K, column, acc, s < S, column < K)
 
 
@@ -333,4 +340,5 @@ def attend_dvalues(
         part = _rows(dcontext, q.to(tl.int64) * B + b, V, column, q < Tq, column < V)
         left = tl.trans(weight.to(part.dtype).to(OPERAND))
         acc = tl.dot(left, part.to(OPERAND), acc, input_precision=PRECISION)
+    acc = tl.where(_read(attended, s, b, S, MASKED)[:, None], acc, 0.0)  # as in attend_dkeys
     _put(dvalues, s.to(tl.int64) * B + b, V, column, acc, s < S, column < V)

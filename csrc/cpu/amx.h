@@ -175,7 +175,7 @@ FASTRNN_HD int walks(const InBoth<Bf16>& in, int64_t K, Walk* to) {
 template <int G, class In, class Fetches, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
                         const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
-                        int64_t ld_bias, bool backwards, const Fetches& reads, Epilogue&& epilogue) {
+                        int64_t ld_bias, bool backwards, const Fetches& reads, const Epilogue& epilogue) {
   using S = Simd<float>;
   constexpr int W = S::W, kUnits = G == 1 ? 4 : G < 4 ? 2 : 1;
   constexpr int kColumns = G * kUnits;

@@ -43,8 +43,7 @@ template <class E, class Store>
 FASTRNN_HD void dots(const E* row, const E* rows, int64_t ld, int64_t S, int64_t K, const Store& store) {
   using cpu::Weight;
   product<1>(0, 1, 0, vectors<E>(S), S, InRows<E>{row, 0}, Weight<E>{rows, Weight<E>::kRows, ld}, K,
-             static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-             [store](int64_t, int64_t s, int, const Vec<Simd<E>, 1>& v) { store(s, v[0]); });
+             static_cast<const E*>(nullptr), 0, false, Reads<E>{}, store);
 }
 
 // to = the sum of factor[s] * rows[s], whole vectors of it.
@@ -128,9 +127,10 @@ FASTRNN_HD void attend(const Memory<E>& m, const E* query, E* row, E* mixed) {
   if (m.v) {
     additive_scores(m, query, row);
   } else {
-    dots(
-        query, m.keys, m.ld_keys, m.S, m.K,
-        [row, scale = Simd<E>(m.scale)](int64_t s, const Simd<E>& score) { (score * scale).store(row + s); });
+    dots(query, m.keys, m.ld_keys, m.S, m.K,
+         [row, scale = Simd<E>(m.scale)](int64_t, int64_t s, int, const Vec<Simd<E>, 1>& score) {
+           (score[0] * scale).store(row + s);
+         });
   }
   softmax(m, row);
   weighted_sum(row, m.values, m.ld_values, m.S, m.V, mixed);
@@ -180,17 +180,19 @@ FASTRNN_HD void softmax_backward(const Memory<E>& m, const E* weights, const E* 
                                  E* ds) {
   using S = Simd<E>;
   S all(0);
-  dots(dmixed, m.values, m.ld_values, m.S, m.V, [&](int64_t s, const S& v) {
-    const S dw = dweights ? v + S::load(dweights + s, static_cast<int>(at_most(m.S - s, S::W))) : v;
-    const S w = S::load(weights + s);
-    // A weight of 0 takes part in nothing, whatever came for it.
-    const S kept = select<E>(w.v == S(0).v, S(0), dw);
-    kept.store(ds + s);
-    all = all + w * kept;
-  });
+  dots(dmixed, m.values, m.ld_values, m.S, m.V,
+       [&all, weights, dweights, ds](int64_t, int64_t s, int lanes, const Vec<S, 1>& v) {
+         const S dw = dweights ? v[0] + S::load(dweights + s, lanes) : v[0];
+         const S w = S::load(weights + s);
+         // A weight of 0 takes part in nothing, whatever came for it.
+         const S kept = select<E>(w.v == S(0).v, S(0), dw);
+         kept.store(ds + s);
+         all = all + w * kept;
+       });
   const S delta(sum_of(all)), scale(m.scale);
   for (int64_t s = 0; s < m.S; s += S::W) {
-    (scale * S::load(weights + s) * (S::load(ds + s) - delta)).store(ds + s);
+    const S w = S::load(weights + s);
+    select<E>(w.v == S(0).v, S(0), scale * w * (S::load(ds + s) - delta)).store(ds + s);
   }
 }
 

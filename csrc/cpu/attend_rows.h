@@ -51,9 +51,8 @@ FASTRNN_HD cpu::Weight<E> pack_rows(const E* from, int64_t ld, int64_t S, int64_
 template <class A, class E, class Store>
 FASTRNN_HD void rows_by(int64_t rows, int64_t units, const A& a, const cpu::Weight<E>& w, int64_t K,
                         const Store& store) {
-  product<1>(
-      0, rows, 0, vectors<E>(units), units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-      [store](int64_t i, int64_t unit, int lanes, const Vec<Simd<E>, 1>& v) { store(i, unit, lanes, v[0]); });
+  product<1>(0, rows, 0, vectors<E>(units), units, a, w, K, static_cast<const E*>(nullptr), 0, false,
+             Reads<E>{}, store);
 }
 
 template <class E>
@@ -99,7 +98,9 @@ struct AttendForward {
                                   : pack_rows(keys, p.ld_keys, count, p.K, memory);
     const S scale(p.scale);
     rows_by(rows, count, InRows<E>{queries, p.ld_query}, w, p.K,
-            [=, *this](int64_t i, int64_t s, int, const S& v) { (v * scale).store(score + i * kBlock + s); });
+            [scale, score = score](int64_t i, int64_t s, int, const Vec<S, 1>& v) {
+              (v[0] * scale).store(score + i * kBlock + s);
+            });
   }
 
   // A row's scores to e^(score - top), for the top so far; shrink: what sums with the top before it are
@@ -131,9 +132,10 @@ struct AttendForward {
       w = {values, Weight::kColumns, whole<E>(p.V), nullptr};
     }
     rows_by(rows, p.V, InRows<E>{score, kBlock}, w, count,
-            [=, *this](int64_t i, int64_t unit, int, const S& v) {
-              E* to = sums + i * whole<E>(p.V) + unit;
-              (s0 ? S::load(to) * S(shrink[i]) + v : v).store(to);
+            [s0, sums = sums, shrink = shrink, ld = whole<E>(p.V)](int64_t i, int64_t unit, int,
+                                                                   const Vec<S, 1>& v) {
+              E* to = sums + i * ld + unit;
+              (s0 ? S::load(to) * S(shrink[i]) + v[0] : v[0]).store(to);
             });
   }
 
@@ -268,8 +270,7 @@ struct AttendBackward : AttendPieces<E> {
   void own_units(int64_t rows, int64_t units, const A& a, const Weight& w, int64_t K, const F& f) const {
     int64_t b0, b1;
     my_blocks<E>(share, units, b0, b1);
-    product<1>(0, rows, b0, b1, units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-               [f](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) { f(i, unit, lanes, v[0]); });
+    product<1>(0, rows, b0, b1, units, a, w, K, static_cast<const E*>(nullptr), 0, false, Reads<E>{}, f);
   }
 
   // f(row) for own rows.
@@ -301,8 +302,8 @@ struct AttendBackward : AttendPieces<E> {
   // The weights of queries [q0, q0 + rows), again.
   void softmax(int64_t q0, int64_t rows) const {
     const S scale(p.scale);
-    const auto keep = [=, *this](int64_t i, int64_t s, const S& e) {
-      exp_(e - S(p.lse[q0 + i])).store(in_panels(weights, i, s));
+    const auto keep = [lse = p.lse + q0, weights = weights, most = most](int64_t i, int64_t s, const S& e) {
+      exp_(e - S(lse[i])).store(weights + s * most + i * S::W);
     };
     if (p.v) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -311,7 +312,7 @@ struct AttendBackward : AttendPieces<E> {
       }
     } else {
       own_units(rows, p.S, InRows<E>{p.query + q0 * p.ld_query, p.ld_query}, by_keys, p.K,
-                [=](int64_t i, int64_t s, int, const S& v) { keep(i, s, v * scale); });
+                [keep, scale](int64_t i, int64_t s, int, const Vec<S, 1>& v) { keep(i, s, v[0] * scale); });
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool* mask = p.mask ? p.mask + (q0 + i) * p.ld_mask : nullptr;
@@ -344,9 +345,10 @@ struct AttendBackward : AttendPieces<E> {
   void scores(int64_t q0, int64_t rows) const {
     const S scale(p.scale), zero(0);
     own_units(rows, p.S, InRows<E>{p.dcontext + q0 * p.ld_context, p.ld_context}, by_values, p.V,
-              [=, *this](int64_t i, int64_t s, int lanes, const S& v) {
+              [=, *this](int64_t i, int64_t s, int lanes, const Vec<S, 1>& v) {
                 const S w = S::load(in_panels(weights, i, s));
-                const S dw = p.dweights ? v + S::load(p.dweights + (q0 + i) * p.ld_weights + s, lanes) : v;
+                const S dw =
+                    p.dweights ? v[0] + S::load(p.dweights + (q0 + i) * p.ld_weights + s, lanes) : v[0];
                 select<E>(w.v == zero.v, zero, scale * w * (dw - S(delta[i])))
                     .store(p.v ? ds + i * whole<E>(p.S) + s : in_panels(ds, i, s));
               });
@@ -365,8 +367,8 @@ struct AttendBackward : AttendPieces<E> {
     E* to = p.dquery ? p.dquery + q0 * p.ld_query : nullptr;
     if (!p.v) {
       return own_units(rows, p.K, InPanels<E>{ds, most * S::W, p.S}, by_positions, p.S,
-                       [=, ld = p.ld_query](int64_t i, int64_t unit, int lanes, const S& v) {
-                         v.store(to + i * ld + unit, lanes);
+                       [to, ld = p.ld_query](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+                         v[0].store(to + i * ld + unit, lanes);
                        });
     }
     int64_t b0, b1;
@@ -397,6 +399,14 @@ struct AttendBackward : AttendPieces<E> {
       if (p.dvalues) b.outer(b.weights, b.dc_panels, rows, p.V, p.dvalues, p.ld_values, q0 > 0);
       if (!p.v && p.dkeys) b.outer(b.ds, b.queries, rows, p.K, p.dkeys, p.ld_keys, q0 > 0);
       end_phase(share);
+    }
+    // What no query may attend to has the gradient 0, whatever came for the context: 0 times infinity is NaN.
+    const int64_t ld = b.dkeys ? whole<E>(p.K) : p.ld_keys;
+    E* const dkeys = b.dkeys ? b.dkeys : p.dkeys;
+    for (int64_t s = b.s0; s < b.s1 && p.any; ++s) {
+      if (p.any[s]) continue;
+      if (p.dvalues) std::fill_n(p.dvalues + s * p.ld_values, p.V, E(0));
+      if (dkeys) std::fill_n(dkeys + s * ld, p.K, E(0));
     }
     for (int64_t s = b.s0; s < b.s1 && b.dkeys; ++s) {
       std::memcpy(p.dkeys + s * p.ld_keys, b.dkeys + s * whole<E>(p.K), p.K * sizeof(E));

@@ -142,10 +142,7 @@ struct Backward {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
     product<1>(share.row0, row1, block0, block1, units, InRows<A>{a, lda}, w, K,
-               static_cast<const E*>(nullptr), 0, (k & 1) != 0, reads,
-               [epilogue](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
-                 epilogue(i, unit, lanes, v[0]);
-               });
+               static_cast<const E*>(nullptr), 0, (k & 1) != 0, reads, epilogue);
     end_phase(share);
   }
 
@@ -154,23 +151,25 @@ struct Backward {
     const int64_t K = k == 0 ? 0 : kRecurrent * p.H;
     if (d.w_proj) {
       phase(row1, p.P, dgh_in, d.ld_ring, d.w[0], K, Reads<E>{},
-            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) {
-              const S dh = arriving(i, unit, lanes, v);
-              store_row(dh, d.mid + i * d.ld_mid + unit, lanes);
-              store_row(dh, d.dh_out + in_panels(i, unit), lanes);
-              S(0).store(d.state[0] + i * d.ld_state + unit);
-            });
+            [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v)
+                __attribute__((always_inline)) {
+                  const S dh = arriving(i, unit, lanes, v[0]);
+                  store_row(dh, d.mid + i * d.ld_mid + unit, lanes);
+                  store_row(dh, d.dh_out + in_panels(i, unit), lanes);
+                  S(0).store(d.state[0] + i * d.ld_state + unit);
+                });
       phase(row1, p.H, d.mid, d.ld_mid, d.w_proj, p.P, far(),
-            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) { cell(i, unit, lanes, v); });
+            [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v)
+                __attribute__((always_inline)) { cell(i, unit, lanes, v[0]); });
     } else {
       phase(row1, p.H, dgh_in, d.ld_ring, d.w[0], K, far(),
-            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) {
-              cell(i, unit, lanes, arriving(i, unit, lanes, v));
-            });
+            [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v)
+                __attribute__((always_inline)) { cell(i, unit, lanes, arriving(i, unit, lanes, v[0])); });
     }
     if constexpr (Cell::kStages == 2) {
       phase(row1, p.H, d.mid, d.ld_mid, d.w[1], kLast * p.H, Reads<E>{},
-            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) { first_stage(i, unit, lanes, v); });
+            [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v)
+                __attribute__((always_inline)) { first_stage(i, unit, lanes, v[0]); });
     }
   }
 
@@ -216,9 +215,9 @@ struct Backward {
       const Step first = d.reverse ? Step{0, 0, 0, nullptr} : step_at(p, d, int64_t{0});
       const Backward b{p, d, share, first, first, first, nullptr, nullptr, 0, 0};
       b.phase(share.row1, p.P, d.last_ring, d.ld_ring, d.w[0], kRecurrent * p.H, Reads<E>{},
-              [&](int64_t i, int64_t unit, int, const S& v) {
+              [&](int64_t i, int64_t unit, int, const Vec<S, 1>& v) {
                 E* ds = d.state[0] + i * d.ld_state + unit;
-                if_kept(kept(first, i), v + S::load(ds)).store(ds);
+                if_kept(kept(first, i), v[0] + S::load(ds)).store(ds);
               });
       if (share.part != 0) continue;
       for (int64_t i = share.row0; i < share.row1; ++i) {

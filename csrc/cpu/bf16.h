@@ -28,7 +28,7 @@ struct Terms<Bf16> {
 template <int G, class Epilogue>
 FASTRNN_HD void dot_product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
                             const InRows<Bf16>& in, const cpu::Weight<Bf16>& weight, int64_t K,
-                            const float* bias, int64_t ld_bias, bool backwards, Epilogue&& epilogue) {
+                            const float* bias, int64_t ld_bias, bool backwards, const Epilogue& epilogue) {
   using S = Simd<float>;
   constexpr int W = S::W;
   alignas(64) float out[4 * G * W];

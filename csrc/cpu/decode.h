@@ -36,9 +36,7 @@ struct Decode {
     int64_t b0, b1;
     my_blocks<E>(share, width, b0, b1);
     product<1>(from, to, b0, b1, width, a, w, K, static_cast<const E*>(nullptr), 0, (t & 1) != 0, Reads<E>{},
-               [epilogue](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
-                 epilogue(i, unit, lanes, v[0]);
-               });
+               epilogue);
   }
 
   // f(row, unit, lanes) for own units of rows of the batch.
@@ -68,9 +66,9 @@ struct Decode {
       query = p.query;
       ld = p.ld_query;
       units(share.row0, share.row1, p.K, InRows<E>{h, top.ld_ring}, p.w_query, H, t,
-            [=, *this](int64_t i, int64_t unit, int lanes, const S& v) {
-              v.store(p.query + i * p.ld_query + unit);
-              if (p.queries) v.store(p.queries + (t * p.B + i) * p.K + unit, lanes);
+            [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+              v[0].store(p.query + i * p.ld_query + unit);
+              if (p.queries) v[0].store(p.queries + (t * p.B + i) * p.K + unit, lanes);
             });
       end_phase(share);
     }
@@ -86,8 +84,8 @@ struct Decode {
 
   void output(int64_t t) const {
     units(share.row0, share.row1, H, InRows<E>{top.ring[(t + 1) & 1], top.ld_ring}, p.w_h, H, t,
-          [=, *this](int64_t i, int64_t unit, int lanes, const S& v) {
-            const S a = tanh_(v + S::load(p.mixed + i * p.ld_feed + unit));
+          [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+            const S a = tanh_(v[0] + S::load(p.mixed + i * p.ld_feed + unit));
             a.store(p.feed[(t + 1) & 1] + i * p.ld_feed + unit);
             a.store(p.out + (t * p.B + i) * H + unit, lanes);
           });
@@ -151,15 +149,15 @@ struct Decode {
     }
     end_phase(share);
     units(share.row0, share.row1, H, InRows<E>{p.dz[t & 1], p.ld_feed}, p.w_h_t, H, t,
-          [=, *this](int64_t i, int64_t unit, int, const S& v) {
+          [=, *this](int64_t i, int64_t unit, int, const Vec<S, 1>& v) {
             E* to = dh(t * p.B + i, unit);
-            (p.w_query_t ? v : S::load(to) + v).store(to);
+            (p.w_query_t ? v[0] : S::load(to) + v[0]).store(to);
           });
     if (!p.w_query_t) return;
     units(share.row0, share.row1, H, InRows<E>{p.dquery, p.ld_query}, p.w_query_t, p.K, t,
-          [=, *this](int64_t i, int64_t unit, int, const S& v) {
+          [=, *this](int64_t i, int64_t unit, int, const Vec<S, 1>& v) {
             E* to = dh(t * p.B + i, unit);
-            (S::load(to) + v).store(to);
+            (S::load(to) + v[0]).store(to);
           });
   }
 
@@ -171,16 +169,16 @@ struct Decode {
       const Border<E>& dy = p.scan[l - 1].dir[0].dy;
       const E* drop = p.drops ? p.drops[l - 1] : nullptr;
       units(from, to, H, dg, p.w_below_t[l], gates * H, t,
-            [=, *this](int64_t r, int64_t unit, int lanes, const S& v) {
-              (drop ? v * S::load(drop + r * H + unit, lanes) : v)
+            [=, *this](int64_t r, int64_t unit, int lanes, const Vec<S, 1>& v) {
+              (drop ? v[0] * S::load(drop + r * H + unit, lanes) : v[0])
                   .store(static_cast<E*>(dy.data) + r * dy.ld + unit);
             });
       return;
     }
     units(from, to, H, dg, p.w_feed_t, gates * H, t,
-          [=, *this](int64_t r, int64_t unit, int lanes, const S& v) {
-            if (t > 0) return begin(t - 1, r - first, unit, lanes, v);
-            v.store(p.dfeed + (r - first) * p.ld_feed + unit);
+          [=, *this](int64_t r, int64_t unit, int lanes, const Vec<S, 1>& v) {
+            if (t > 0) return begin(t - 1, r - first, unit, lanes, v[0]);
+            v[0].store(p.dfeed + (r - first) * p.ld_feed + unit);
           });
     end_phase(share);
   }

@@ -51,14 +51,14 @@ class BackwardPass {
     STD_TORCH_CHECK(dseq.empty() || dseq.size() == others,
                     "dseq must be empty or one for each state after h");
     const Shape y_shape = a_.row_shape(D * P_), seq_shape = a_.seq_shape();
-    y_ = expect("y", y, y_shape, a_.dtype);
-    if (dy) dy_ = checked("dy", *dy, y_shape, a_.dtype);
-    if (cell_.saved) saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>));
-    if (projected_) saved_.push_back(expect("saved", saved[1], {D, N, H_}, kScalar<E>));
-    for (const Tensor& t : seq) seq_.push_back(expect("seq", t, seq_shape, kScalar<E>));
+    y_ = expect("y", y, y_shape, a_.dtype, true);
+    if (dy) dy_ = checked("dy", *dy, y_shape, a_.dtype, true);
+    if (cell_.saved) saved_.push_back(expect("saved", saved[0], {D, N, cell_.saved * H_}, kScalar<E>, true));
+    if (projected_) saved_.push_back(expect("saved", saved[1], {D, N, H_}, kScalar<E>, true));
+    for (const Tensor& t : seq) seq_.push_back(expect("seq", t, seq_shape, kScalar<E>, true));
     for (size_t j = 0; j < dlast.size(); ++j)
-      dlast_.push_back(expect("dlast", dlast[j], {D, a_.B, j ? H_ : P_}, a_.dtype));
-    for (const Tensor& t : dseq) dseq_.push_back(expect("dseq", t, seq_shape, kScalar<E>));
+      dlast_.push_back(expect("dlast", dlast[j], {D, a_.B, j ? H_ : P_}, a_.dtype, true));
+    for (const Tensor& t : dseq) dseq_.push_back(expect("dseq", t, seq_shape, kScalar<E>, true));
   }
 
   // One team from the first chunk to the last: where other processes take the cores in turns, each region of
@@ -110,15 +110,6 @@ class BackwardPass {
   }
 
  private:
-  static Tensor checked(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
-    STD_TORCH_CHECK(has_shape(t, shape) && t.is_cpu() && dtype_of(t) == dtype, name,
-                    " must be as the forward pass gave it, in shape, dtype and device");
-    return t;
-  }
-  static Tensor expect(const char* name, const Tensor& t, const Shape& shape, ScalarType dtype) {
-    return dense(checked(name, t, shape, dtype));
-  }
-
   void prepare() {
     const int64_t D = a_.D, N = a_.N, B = a_.B, G = cell_.gates;
     const bool bf16 = a_.dtype == ScalarType::BFloat16;

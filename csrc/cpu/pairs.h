@@ -77,7 +77,7 @@ FASTRNN_HD InBoth<Pair> in_pairs(const InBoth<Bf16>& in, int64_t K) {
 template <int G, class In, class Fetches, class Epilogue>
 FASTRNN_HD void product(int64_t row0, int64_t row1, int64_t block0, int64_t block1, int64_t units,
                         const In& in, const cpu::Weight<Bf16>& weight, int64_t K, const float* bias,
-                        int64_t ld_bias, bool backwards, const Fetches& reads, Epilogue&& epilogue) {
+                        int64_t ld_bias, bool backwards, const Fetches& reads, const Epilogue& epilogue) {
   int64_t count = pairs(K);
   if constexpr (std::is_same_v<In, InRows<Bf16>>) {
     if (weight.layout == cpu::Weight<Bf16>::kRows) {

@@ -1,7 +1,7 @@
 // The product inside a step: rows of a (h, or gradients of the gates) times a packed weight, all gates of a
 // block of units in one register tile, or two where registers are few; then `epilogue` runs the cell on each
-// vector of units while they are in L1. What an epilogue captures by value it has in registers, see
-// EachVector.
+// vector of units while they are in L1. What it captures by value, not what lies behind that, it has in
+// registers, see EachVector.
 #pragma once
 
 #include <type_traits>
@@ -409,7 +409,12 @@ struct EachVector {
         Vec<S, G> v;
         for (int g = 0; g < G; ++g) v[g] = S::load(sums + g * S::W);
         const int64_t left = units - unit;
-        epilogue(row + m, unit, static_cast<int>(left < S::W ? left : S::W), v);
+        // Most are whole, and a number that the compiler knows spares each load and store of theirs a branch.
+        if (left >= S::W) {
+          epilogue(row + m, unit, S::W, v);
+        } else {
+          epilogue(row + m, unit, static_cast<int>(left), v);
+        }
       }
     }
   }

@@ -93,9 +93,7 @@ class TreeCall {
 
  protected:
   static Tensor expect(const char* name, const Tensor& t, const Shape& shape) {
-    STD_TORCH_CHECK(t.is_cpu() && has_shape(t, shape) && dtype_of(t) == kScalar<E>, name,
-                    " is not of the shape, dtype and device that the others ask for");
-    return dense(t);
+    return fastrnn::expect(name, t, shape, kScalar<E>, true);
   }
 
   template <class T = E>

@@ -234,14 +234,15 @@ struct TreeBackward {
 
   // Calls cell(position, node, unit, lanes, dh) with all of dL/dh.
   template <int G, class Cell>
-  static FASTRNN_HD void level(const Tree<E>& p, const TreeScratch<E>& s, const TreePart& part, Cell&& cell) {
+  static FASTRNN_HD void level(const Tree<E>& p, const TreeScratch<E>& s, const TreePart& part,
+                               const Cell& cell) {
     const TreeBackward b{p, s};
     each_run(part.begin, part.end, p.out_lo, p.out_hi, p.at_once,
              [&](int64_t r0, int64_t r1, int64_t lo, int64_t hi) {
                const int64_t K = hi > 0 ? b.template gather<G>(r0, r1, lo, hi) : 0;
                product<1>(0, r1 - r0, part.block0, part.block1, p.H, InRows<E>{s.rows, s.ld_rows},
                           from_k<1>(p.w_back, lo * p.Q), K, static_cast<const E*>(nullptr), 0, part.backwards,
-                          Reads<E>{}, [&](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
+                          Reads<E>{}, [=, &p, &cell](int64_t i, int64_t unit, int lanes, const Vec<S, 1>& v) {
                             const int64_t position = p.list[r0 + i], node = p.order[position];
                             cell(position, node, unit, lanes, v[0] + b.arriving(p.dh, node, unit, lanes));
                           });
@@ -252,7 +253,7 @@ struct TreeBackward {
     const TreeBackward b{p, s};
     const int64_t H = p.H;
     level<TreeLstm::kGates>(
-        p, s, part, [&](int64_t position, int64_t node, int64_t unit, int lanes, const S& dh) {
+        p, s, part, [=, &p](int64_t position, int64_t node, int64_t unit, int lanes, const S& dh) {
           S dc = b.arriving(p.dc, node, unit, lanes);
           for (int64_t i = p.out_first[node]; i < p.out_first[node + 1]; ++i) {
             const int64_t e = p.out_edge[i];
@@ -282,7 +283,7 @@ struct TreeBackward {
 
   template <class Cell>
   static void rnn(const Tree<E>& p, const TreeScratch<E>& s, const TreePart& part) {
-    level<1>(p, s, part, [&](int64_t position, int64_t node, int64_t unit, int lanes, const S& dh) {
+    level<1>(p, s, part, [&p](int64_t position, int64_t node, int64_t unit, int lanes, const S& dh) {
       const Vec<S, 1> h{{S::load(p.h + node * p.H + unit, lanes)}};
       Vec<S, 1> dg, ds;
       Cell::backward(h, h, h, Vec<S, 1>{{dh}}, dg, ds);
@@ -297,7 +298,7 @@ void tree_input_gradient(const Tree<E>& p, const TreePart& part) {
   const int64_t K = G * p.H;
   product<1>(part.begin, part.end, part.block0, part.block1, p.I, InRows<E>{p.dg, K}, p.w_x_back, K,
              static_cast<const E*>(nullptr), 0, false, Reads<E>{},
-             [&](int64_t position, int64_t unit, int lanes, const Vec<S, 1>& v) {
+             [&p](int64_t position, int64_t unit, int lanes, const Vec<S, 1>& v) {
                v[0].store(p.dx + p.order[position] * p.I + unit, lanes);
              });
 }
