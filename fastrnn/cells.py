@@ -19,6 +19,8 @@ from .modules import as_torch
 from .reference import CELLS
 
 _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+# Of what nobody else has: to autograd the result is no view.
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 # Captured at import: programs rebind torch.nn.LSTMCell to fastrnn.LSTMCell.
 _TORCH_LSTM_CELL, _TORCH_GRU_CELL, _TORCH_RNN_CELL = torch_rnn.LSTMCell, torch_rnn.GRUCell, torch_rnn.RNNCell
@@ -63,8 +65,8 @@ class _Cell(torch_rnn.RNNCellBase):
             functional.check(kernels.Inputs(cell, rows, firsts, params, None, None, None))
             return ()
         _, last, _ = functional.layer(cell, rows, firsts, params)
-        # The leading 1 is the one direction.
-        return tuple(h.squeeze(0) if batched else h.flatten() for h in last)
+        # The leading 1 is the one direction. No views: truncated backpropagation detaches states in place.
+        return tuple(_unsafe_view(h, h.shape[1 if batched else 2 :]) for h in last)
 
     def _streamed(self, input: Any, hx: Any) -> list[Tensor] | None:
         """The new states by `fastrnn.LSTM._streamed`'s way."""
@@ -85,7 +87,7 @@ class _Cell(torch_rnn.RNNCellBase):
         except (AttributeError, TypeError, ValueError, LookupError):
             return None
         _, h, c = ops.streamed(self._step, (input, hx, True), self._cell, x, h, c, *weights)
-        return [s.flatten() if one else s.squeeze(0) for s in (h, c) if s is not None]
+        return [s.squeeze_((0, 1) if one else 0) for s in (h, c) if s is not None]
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         """torch.nn's equal; ValueError where an option has none."""

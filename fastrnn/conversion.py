@@ -45,8 +45,9 @@ def _become(module: torch.nn.Module, kind: type[torch.nn.Module]) -> None:
 def convert(model: _M) -> _M:
     """Turns every torch.nn.LSTM, GRU, RNN and their cells inside the model into fastrnn's, in place.
 
-    model    any module, or a bare layer; parametrized layers are converted, a user's subclasses of torch.nn's
-             layers are left alone (their own `forward` would be lost)
+    model    any module, or a bare layer; parametrized layers are converted. A user's subclasses of torch.nn's
+             layers are left alone (their own `forward` would be lost), and so is a layer to which a program
+             has given a `forward` of its own, which may hold on to the class's
     returns  the model itself. Every layer stays the same object with the very same Parameters, so that
              optimizers, sharing, hooks and flags go on
 
@@ -54,20 +55,22 @@ def convert(model: _M) -> _M:
     """
     for module in _checks.is_module(model).modules():
         ours = _OURS.get(_class_of(module))
-        if ours is not None:
+        if ours is not None and "forward" not in module.__dict__:
             _become(module, ours)
     return model
 
 
 def revert(model: _M) -> _M:
-    """The way back: every fastrnn layer and cell inside the model becomes torch.nn's, in place.
+    """The way back: every fastrnn layer and cell inside the model becomes torch.nn's, in place, but for one
+    with a `forward` of its own, see `convert`.
 
     Raises ValueError that names the module where an option has no equal in torch.nn, before any is changed;
     TypeError where the model is no module.
     """
     found = []
     for name, module in _checks.is_module(model).named_modules():
-        if _class_of(module) in _OURS.values() or isinstance(module, Packed):
+        ours = _class_of(module) in _OURS.values() or isinstance(module, Packed)
+        if ours and "forward" not in module.__dict__:
             try:
                 found.append((module, module._torch_class()))  # type: ignore[operator]
             except ValueError as error:

@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from . import _checks, functional, kernels, ops
 from ._fx import leaf_call
+from ._sequences import batch_size, by_direction, by_layer, padded
 from .reference import CELLS
 
 # Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
@@ -70,41 +71,6 @@ def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
     return twin
 
 
-def _batch_size(batch_sizes: Tensor, unsorted: Tensor | None, hx: Sequence[Tensor] | None) -> Any:
-    """B of a PackedSequence. A trace follows the tensor; the compiler cannot read it, but knows its shape."""
-    if torch._C._get_tracing_state() is not None:
-        return batch_sizes[0]
-    if torch.compiler.is_compiling():
-        if unsorted is not None:
-            return unsorted.size(0)
-        if hx is not None:
-            return hx[0].size(1)
-    return int(batch_sizes[0])
-
-
-def _pad(seq: Tensor, batch_sizes: Tensor, unsorted: Tensor | None, B: int) -> Tensor:
-    """Packed [K, N, H] to padded [K, T, B, H] in the caller's order, zero past each end."""
-    sizes = batch_sizes.to(seq.device)
-    columns = torch.arange(B, device=seq.device) if unsorted is None else unsorted
-    first_row = sizes.cumsum(0) - sizes
-    held = columns[None, :] < sizes[:, None]  # [T, B]
-    rows = torch.where(held, first_row[:, None] + columns[None, :], 0)
-    padded = seq.index_select(1, rows.flatten()).reshape(seq.size(0), -1, B, seq.size(2))
-    return torch.where(held[None, :, :, None], padded, torch.zeros((), dtype=seq.dtype, device=seq.device))
-
-
-def _by_layer(states: tuple[Tensor, ...], L: int, D: int) -> list[tuple[Tensor, ...]]:
-    """States [L*D, B, .] as each layer's [D, B, .]."""
-    if L == 1:
-        return [states]
-    return list(zip(*(torch.split(s, D) for s in states), strict=True))
-
-
-def _by_direction(y: Tensor, D: int) -> Tensor:
-    """A layer's output [.., D*P] as its hidden states [D, .., P]."""
-    return y.unsqueeze(0) if D == 1 else y.reshape(*y.shape[:-1], D, -1).movedim(-2, 0)
-
-
 class _Layer(torch_rnn.RNNBase):
     """What LSTM, GRU and RNN share. Attributes are read at every call, as in torch.nn."""
 
@@ -114,6 +80,20 @@ class _Layer(torch_rnn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Nothing to do: the kernels take the parameters wherever they lie."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "_flat_weights":
+            # torch.nn's layers compute with this list, and subclasses put weights of their own there, as of
+            # DropConnect. Otherwise it lags behind the parameters, see _layer_weights.
+            own = self._parameters
+            others = (
+                w is not own[n] if n in own else w is not None and not hasattr(self, n)
+                for n, w in zip(self._flat_weights_names, value, strict=False)
+            )
+            self.__dict__.pop("_given_weights", None)
+            if any(others):
+                self.__dict__["_given_weights"] = True
 
     def permute_hidden(self, hx: Any, permutation: Tensor | None) -> Any:
         """Reorders the batch of hx, a tensor [L*D, B, .] or a tuple of such."""
@@ -214,6 +194,8 @@ class _Layer(torch_rnn.RNNBase):
 
     def _stream_weights(self) -> Sequence[Any]:
         """The only layer's, as `ops.streamed` takes them."""
+        if "_given_weights" in self.__dict__:
+            raise LookupError
         return kernels.stream_weights(self, self._all_weights[0], CELLS[self._cell].gates)
 
     def _call_layer(
@@ -240,7 +222,7 @@ class _Layer(torch_rnn.RNNBase):
         if isinstance(input, PackedSequence):
             x, batch_sizes, sort, unsort = input
             _checks.padded_only(lengths, reset)
-            B = _batch_size(batch_sizes, unsort, given)
+            B = batch_size(batch_sizes, unsort, given)
         else:
             _checks.layer_ranks("RNN" if self.mode.startswith("RNN") else self.mode, input, given)
             batched = input.dim() == 3
@@ -277,7 +259,7 @@ class _Layer(torch_rnn.RNNBase):
             whole = functional.stack(self._cell, x, firsts, [w for own in weights for w in own], **masks)
         starts: list[tuple[Tensor, ...]] = []
         if whole is None:
-            starts = self._zero_states(x, B, D) if given is None else _by_layer(given, L, D)
+            starts = self._zero_states(x, B, D) if given is None else by_layer(given, L, D)
         lasts: list[tuple[Tensor, ...]] = []
         columns: list[list[Tensor]] = [[] for _ in range(1 + two)]
         for k, start in enumerate(starts):
@@ -287,7 +269,7 @@ class _Layer(torch_rnn.RNNBase):
             y, last, seq = self._call_layer(x, start, weights[k], **masks, return_states=return_states)
             lasts.append(last)
             if return_states:
-                for column, steps in zip(columns, (_by_direction(y, D), *seq), strict=True):
+                for column, steps in zip(columns, (by_direction(y, D), *seq), strict=True):
                     column.append(steps)
             x = y
             if dropped and k < L - 1:
@@ -305,7 +287,7 @@ class _Layer(torch_rnn.RNNBase):
         if return_states:
             steps_of = [column[0] if L == 1 else torch.cat(column) for column in columns]
             if batch_sizes is not None:
-                steps_of = [_pad(steps, batch_sizes, unsort, B) for steps in steps_of]
+                steps_of = [padded(steps, batch_sizes, unsort, B) for steps in steps_of]
             elif not batched:
                 steps_of = [steps.squeeze(2) for steps in steps_of]
             states = States(steps_of[0], steps_of[1] if two else None)
@@ -327,13 +309,17 @@ class _Layer(torch_rnn.RNNBase):
     def _layer_weights(self, k: int, D: int) -> list[Tensor]:
         """Layer k's parameters, direction after direction, of the right shapes.
 
-        They are read by name: under functional_call and parametrizations `_flat_weights` lags behind.
+        They are read by name: under functional_call and parametrizations `_flat_weights` lags behind, unless
+        somebody assigned it.
         """
+        given: dict[str, Any] = {}
+        if "_given_weights" in self.__dict__:
+            given = dict(zip(self._flat_weights_names, self._flat_weights, strict=True))
         P = self.proj_size or self.hidden_size
         width = self.input_size if k == 0 else D * P
         params: list[Tensor] = []
         for names in self._all_weights[k * D : (k + 1) * D]:
-            group: list[Tensor] = [getattr(self, name) for name in names]
+            group: list[Tensor] = [given[name] if given else getattr(self, name) for name in names]
             _checks.weight_shapes(
                 names, group, CELLS[self._cell].gates, width, self.hidden_size, self.proj_size
             )

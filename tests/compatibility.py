@@ -98,10 +98,16 @@ TAIL = """
 ## Where torch.nn's layers do more
 
 - Tools that ask for torch.nn's very classes (`isinstance`, `torch.ao.quantization.quantize_dynamic`) pass
-  ours by; `fastrnn.revert(model)` gives them torch.nn's.
+  ours by; `fastrnn.revert(model)` gives them torch.nn's. A model whose own `forward` asks so (TorchRL's,
+  OpenNMT-py's decoder) is not for `fastrnn.convert`: assign `torch.nn.LSTM = fastrnn.LSTM` before it is made.
 - `torch.jit.script` takes torch.nn's layers in the place of ours, in the caller's model too: script a copy.
 - Files of `torch.jit.trace` and `torch.export` that hold a layer of ours need `import fastrnn` where they
   are loaded; an ONNX file needs nothing.
+- An operation in place on a layer's output (`y.relu_()`, `y += x`) makes `backward` raise, as it does for a
+  float32 LSTM of torch.nn; on a CPU its GRU, RNN and other LSTMs keep no output and allow it.
+- Under autocast h_n and the cells' results have autocast's dtype, where torch.nn's GRU, RNN and cells give
+  float32.
+- `torch.onnx.export` knows no operator of ours: `fastrnn.export_onnx` exports the model instead.
 - CUDA tensors run on cuDNN in torch.nn's layers; on CUDA or Triton kernels in these.
 """
 

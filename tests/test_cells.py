@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import CELLS, F64, assert_same, each_cell, grads, pair, randn, tensors
 
+import fastrnn
 from fastrnn import cells
 
 B, IN, H = 3, 4, 5
@@ -198,3 +199,18 @@ def test_biases_that_came_later(cell):
 def test_unbatched_the_first_two_states_of_whatever_it_is(hx):
     ours, theirs = pair("lstm", IN, H, table=CELLS)
     assert_same(ours(randn(IN), hx), theirs(randn(IN), hx))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("shape", [(3, 4), (4,)])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_states_are_no_views(kind, shape, grad, backend):
+    """Truncated backpropagation detaches them in place, and what inference made may be changed in place."""
+    cell = getattr(fastrnn, kind)(4, 5)
+    with fastrnn.backend(backend), torch.set_grad_enabled(grad):
+        states = cell(torch.randn(shape))
+    for h in states if isinstance(states, tuple) else (states,):
+        assert h.shape == (*shape[:-1], 5)
+        assert not h._is_view()
+        assert h.detach_().grad_fn is None

@@ -223,3 +223,15 @@ def test_no_module():
     for function in (fastrnn.convert, fastrnn.revert):
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
             function([nn.LSTM(1, 1)])
+
+
+def test_a_forward_of_its_own_is_left_alone():
+    """As of hooks that patch an instance: it holds on to its class's."""
+    for library, change in ((torch.nn, fastrnn.convert), (fastrnn, fastrnn.revert)):
+        model = torch.nn.ModuleList([library.GRU(4, 5), library.GRU(4, 5)])
+        old = model[0].forward
+        model[0].forward = lambda *args, old=old: old(*args)
+        change(model)
+        other = fastrnn if library is torch.nn else torch.nn
+        assert [type(layer) for layer in model] == [library.GRU, other.GRU]
+        assert model[0](torch.randn(2, 3, 4))[0].shape == (2, 3, 5)

@@ -10,6 +10,7 @@ import torch
 from helpers import F64, LAYERS, assert_same, each_layer, grads, hidden, pair, randn, tensors
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+import fastrnn
 from fastrnn import modules
 
 T, B, IN, H = 4, 3, 3, 5
@@ -280,3 +281,52 @@ def test_a_rebound_name_compiled(monkeypatch):
     with torch._dynamo.config.patch(allow_rnn=True):
         compiled = torch.compile(layer, fullgraph=True, backend="eager")
         assert_same(compiled(x), layer(x))
+
+
+def dropped(library, kind):
+    """DropConnect as subclasses of torch.nn's layers have it."""
+
+    class Dropped(getattr(library, kind)):
+        def forward(self, *args):
+            kept = self._flat_weights
+            named = zip(self._flat_weights_names, kept, strict=True)
+            self._flat_weights = [
+                w * (torch.arange(w.numel()).view_as(w) % 2) if "hh" in n else w for n, w in named
+            ]
+            try:
+                return super().forward(*args)
+            finally:
+                self._flat_weights = kept
+
+    return Dropped(4, 5, num_layers=2)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_weights_that_a_subclass_assigns(kind):
+    """torch.nn's layers compute with `_flat_weights`; ours too, where it was assigned, and only then."""
+    ours, theirs, x = dropped(fastrnn, kind), dropped(torch.nn, kind), torch.randn(6, 3, 4)
+    theirs.load_state_dict(ours.state_dict())
+    y, expected = ours(x)[0], theirs(x)[0]
+    torch.testing.assert_close(y, expected)
+    for layer, out in ((ours, y), (theirs, expected)):
+        out.sum().backward()
+        assert (layer.weight_hh_l0.grad.flatten()[::2] == 0).all()
+    torch.testing.assert_close(ours.weight_hh_l0.grad, theirs.weight_hh_l0.grad)
+    ours.weight_hh_l0.data.zero_()  # the assigned list is gone
+    plain = getattr(fastrnn, kind)(4, 5, num_layers=2)
+    plain.load_state_dict(ours.state_dict())
+    whole = getattr(fastrnn, kind).forward
+    torch.testing.assert_close(whole(ours, x)[0], plain(x)[0])
+
+
+def test_weights_in_the_place_of_parameters():
+    """Of one layer, whose calls take the short way else."""
+    layer, x = fastrnn.LSTM(4, 5), torch.randn(6, 3, 4)
+    expected = layer(x)[0]
+    weights = list(layer._flat_weights)
+    layer._flat_weights = [torch.zeros_like(w) for w in weights]
+    assert not layer(x)[0].any()
+    for name in layer._flat_weights_names:
+        delattr(layer, name)
+    layer._flat_weights = weights
+    torch.testing.assert_close(layer(x)[0], expected)
