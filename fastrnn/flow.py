@@ -162,8 +162,8 @@ class GradientFlow:
         most = min(most if known else min(most, _DRAWN), rows.numel())
         some = rows[torch.linspace(0, max(0, rows.numel() - 1), most).round().long().to(rows.device)]
         if known:
-            values = self.singular_values
-            values = (values.flip(0) if self._reverse else values).reshape(linked.numel(), -1)[some]
+            values = self.singular_values.flip(0) if self._reverse else self.singular_values
+            values = values.reshape(linked.numel(), self._steps.size)[some]  # of no links either
         else:
             values = self._decomposed(some + self._masks.linked.shape[1])
         return values[~values.isnan().any(-1)], rows.numel()

@@ -28,7 +28,8 @@ def choose(logits: Tensor, temperature: float, top_k: int, generator: torch.Gene
         kept = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, kept.indices, kept.values)
     # The maximum is subtracted first, in double: a tiny temperature must not make inf - inf, nor be 0.
-    weights = torch.softmax((logits - logits.amax(-1, keepdim=True)).double() / temperature, dim=-1)
+    wide = logits.double()
+    weights = torch.softmax((wide - wide.amax(-1, keepdim=True)) / temperature, dim=-1)
     if generator is not None:
         weights = weights.to(generator.device)
     return torch.multinomial(weights, 1, generator=generator).squeeze(-1).to(logits.device)
@@ -87,8 +88,8 @@ def _step(step_fn: StepFn, token: Tensor, state: Any, end: int | None) -> tuple[
     logits, state = made
     if not logits.is_floating_point():
         raise ValueError(f"step_fn must give logits of a floating-point type, got {logits.dtype}")
-    if logits.dim() != 2 or logits.size(0) != N:
-        raise ValueError(f"step_fn must give logits [N, V] with N = {N}, got {list(logits.shape)}")
+    if logits.dim() != 2 or logits.size(0) != N or logits.size(1) < 1:
+        raise ValueError(f"step_fn must give logits [N, V] with N = {N} and V > 0, got {list(logits.shape)}")
     if logits.device != token.device:
         raise ValueError(f"step_fn must give logits on start's {token.device}, got {logits.device}")
     if end is not None and end >= logits.size(1):

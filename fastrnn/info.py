@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -66,7 +66,7 @@ def _kernels() -> dict[str, str]:
     triton = (
         f"not available: {TRITON_MISSING}"
         if TRITON_MISSING
-        else f"available, Triton {metadata.version('triton')}"
+        else f"available, Triton {importlib.import_module('triton').__version__}"  # whoever distributes it
     )
     return {
         "cpu": cpu,

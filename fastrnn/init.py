@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import rnn as torch_rnn
 
-from . import cells, modules
+from . import _checks, cells, modules
 
 _KINDS = {
     "LSTM": (modules.LSTM, cells.LSTMCell, torch_rnn.LSTM, torch_rnn.LSTMCell),
@@ -96,6 +96,7 @@ def identity_(layer: torch.nn.Module, scale: float = 1.0) -> torch.nn.Module:
     Raises TypeError for anything but an RNN layer or cell.
     """
     _kind(layer, ("RNN",), "identity_")
+    _checks.finite("scale", scale)
     weights, biases = (_parameters(layer, "identity_", name) for name in ("weight_hh", "bias_"))
     for p in weights:
         torch.nn.init.eye_(p).mul_(scale)

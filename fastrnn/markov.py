@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,16 @@ from torch import Tensor
 from . import _checks
 
 Tokens = Tensor | Sequence[int]
+
+
+def _integer(value: object) -> object:
+    """numpy's and torch's integers as Python's; what would have to be rounded, and bools, as they are."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 class MarkovModel:
@@ -33,8 +44,7 @@ class MarkovModel:
     """
 
     def __init__(self, vocab_size: int, order: int = 1, smoothing: float = 1.0) -> None:
-        # numpy's integers too
-        vocab_size, order = (int(n) if hasattr(n, "__index__") else n for n in (vocab_size, order))
+        vocab_size, order = map(_integer, (vocab_size, order))  # type: ignore[assignment] # checked below
         _checks.integer("vocab_size", vocab_size, 1)
         _checks.integer("order", order, 0)
         if vocab_size >= 2**31:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx.experimental import _config as fx_config
 from torch.utils import _pytree as pytree
 
-from . import functional, reference
+from . import _checks, functional, reference
 from .inference import Packed
 from .modules import LSTM
 from .reference import CELLS, split_params
@@ -156,7 +156,7 @@ def export_onnx(
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise ImportError("export_onnx needs onnx and onnxscript: pip install onnx onnxscript") from error
-    for name, module in model.named_modules():
+    for name, module in _checks.is_module(model).named_modules():
         if isinstance(module, LSTM) and module.proj_size:
             raise ValueError(f"{name or 'the model'}: ONNX's LSTM has no equal of proj_size")
         if isinstance(module, ChildSumTreeLSTM | NaryTreeLSTM | TreeRNN):

@@ -55,6 +55,14 @@ def train(capsys, text, path, *more):
     return call(capsys, "lm", "train", "--data", text, "--checkpoint", str(path), *SMALL, *more)
 
 
+def spoil(path):
+    """Makes a checkpoint of one whose training has diverged, as earlier versions saved them."""
+    saved = torch.load(path, weights_only=True)
+    for weight in saved["model"].values():
+        weight.fill_(torch.nan)
+    torch.save(saved, path)
+
+
 def test_info(capsys):
     code, out, _ = call(capsys, "info")
     assert code == 0
@@ -193,7 +201,7 @@ def test_diagnose_says_what_is_wrong(capsys, text, tmp_path, monkeypatch):
     code, out, _ = call(capsys, "diagnose", path, "--data", text, "--steps", "878", "--batch", "9")
     assert code == 0
     assert "over 2 stretches" in out
-    assert train(capsys, text, path, "--steps", "3", "--lr", "1e30", "--overwrite")[0] == 0
+    spoil(path)
     assert_one_line(call(capsys, *given), "diverged")
 
 
@@ -280,8 +288,25 @@ def test_bad_checkpoints_give_one_line(capsys, text, tmp_path):
 
 def test_sampling_a_diverged_model(capsys, text, tmp_path):
     path = tmp_path / "lm.pt"
-    assert train(capsys, text, path, "--steps", "3", "--lr", "1e30")[0] == 0
+    assert train(capsys, text, path, "--steps", "1")[0] == 0
+    spoil(path)
     assert_one_line(call(capsys, "lm", "sample", "--checkpoint", str(path)), "diverged")
+
+
+def test_training_that_diverges(capsys, text, tmp_path):
+    """Is an error, and the last checkpoint of numbers stays."""
+    path = tmp_path / "lm.pt"
+    assert train(capsys, text, path, "--steps", "2")[0] == 0
+    before = path.read_bytes()
+    spoil(path)
+    more = call(capsys, "lm", "train", "--data", text, "--checkpoint", str(path), "--resume", "--steps", "4")
+    assert more[0] == 2
+    assert "fastrnn: step 3: the loss is nan: training has diverged, take a smaller --lr\n" in more[2]
+    path.write_bytes(before)
+    code, _, err = train(capsys, text, path, "--steps", "9", "--lr", "1e30", "--overwrite")
+    assert code == 2
+    assert "training has diverged" in err
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -250,7 +250,10 @@ def test_plot(kind, tmp_path):
     diagnostics.plot(flows, tmp_path / "all.svg")
     assert "<svg" in (tmp_path / "all.svg").read_text()
     for odd in (x[:1], x[:2] * math.nan):
-        gradient_flow(layer, odd)[0].plot(str(path))
+        for one in gradient_flow(layer, odd):
+            one.plot(str(path))
+            assert one.singular_values.shape[0] == len(odd) - 1
+            one.plot(str(path))  # of the values that are there now
     flows[0].plot(tmp_path / "new" / "folder" / "flow.png")
     assert (tmp_path / "new" / "folder" / "flow.png").exists()
     with pytest.raises(OSError, match=r"flow\.png"):  # a file is no folder

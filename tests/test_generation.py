@@ -198,6 +198,10 @@ def test_choose():
     assert drawn == {1, 2}
     drawn = {int(choose(logits, 5.0, 99, generator)) for _ in range(200)}
     assert drawn == {0, 1, 2, 3}
+    # No float16 holds this difference, which such a temperature makes 0.8.
+    wide = torch.tensor([40000.0, -40000.0], dtype=torch.float16)
+    drawn = {int(choose(wide, 1e5, 0, generator)) for _ in range(200)}
+    assert drawn == {0, 1}
 
 
 def scripted(*columns):
@@ -375,7 +379,8 @@ def test_logits_that_are_no_distribution(strategy, value):
 @pytest.mark.parametrize(
     ("made", "error", "text"),
     [
-        ((torch.zeros(2, V), None), ValueError, r"N = 3, got \[2, 4\]"),
+        ((torch.zeros(2, V), None), ValueError, r"N = 3 and V > 0, got \[2, 4\]"),
+        ((torch.zeros(3, 0), None), ValueError, r"N = 3 and V > 0, got \[3, 0\]"),
         (
             (torch.zeros(3, V), None, None),
             TypeError,

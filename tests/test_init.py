@@ -221,3 +221,12 @@ def test_a_class_of_that_name_is_not_that_layer():
 def test_bad_input(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+def test_a_wrong_scale_changes_nothing():
+    layer = fastrnn.RNN(4, H, nonlinearity="relu")
+    before = layer.weight_hh_l0.detach().clone()
+    for scale, error in (("x", TypeError), (math.nan, ValueError)):
+        with pytest.raises(error, match="scale must be"):
+            init.identity_(layer, scale)
+    assert torch.equal(layer.weight_hh_l0, before)

@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -356,6 +357,8 @@ def test_outcome_of_the_demo():
     assert outcome.ratio == 1.5
     assert outcome.difference() == pytest.approx(0.1)
     assert outcome.difference(2) == 0.0
+    for name in losses:  # a comparison with no number is no agreement
+        assert math.isnan(demo.Outcome([1.0], {**losses, name: [2.0, 1.0, math.nan]}).difference())
 
 
 @pytest.mark.parametrize(
@@ -403,3 +406,38 @@ def test_plain_progress_prints_its_last_line(capsys):
     progress.update("loss 0.5")
     progress.close()
     assert capsys.readouterr().err == "step 2/2  loss 0.5\n"
+
+
+def test_gradients_are_clipped(corpus):
+    """To --clip: SGD's step then is no longer than that."""
+    trainer = Trainer(replace(TINY, clip=1e-3), corpus, CPU)
+    trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), lr=1.0)
+    before = torch.nn.utils.parameters_to_vector(trainer.model.parameters()).detach().clone()
+    trainer.train_step()
+    after = torch.nn.utils.parameters_to_vector(trainer.model.parameters())
+    torch.testing.assert_close((after - before).norm(), torch.tensor(1e-3), rtol=1e-3, atol=0)
+
+
+def test_dropout_acts(corpus):
+    """Between the layers, in training alone."""
+    model = build(replace(TINY, layers=2, dropout=0.5), len(corpus.vocabulary), CPU)
+    tokens = corpus.train[:20].view(-1, 1)
+    first, second = model(tokens)[0], model(tokens)[0]
+    assert not torch.equal(first, second)
+    model.eval()
+    assert torch.equal(model(tokens)[0], model(tokens)[0])
+
+
+def test_a_new_pass_begins_with_no_state(corpus):
+    trainer, given = Trainer(TINY, corpus, CPU), []
+    forward = trainer.model.forward
+
+    def noted(tokens, state=None):
+        given.append(state is None)
+        return forward(tokens, state)
+
+    trainer.model.forward = noted
+    passes = len(trainer.chunks)
+    for _ in range(passes + 2):
+        trainer.train_step()
+    assert given == [True] + [False] * (passes - 1) + [True, False]

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,7 +109,19 @@ def test_bad_construction(arguments):
         MarkovModel(*arguments)
 
 
-@pytest.mark.parametrize("arguments", [(3, 1.5), (3, 1.0), (3.5,), ("abc",)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (3, 1.5),
+        (3, 1.0),
+        (3.5,),
+        ("abc",),
+        (torch.tensor(3.7),),
+        (3, torch.tensor(1.9)),
+        (np.array(3.7),),
+        (True,),
+    ],
+)
 def test_what_is_no_integer_is_not_rounded(arguments):
     with pytest.raises(TypeError, match="must be an int, got"):
         MarkovModel(*arguments)

@@ -136,6 +136,8 @@ def test_cells(tmp_path):
 
 def test_what_onnx_lacks(tmp_path):
     path = tmp_path / "m.onnx"
+    with pytest.raises(TypeError, match=r"^model must be a torch\.nn\.Module, got NoneType"):
+        fastrnn.export_onnx(None, torch.randn(3, 2, 4), path)
     with pytest.raises(ValueError, match=r"^0: ONNX's LSTM has no equal of proj_size"):
         fastrnn.export_onnx(nn.Sequential(fastrnn.LSTM(4, 6, proj_size=2)), torch.randn(3, 2, 4), path)
 

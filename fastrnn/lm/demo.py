@@ -38,9 +38,13 @@ class Outcome:
         return statistics.median(self.ratios)
 
     def difference(self, steps: int | None = None) -> float:
-        """The largest relative difference of the two loss curves over the first `steps` steps."""
-        pairs = zip(self.losses["fastrnn"][:steps], self.losses["torch"][:steps], strict=True)
-        return max(abs(a - b) / max(abs(b), 1e-12) for a, b in pairs)
+        """The largest relative difference of the two loss curves over the first `steps` steps.
+
+        NaN where one has no number.
+        """
+        curves = (self.losses[name][:steps] for name in ("fastrnn", "torch"))
+        ours, theirs = (torch.tensor(curve, dtype=torch.double) for curve in curves)
+        return ((ours - theirs).abs() / theirs.abs().clamp(min=1e-12)).max().item()
 
 
 def alternate(trainers: dict[str, Trainer], seconds: float, interrupt: Interrupt) -> Outcome:

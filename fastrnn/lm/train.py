@@ -247,12 +247,18 @@ def interrupts() -> Iterator[Interrupt]:
 
 def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every: int) -> bool:
     """Trains up to `steps` steps in all, saving to `path` on the way. Returns False where Ctrl-C left
-    steps to do."""
+    steps to do. UserError where the loss or the weights are no numbers any more, which are not saved."""
     progress = Progress(steps, trainer.step, silent=not trainer.world.first)
     saved_at = -1
 
+    def diverged(what: str) -> UserError:
+        kept = f"; {path} has step {saved_at}" if saved_at >= 0 else ""
+        return UserError(f"step {trainer.step}: {what}: training has diverged, take a smaller --lr{kept}")
+
     def save() -> None:
         nonlocal saved_at
+        if not all(p.isfinite().all() for p in trainer.model.parameters()):
+            raise diverged("weights are not finite")
         fields = trainer.fields()
         if trainer.world.first:
             checkpoint.save(path, fields)
@@ -262,6 +268,8 @@ def run(trainer: Trainer, steps: int, path: str, *, save_every: int, valid_every
         with interrupts() as interrupt:
             while trainer.step < steps and not trainer.interrupted:
                 loss = trainer.train_step(interrupt.pressed)
+                if not math.isfinite(loss):
+                    raise diverged(f"the loss is {loss}")
                 rate = trainer.tokens(trainer.step - 1) / trainer.seconds[-1]
                 progress.update(f"loss {loss:.4f}  {rate:,.0f} tokens/s")
                 last = trainer.step == steps
