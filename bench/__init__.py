@@ -90,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def measure_rows(cases: list[Case], run: Run) -> int:
-    """Fills run.records; returns pytest's exit code."""
+    """Fills run.records; returns pytest's exit code. KeyboardInterrupt where Ctrl-C was pressed meanwhile."""
     import pytest
 
     class Plugin:
@@ -110,4 +110,7 @@ def measure_rows(cases: list[Case], run: Run) -> int:
 
     here = Path(__file__).resolve().parent
     options = ["-c", os.devnull, "--rootdir", str(here), "-p", "no:cacheprovider"]
-    return int(pytest.main([str(here / "test_speed.py"), "-q", *options], [Plugin()]))
+    code = pytest.main([str(here / "test_speed.py"), "-q", *options], [Plugin()])
+    if code == pytest.ExitCode.INTERRUPTED:  # Ctrl-C, which pytest keeps to itself
+        raise KeyboardInterrupt
+    return int(code)

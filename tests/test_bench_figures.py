@@ -1,0 +1,99 @@
+"""The directions of what the benchmark's sections state, and which rows a goal is of."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+
+import pytest
+
+from fastrnn import bench
+from fastrnn.bench import attention, goals, limits, machine, rivals, sections, trees
+from fastrnn.bench.grid import Case, Shape
+from fastrnn.bench.records import Record, median_error, standard_error
+
+TINY = Shape(3, 2, 8, 8)
+OURS, THEIRS = [1.0, 2.0, 3.0, 2.0], [7.0, 8.0, 9.0, 8.0]  # seconds, round by round
+
+
+def alternating(monkeypatch, *given):
+    """Samples that are given, one call after the other, in the place of those that would be taken."""
+    left = list(given)
+    monkeypatch.setattr(rivals, "alternate", lambda *args: left.pop(0))
+
+
+def test_crowding_is_loaded_over_quiet(monkeypatch):
+    monkeypatch.setattr(sections, "CROWDED", (TINY,))
+    monkeypatch.setattr(sections, "MODES", ("forward",))
+    monkeypatch.setattr(sections, "neighbours", contextlib.nullcontext)
+    quiet = {rivals.OURS: OURS, rivals.TORCH: THEIRS}
+    loaded = {rivals.OURS: [3.0, 6.0, 9.0, 6.0], rivals.TORCH: [4 * s for s in THEIRS]}
+    alternating(monkeypatch, quiet, loaded)
+    (probe,) = sections.crowded(("rnn",), 0.0)
+    assert (probe.ours, probe.theirs) == (3.0, 4.0)
+    assert probe.error == math.hypot(median_error(OURS), median_error(loaded[rivals.OURS])) > 0
+
+
+def test_scaling_is_one_thread_over_two(monkeypatch):
+    samples = {
+        (rivals.OURS, 1): [4.0, 4.0, 5.0, 4.0],
+        (rivals.OURS, 2): OURS,
+        (rivals.TORCH, 1): [3 * s for s in THEIRS],
+        (rivals.TORCH, 2): THEIRS,
+    }
+    alternating(monkeypatch, samples)
+    probe = sections.one_beside_two(Case("gru", "forward", TINY), 0.0)
+    assert (probe.ours, probe.theirs) == (2.0, 3.0)
+    assert probe.error == standard_error(samples[rivals.OURS, 1], OURS) > 0
+
+
+def test_attention_and_decoders_are_seconds_of_each(monkeypatch):
+    alternating(monkeypatch, *[{rivals.OURS: OURS, rivals.TORCH: THEIRS}] * 4)
+    probes = attention.decoder(("gru",), TINY, 0.0) + attention.attention((), TINY, 0.0)
+    assert [(p.ours, p.theirs) for p in probes] == [(2.0, 8.0)] * 4
+    assert {p.error for p in probes} == {standard_error(THEIRS, OURS)}
+
+
+def test_trees_are_the_recursions_time_over_ours(monkeypatch):
+    monkeypatch.setattr(trees, "SHAPE", Shape(5, 2, 4, 4))
+    alternating(monkeypatch, *[{rivals.OURS: OURS, trees.RECURSION: THEIRS}] * 2)
+    probes = trees.measure(("rnn",), 0.0)
+    assert [(p.ours, p.theirs) for p in probes] == [(4.0, 1.0)] * 2
+
+
+@pytest.mark.parametrize(
+    ("B", "H", "mode", "cell", "inside"),
+    [
+        (2, 16, "forward", "gru", True),
+        (4, 32, "forward", "gru", True),
+        (1, 16, "forward", "gru", False),
+        (5, 16, "forward", "gru", False),
+        (2, 15, "forward", "gru", False),
+        (2, 33, "forward", "gru", False),
+        (2, 16, "training", "gru", False),
+        (2, 16, "forward", "lstm", False),
+    ],
+)
+def test_a_goal_is_of_rows_within_its_bounds(B, H, mode, cell, inside):
+    goal = goals.Goal("", rivals.TORCH, 1.0, ("forward",), ("gru",), B=(2, 4), H=(16, 32))
+    row = Record(Case(cell, mode, Shape(3, B, H, H)), 3, 1.0, {rivals.TORCH: 1.0})
+    assert goal.concerns(row) is inside
+
+
+def test_an_error_of_rounds_that_hang_together():
+    """Of a machine that is slow for a while they say less than as many that know nothing of each other."""
+    together = [1.0] * 40 + [2.0] * 40 + [1.0] * 40 + [2.0] * 40
+    apart = [1.0, 2.0] * 80
+    steady = [1.0] * 160
+    assert standard_error(together, steady) > 1.5 * standard_error(apart, steady)
+
+
+def test_an_interrupted_run_writes_nothing(monkeypatch, tmp_path):
+    """Ctrl-C among the rows ends it all: what was measured till then is no run."""
+    monkeypatch.setattr(pytest, "main", lambda *args: pytest.ExitCode.INTERRUPTED)
+    for name in ("product_peak", "least_calls", "least_layers"):
+        monkeypatch.setattr(machine, name, lambda: None)
+    monkeypatch.setattr(limits, "measure", lambda *args: None)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(["--quick", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")])
+    assert not list(tmp_path.iterdir())
