@@ -279,13 +279,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             list(pool.map(prepare, first, itertools.repeat(args.device)))
     print(HEADER)
     rows: list[Row] = []
+    failed: list[str] = []
     left = 0
     for case in chosen:
         if time.monotonic() > end:
             left += 1
             continue
-        with fastrnn.backend(args.backend):
-            measured = measure(case, args.device, args.graphs)
+        try:
+            with fastrnn.backend(args.backend):
+                measured = measure(case, args.device, args.graphs)
+        except Exception as error:  # whatever it is: a GPU is rare, and the other rows are not lost
+            failed.append(f"{case}: {type(error).__name__}: {error}")
+            print(f"not measured: {failed[-1]}", flush=True)
+            continue
         for row in measured:
             print(row.text(), flush=True)
             rows.append(row)
@@ -299,13 +305,21 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
     args.json.parent.mkdir(parents=True, exist_ok=True)
     args.json.write_text(
-        json.dumps({"machine": about, "graphs": args.graphs, "rows": [asdict(row) for row in rows]}, indent=1)
+        json.dumps(
+            {
+                "machine": about,
+                "graphs": args.graphs,
+                "rows": [asdict(row) for row in rows],
+                "failed": failed,
+            },
+            indent=1,
+        )
         + "\n"
     )
     print(f"written: {args.json}")
     if args.plot and rows:
         plot(rows, about, args.plot)
-    return 0
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 
 import pytest
 
 from fastrnn import bench
-from fastrnn.bench import attention, goals, limits, machine, rivals, sections, trees
+from fastrnn.bench import attention, goals, gpu, limits, machine, rivals, sections, trees
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.records import Record, median_error, standard_error
 
@@ -97,3 +98,23 @@ def test_an_interrupted_run_writes_nothing(monkeypatch, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         bench.main(["--quick", "--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_gpus_case_that_fails_loses_no_rows(monkeypatch, tmp_path, capsys):
+    taken = []
+
+    def measure(case, device, graphs):
+        taken.append(case)
+        if len(taken) == 2:
+            raise RuntimeError("no room")
+        cell, dtype, T, B, H = case
+        return [gpu.Row(cell, "forward", dtype, T, B, H, 1.0, 2.0, 0.0, None, "")]
+
+    monkeypatch.setattr(gpu, "measure", measure)
+    path = tmp_path / "gpu.json"
+    assert gpu.main(["--quick", "--device", "cpu", "--json", str(path)]) == 1
+    written = json.loads(path.read_text())
+    assert len(taken) > 2
+    assert len(written["rows"]) == len(taken) - 1
+    assert written["failed"] == [f"{taken[1]}: RuntimeError: no room"]
+    assert written["failed"][0] in capsys.readouterr().out
