@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from . import _checks
 Tokens = Tensor | Sequence[int]
 
 
-def _integer(value: object) -> object:
+def _integer(value: Any) -> Any:
     """numpy's and torch's integers as Python's; what would have to be rounded, and bools, as they are."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
         return value
@@ -44,7 +45,7 @@ class MarkovModel:
     """
 
     def __init__(self, vocab_size: int, order: int = 1, smoothing: float = 1.0) -> None:
-        vocab_size, order = map(_integer, (vocab_size, order))  # type: ignore[assignment] # checked below
+        vocab_size, order = map(_integer, (vocab_size, order))
         _checks.integer("vocab_size", vocab_size, 1)
         _checks.integer("order", order, 0)
         if vocab_size >= 2**31:

@@ -45,8 +45,9 @@ def test_module_names():
             layer(torch.randn(3, 2, 5))
         return any(event.name.startswith("nn.Module: GRU") for event in profiled.events())
 
-    if not named(torch.nn.GRU(5, 8)):
-        pytest.skip("this torch's profiler names no modules at all")  # seen of 2.11
+    # torch 2.11's profiler names no module, torch.nn's neither; any other torch's has to.
+    if torch.__version__.startswith("2.11.") and not named(torch.nn.GRU(5, 8)):
+        pytest.skip("the profiler of torch 2.11 names no modules, torch.nn.GRU neither")
     assert named(fastrnn.GRU(5, 8))
 
 
