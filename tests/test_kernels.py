@@ -401,6 +401,23 @@ def test_a_gradient_goes_through_relu_of_nan(isa, use_isa):
     torch.testing.assert_close(ours.bias_ih_l0.grad, theirs.bias_ih_l0.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("B", [1, 7])
+@pytest.mark.parametrize("isa", kernels.instruction_sets())
+def test_an_infinite_gradient_ends_where_relu_cuts_off(isa, B, dtype, use_isa):
+    """Times a derivative of 0 it would be NaN; torch.nn chooses too."""
+    use_isa(isa)
+    ours, theirs = (kind(3, 20, nonlinearity="relu", dtype=dtype) for kind in (fastrnn.RNN, torch.nn.RNN))
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.randn(3, B, 3, dtype=dtype)
+    for layer in (ours, theirs):
+        y = layer(x)[0]
+        y.backward(torch.where(y > 0, 1.0, torch.inf))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert mine.grad.isfinite().all()
+        torch.testing.assert_close(mine.grad, other.grad)
+
+
 TINY = {torch.float32: 1e-40, torch.float64: 1e-310}  # denormal
 
 

@@ -25,9 +25,10 @@ FASTRNN_HD double tanh_(double x) { return tanh(x); }
 // `x < 0 ? 0 : x`, not max(x, 0): a NaN must stay one.
 FASTRNN_HD float relu(float x) { return x < 0.0f ? 0.0f : x; }
 FASTRNN_HD double relu(double x) { return x < 0.0 ? 0.0 : x; }
-// Of a NaN 1, as torch has it: what is not cut off goes through.
-FASTRNN_HD float drelu(float y) { return y <= 0.0f ? 0.0f : 1.0f; }
-FASTRNN_HD double drelu(double y) { return y <= 0.0 ? 0.0 : 1.0; }
+// relu's gradient dy of its output y, passed on: chosen, not multiplied, so that an infinite one ends where
+// relu cuts off. Of a NaN all of it, as torch has it.
+FASTRNN_HD float relu_gradient(float y, float dy) { return y <= 0.0f ? 0.0f : dy; }
+FASTRNN_HD double relu_gradient(double y, double dy) { return y <= 0.0 ? 0.0 : dy; }
 
 template <class T>
 FASTRNN_HD T dsigmoid(T y) {

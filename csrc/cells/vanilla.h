@@ -38,7 +38,7 @@ struct RnnRelu : VanillaBase {
   template <class T>
   static FASTRNN_HD void backward(const Vec<T, 1>& saved, const Vec<T, 1>&, const Vec<T, 1>&,
                                   const Vec<T, 1>& ds_new, Vec<T, 1>& dg, Vec<T, 1>& ds) {
-    dg = {{ds_new[0] * drelu(saved[0])}};
+    dg = {{relu_gradient(saved[0], ds_new[0])}};
     ds = {{T(0)}};
   }
 };

@@ -275,9 +275,9 @@ FASTRNN_HD Simd<E> relu(const Simd<E>& x) {
   return select<E>(x.v < zero.v, zero, x);
 }
 template <class E>
-FASTRNN_HD Simd<E> drelu(const Simd<E>& y) {
+FASTRNN_HD Simd<E> relu_gradient(const Simd<E>& y, const Simd<E>& dy) {
   const Simd<E> zero(0);
-  return select<E>(y.v <= zero.v, zero, Simd<E>(1));
+  return select<E>(y.v <= zero.v, zero, dy);
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512BW__)
