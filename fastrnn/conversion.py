@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from . import _checks
 from .cells import GRUCell, LSTMCell, RNNCell
 from .inference import Packed
-from .modules import GRU, LSTM, OWN, RNN
+from .modules import GRU, LSTM, OWN, RNN, _Layer
 
 _M = TypeVar("_M", bound=torch.nn.Module)
 
@@ -57,6 +57,8 @@ def convert(model: _M) -> _M:
         ours = _OURS.get(_class_of(module))
         if ours is not None and "forward" not in module.__dict__:
             _become(module, ours)
+            if isinstance(module, _Layer):
+                module._flat_weights = module._flat_weights  # so that it sees weights that are no Parameters
     return model
 
 

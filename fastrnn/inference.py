@@ -230,6 +230,8 @@ def _copied(model: _M, kind: type[Packed], dtypes: frozenset[torch.dtype]) -> _M
             "torch.nn's); subclasses, cells, and layers that are frozen or quantized already do not count"
         )
     for where, layer in found:
+        if "_given_weights" in layer.__dict__:
+            raise ValueError(f"{where} has weights assigned to its _flat_weights, which no copy keeps")
         for name in layer._flat_weights_names:
             if name not in layer._parameters and not parametrize.is_parametrized(layer, name):
                 raise ValueError(

@@ -52,8 +52,9 @@ class States(NamedTuple):
 # torch.export saves a program with such outputs under this name.
 pytree._register_namedtuple(States, serialized_type_name="fastrnn.States")
 
-# Options that torch.nn's layers do not have; each is off where torch.nn has an equal.
-OWN = ("reset_after",)
+# What torch.nn's layers do not have: options, each off where torch.nn has an equal, and _Layer.__setattr__'s
+# note.
+OWN = ("reset_after", "_given_weights")
 
 
 def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
@@ -113,7 +114,8 @@ class _Layer(torch_rnn.RNNBase):
         Raises ValueError where an option has no equal in torch.nn.
         """
         twin = as_torch(self, self._torch_class())
-        twin._init_flat_weights()
+        if "_given_weights" not in self.__dict__:
+            twin._init_flat_weights()
         return twin
 
     def __prepare_scriptable__(self) -> torch_rnn.RNNBase:

@@ -330,3 +330,18 @@ def test_weights_in_the_place_of_parameters():
         delattr(layer, name)
     layer._flat_weights = weights
     torch.testing.assert_close(layer(x)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_conversion_keeps_weights_in_the_place_of_parameters(kind):
+    """There and back, and in a layer of the other library on the same Parameters."""
+    layer, x = getattr(torch.nn, kind)(4, 5), torch.randn(6, 3, 4)
+    layer._flat_weights = [2 * w.detach() for w in layer._flat_weights]
+    expected = layer(x)[0]
+    for other in (fastrnn.convert(layer), layer.to_torch(), fastrnn.revert(layer), fastrnn.convert(layer)):
+        torch.testing.assert_close(other(x)[0], expected)
+    for copy_of in (fastrnn.freeze, fastrnn.quantize):
+        with pytest.raises(ValueError, match="the layer has weights assigned to its _flat_weights"):
+            copy_of(layer)
+    layer._flat_weights = list(layer.parameters())
+    torch.testing.assert_close(fastrnn.freeze(layer)(x)[0], layer(x)[0])
