@@ -171,13 +171,14 @@ def _beam(
             gains = torch.where(ended[..., None], stay, gains)
         totals = scores[..., None] + gains  # [B, K, V]
         lengths = lengths + ~ended
-        ranks = totals / lengths[..., None].to(totals.dtype) ** length_penalty
-        # However large the penalty: what is certain ranks at 0, and what is possible above what is not.
-        ranks = ranks.clamp(min=torch.finfo(ranks.dtype).min)
-        ranks = torch.where((totals == 0) | totals.isneginf(), totals, ranks)
-        best = ranks.flatten(1).topk(K).indices  # [B, K], of K*V
-        parent, token = best // V, best % V
-        scores = totals.flatten(1).gather(1, best)
+        # What goes on from one beam is equally long: of it only the K likeliest can be among the K best.
+        totals, tokens_of = totals.topk(min(K, V))
+        # The order of totals / lengths ** length_penalty, by logarithms: such a power may overflow.
+        ranks = length_penalty * lengths[..., None].double().log() - (-totals.double()).log()
+        ranks = torch.where(totals.isneginf(), -torch.inf, ranks)
+        best = ranks.flatten(1).topk(K).indices  # [B, K], of K * min(K, V)
+        parent = best // totals.size(2)
+        token, scores = (t.flatten(1).gather(1, best) for t in (tokens_of, totals))
         lengths = lengths.gather(1, parent)
         if end is not None:
             # Where there are fewer than K sequences, the beams left over have ended too.

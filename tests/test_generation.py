@@ -252,6 +252,71 @@ def test_a_large_penalty_makes_nothing_possible(penalty):
     assert scores.isfinite().all()
 
 
+@pytest.mark.parametrize("penalty", [1e3, -1e3, 1e308])
+def test_a_large_penalty_ranks(penalty):
+    """By length before all else, though its powers are 0 or infinite; of equally long ones by score."""
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    tokens, scores = fastrnn.generate(
+        lambda token, state: (logits[state], state + 1), torch.zeros(1, dtype=torch.long),
+        torch.zeros(1, dtype=torch.long), max_steps=3, end=0, strategy="beam", beam_size=4,
+        length_penalty=penalty,
+    )  # fmt: skip
+    lengths = [steps_until(s, 0) for s in tokens[0].tolist()]
+    if penalty == 1e308:  # of more than one step they are alike
+        assert lengths[-1] == 1
+    else:
+        assert lengths == ([3, 3, 2, 1] if penalty > 0 else [1, 2, 3, 3])
+        assert tokens[0, lengths.index(2)].tolist() == [1, 0, 0]
+    assert scores.isfinite().all()
+
+
+def test_a_penalty_without_bound_makes_nothing_possible():
+    """Its product with a length's logarithm overflows too."""
+    logits = torch.tensor([0.0, 1.0, -torch.inf])
+    _, scores = fastrnn.generate(
+        lambda token, state: (logits.repeat(len(token), 1), state), torch.zeros(1, dtype=torch.long),
+        max_steps=8, strategy="beam", beam_size=5, length_penalty=1e308,
+    )  # fmt: skip
+    assert scores.isfinite().all()
+
+
+def test_of_equally_long_beams_the_likelier_is_first():
+    logits = torch.tensor([0.0, 0.3, 0.1])
+    tokens, _ = fastrnn.generate(
+        lambda token, state: (logits.repeat(len(token), 1), state), torch.zeros(1, dtype=torch.long),
+        max_steps=2, strategy="beam", beam_size=3, length_penalty=1e3,
+    )  # fmt: skip
+    assert tokens[0, 0].tolist() == [1, 1]
+    assert sorted(tokens[0, 1:].tolist()) == [[1, 2], [2, 1]]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0, -1e3])
+def test_what_is_certain_is_the_best_beam(penalty):
+    certain = torch.tensor([-torch.inf, 0.0])
+    tokens, scores = fastrnn.generate(
+        lambda token, state: (certain.repeat(len(token), 1), state), torch.zeros(1, dtype=torch.long),
+        max_steps=3, strategy="beam", beam_size=2, length_penalty=penalty,
+    )  # fmt: skip
+    assert tokens[0, 0].tolist() == [1, 1, 1]
+    assert scores[0].tolist() == [0, -torch.inf]
+
+
+def test_beams_stop_where_all_have_ended():
+    calls = 0
+
+    def step(token, state):
+        nonlocal calls
+        calls += 1
+        ends = torch.tensor([0.0, 1.0]) if calls == 1 else torch.tensor([0.0, -torch.inf])
+        return ends.repeat(len(token), 1), state
+
+    tokens, _ = fastrnn.generate(
+        step, torch.zeros(2, dtype=torch.long), max_steps=9, end=0, strategy="beam", beam_size=2
+    )
+    assert calls == 2
+    assert tokens.tolist() == [[[1, 0], [0, 0]]] * 2
+
+
 @pytest.mark.parametrize("strategy", ["greedy", "sample", "beam"])
 def test_forbidden_tokens(model, strategy):
     forbidden = torch.tensor([0.0, -torch.inf, 0.0, -torch.inf], dtype=F64)

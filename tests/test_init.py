@@ -99,6 +99,18 @@ def test_chrono_keeps_for_up_to_t_max_steps(name, package):
             assert (hh[:H] == 0).all()
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU"])
+def test_chrono_is_uniform_in_steps(kind):
+    """u of U(1, t_max - 1): its ends, and its mean to 5 standard errors."""
+    n, t_max = 4000, 50
+    torch.manual_seed(0)
+    cell = init.chrono_(getattr(fastrnn, f"{kind}Cell")(1, n), t_max)
+    u = cell.bias_ih.detach()[n : 2 * n].double().exp()
+    assert 1 <= u.min() < 1 + 48 * 10 / n
+    assert 49 - 48 * 10 / n < u.max() <= 49 * (1 + 1e-6)
+    assert abs(u.mean() - 25) < 5 * 48 / math.sqrt(12 * n)
+
+
 @each_package
 @each_layer
 def test_recommended(name, package):
@@ -113,6 +125,17 @@ def test_recommended(name, package):
         if "lstm" in name and "bias_ih" in k:
             forget[H : 2 * H] = 1
         assert torch.equal(p, forget)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_glorot_bound_is_that_of_each_gate(kind):
+    """Of all gates together it would be less."""
+    n = 300
+    torch.manual_seed(0)
+    layer = init.recommended_(getattr(fastrnn, kind)(40, n))
+    bound = math.sqrt(6 / (n + 40))
+    for block in layer.weight_ih_l0.detach().split(n):
+        assert 0.99 * bound < block.abs().max() <= bound
 
 
 def test_recommended_without_biases_and_with_relu():

@@ -101,6 +101,38 @@ def test_sample_begins_in_a_seen_context_and_repeats_by_seed():
     assert model.sample(1).shape == (1,)  # shorter than the context
 
 
+def test_a_start_counts_by_its_last_tokens():
+    model = MarkovModel(4, 2, 0.0).fit([0, 1, 2, 3, 0, 1, 2, 3, 0])
+    assert model.sample(4, start=[3, 0, 1, 2]).tolist() == [3, 0, 1, 2]
+
+
+def test_contexts_are_drawn_as_often_as_the_text_has_them():
+    model = MarkovModel(3, 1, 0.0).fit([0, 0, 0, 0, 0, 0, 0, 1, 2, 0])
+    drawn = model.sample(1, num_sequences=20_000, generator=torch.Generator().manual_seed(3))
+    share = torch.bincount(drawn.flatten(), minlength=3) / 20_000
+    torch.testing.assert_close(share, torch.tensor([7 / 9, 1 / 9, 1 / 9]), atol=0.015, rtol=0)
+
+
+def test_a_generator_leaves_torchs_own_alone():
+    model = MarkovModel(5, 2, 0.5).fit(random_tokens(60, 5, 8))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    generator = torch.Generator().manual_seed(1)
+    first = model.sample(40, num_sequences=3, generator=generator)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(model.sample(40, num_sequences=3, generator=generator), first)
+    assert torch.equal(model.sample(40, num_sequences=3, generator=torch.Generator().manual_seed(1)), first)
+
+
+def test_the_largest_vocabulary():
+    n = 2**31 - 1
+    model = MarkovModel(n, 1, 0.0).fit([n - 1, n - 2] * 3)
+    assert model.sample(3, start=[n - 1]).tolist() == [n - 2, n - 1, n - 2]
+    assert float(model.log_prob([n - 2, n - 1])) == 0
+    with pytest.raises(ValueError, match=r"vocab_size must be below 2\*\*31, got 2147483648"):
+        MarkovModel(n + 1)
+
+
 @pytest.mark.parametrize(
     "arguments", [(0,), (-1,), (3, -1), (3, 1, -0.5), (3, 1, math.nan), (3, 1, math.inf)]
 )
