@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -169,7 +170,8 @@ def measure(case: tuple[str, str, int, int, int], device: torch.device, graphs: 
             ours[mode], theirs[mode] = captured(ours[mode]), captured(theirs[mode])
         mine, other, spread = Timer(device).alternate(ours[mode], theirs[mode])
         limit = None
-        if cell == "lstm" and mode == "forward" and dtype != "float32" and H in LIMITS and B in BATCHES:
+        counted = cell == "lstm" and mode == "forward" and dtype != "float32" and H in LIMITS and B in BATCHES
+        if counted and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
             limit = LIMITS[H][BATCHES.index(B)]
         rows.append(Row(cell, mode, dtype, T, B, H, mine / T * 1e6, other / T * 1e6, spread, limit, kernel))
     return rows
@@ -183,9 +185,10 @@ def machine(device: torch.device) -> dict[str, str | None]:
     }
     if device.type != "cuda":
         return {"device": str(device), **found}
-    drivers = subprocess.run(  # a line for each GPU, all of the one driver
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.split()
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    drivers = []
+    if shutil.which(query[0]):  # a line for each GPU, all of the one driver
+        drivers = subprocess.run(query, capture_output=True, text=True).stdout.split()
     import triton
 
     return {

@@ -47,11 +47,20 @@ class Figure:
 Example = Callable[[bool, Path], "Figure | list[Figure]"]
 
 
+def _folder(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text}: {error.strerror}") from None
+    return path
+
+
 def options(description: str | None) -> argparse.ArgumentParser:
     """The options of every example."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     parser.add_argument("--quick", action="store_true", help="a few seconds of training, and a lower figure")
-    parser.add_argument("--out", type=Path, default=Path("out"), help="for pictures (default %(default)s)")
+    parser.add_argument("--out", type=_folder, default=Path("out"), help="for pictures (default %(default)s)")
     return parser
 
 

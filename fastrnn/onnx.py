@@ -167,6 +167,8 @@ def export_onnx(
             )
     if isinstance(args, Tensor):
         args = (args,)
+    table = {**(options.pop("custom_translation_table", None) or {})}
+    table[torch.ops.fastrnn_onnx.layer.default] = _translate
     if "dynamic_shapes" not in options:
         dynamic = pytree.tree_map(
             lambda leaf: (
@@ -178,14 +180,7 @@ def export_onnx(
     try:
         # Else an example of one sequence would fix B = 1. (mypy cannot see it: torch makes it when imported.)
         with _recording(), fx_config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
-            torch.onnx.export(
-                model,
-                args,
-                path,
-                dynamo=True,
-                custom_translation_table={torch.ops.fastrnn_onnx.layer.default: _translate},
-                **options,
-            )
+            torch.onnx.export(model, args, path, dynamo=True, custom_translation_table=table, **options)
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, _NoEqual):

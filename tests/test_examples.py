@@ -41,6 +41,15 @@ def test_every_figure_of_an_example_counts(tmp_path, monkeypatch):
     assert common.main("two", lambda quick, out: [bad, good], None) == 1
 
 
+def test_a_file_is_no_place_for_pictures(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    for out in ("file", "file/below"):
+        monkeypatch.setattr("sys.argv", ["example", "--out", str(tmp_path / out)])
+        with pytest.raises(SystemExit):
+            common.main("one", lambda quick, out: common.Figure("good", 1.0, 0.5), None)
+        assert f"argument --out: {tmp_path / out}: " in capsys.readouterr().err
+
+
 def test_the_readme_has_every_example():
     readme = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| \[(\w+)\]\(\1\.py\)", readme, re.M))

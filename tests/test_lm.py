@@ -238,6 +238,54 @@ def test_restore_refuses_what_does_not_fit(tmp_path, corpus):
         Trainer(TINY, other, CPU).restore(checkpoint.load(path), path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.update(state=None),
+        lambda f: f.update(state=f["state"][0]),
+        lambda f: f.update(state=tuple(s[:, 1:] for s in f["state"])),
+        lambda f: f.update(state=tuple(s.double() for s in f["state"])),
+        lambda f: f["optimizer"]["state"].pop(0),
+        lambda f: f["optimizer"]["state"][0].pop("exp_avg"),
+        lambda f: f["optimizer"]["state"][0].update(exp_avg_sq=torch.zeros(2, 2)),
+    ],
+)
+def test_restore_refuses_states_of_other_sizes(tmp_path, corpus, change):
+    trainer, path = Trainer(TINY, corpus, CPU), str(tmp_path / "bad.pt")
+    trainer.train_step()
+    fields = trainer.fields()
+    checkpoint.save(path, fields)
+    Trainer(TINY, corpus, CPU).restore(checkpoint.load(path), path)
+    change(fields)
+    checkpoint.save(path, fields)
+    with pytest.raises(UserError, match="fit each other"):
+        Trainer(TINY, corpus, CPU).restore(checkpoint.load(path), path)
+
+
+def test_a_flipped_bit_is_seen(tmp_path, corpus):
+    path, trainer = tmp_path / "lm.pt", Trainer(TINY, corpus, CPU)
+    checkpoint.save(str(path), trainer.fields())
+    content = bytearray(path.read_bytes())
+    weight = trainer.model.head.weight.detach().numpy().tobytes()
+    content[bytes(content).index(weight) + 7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="checksum"):
+        checkpoint.load(str(path))
+
+
+def test_the_longest_name(tmp_path, corpus):
+    path = str(tmp_path / ("m" * 252 + ".pt"))
+    checkpoint.check_writable(path)
+    checkpoint.save(path, Trainer(TINY, corpus, CPU).fields())
+    assert checkpoint.load(path)["step"] == 0
+
+
+def test_a_pipe_is_no_place_for_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="no regular file"):
+        checkpoint.check_writable(str(tmp_path / "pipe"))
+
+
 def test_checkpoints_run_no_code(tmp_path):
     path = tmp_path / "evil.pt"
     torch.save({"format": "fastrnn-lm", "config": pytest.fail}, path)

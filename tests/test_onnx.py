@@ -11,7 +11,7 @@ from torch import nn
 import fastrnn
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
+onnxscript = pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 LAYERS = {
@@ -43,10 +43,10 @@ class Tagger(nn.Module):
         return self.head(y), last
 
 
-def export(model, args, path):
+def export(model, args, path, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.onnx's own
-        fastrnn.export_onnx(model.eval(), args, path, verbose=False)
+        fastrnn.export_onnx(model.eval(), args, path, verbose=False, **options)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(*values):
@@ -196,6 +196,36 @@ def test_keyword_arguments(tmp_path):
         names = [i.name for i in session.get_inputs()]
         got = session.run(None, dict(zip(names, (x.numpy(), h.numpy()), strict=True)))
         assert_same([torch.from_numpy(got[0])], model(x, h=h))
+
+
+@torch.library.custom_op("fastrnn_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_a_table_of_the_callers_own(tmp_path):
+    """Beside the layers' translation, not in its place."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = fastrnn.GRU(4, 6)
+
+        def forward(self, x):
+            return twice(self.layer(x)[0])
+
+    table = {torch.ops.fastrnn_tests.twice.default: lambda x: onnxscript.opset18.Add(x, x)}
+    model = Model()
+    run, nodes = export(model, torch.randn(3, 2, 4), tmp_path / "m.onnx", custom_translation_table=table)
+    assert nodes.count("GRU") == 1
+    assert len(table) == 1
+    x = torch.randn(5, 3, 4)
+    assert_same(run(x), [2 * model.layer(x)[0]])
 
 
 @pytest.mark.parametrize("feeding", [True, False])

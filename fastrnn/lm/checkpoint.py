@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import zipfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def check_writable(path: str) -> None:
     try:
         if target.is_dir():
             raise UserError(f"cannot write {path or repr(path)}: it is a directory")
+        if target.exists() and not target.is_file():  # a pipe would wait for its reader, a device be replaced
+            raise UserError(f"cannot write {path}: it is no regular file")
         target.parent.mkdir(parents=True, exist_ok=True)
         # Only a file really made tells: permission bits say nothing to root or on a read-only mount.
         with tempfile.TemporaryFile(dir=target.parent):
@@ -55,8 +58,9 @@ def save(path: str, fields: dict[str, Any]) -> None:
     it cannot be written.
     """
     target = Path(os.path.realpath(path))  # through a link, which os.replace would overwrite
-    # A name of its own for each process: two runs that save to one path must not write into one file.
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    # A name of its own for each process: two runs that save to one path must not write into one file. No more
+    # than the beginning of the target's, which may be as long as names can be.
+    temporary = target.with_name(f".{target.name[:32]}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)
@@ -87,6 +91,10 @@ def load(path: str) -> dict[str, Any]:
         if Path(path).is_dir():
             raise UserError(f"{path} is a directory, expected a checkpoint")
         with Path(path).open("rb") as file:
+            with zipfile.ZipFile(file) as archive:  # torch.load passes over the checksums
+                if archive.testzip() is not None:
+                    raise UserError(f"{path} is damaged: a checksum does not hold")
+            file.seek(0)
             content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {os_reason(error)}") from error

@@ -142,6 +142,7 @@ class Trainer:
             self.step = saved["step"]
             if saved["position"] != self.step % len(self.chunks) or len(saved["losses"]) != self.step:
                 raise ValueError("step, position and history disagree")
+            self._check_sizes(saved["state"])
             self.state = each(saved["state"], lambda s: self.world.columns(s).to(self.device))
             rank, rng = self.world.rank, saved["rng"]
             if rank < len(rng["cpu"]):  # else one of more processes than before
@@ -151,6 +152,21 @@ class Trainer:
             self.validations = [(int(step), float(value)) for step, value in saved["validations"]]
         except (RuntimeError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path} is damaged: its parts do not fit each other") from error
+
+    def _check_sizes(self, state: Any) -> None:
+        """ValueError or LookupError where Adam's moments or the carried state are not the model's."""
+        parameters = list(self.model.parameters())
+        if self.step and len(self.optimizer.state) != len(parameters):
+            raise ValueError("moments are missing")
+        for p, moments in self.optimizer.state.items():
+            if any(moments[name].shape != p.shape for name in ("exp_avg", "exp_avg_sq")):
+                raise ValueError("moments are of other shapes")
+        if self.step == 0:
+            return
+        shape = (self.config.layers, self.config.batch, self.config.hidden)
+        for s in state if self.config.cell == "lstm" else (state,):
+            if s.shape != shape or s.dtype != parameters[0].dtype:
+                raise ValueError("the state is of another shape or type")
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
