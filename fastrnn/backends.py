@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import _checks, cuda, kernels
 from ._checks import dtype_names
-from .gpu import capability
+from .gpu import TRAITS, capability
 from .reference import CELLS
 from .tree_reference import TREE_CELLS
 
@@ -199,16 +199,6 @@ def decide(x: Tensor) -> Decision:
     return Decision("reference", f"the cpu backend cannot serve it: {why_not}")
 
 
-def decide_tree(x: Tensor) -> Decision:
-    """`decide` for a recursive cell, whose input, or where it has none whose weight, is x."""
-    asked = current_backend()
-    if asked in ("cuda", "triton"):
-        return Decision(None, "it has no recursive cells")
-    if asked == "auto" and x.device.type not in ("cpu", "meta"):
-        return Decision("reference", f"there are no kernels of recursive cells for {x.device}")
-    return decide(x)
-
-
 def takes_cpu() -> bool:
     """Whether the backend of a CPU tensor of a type that the kernels know is "cpu"."""
     return kernels.LOADED and current_backend() in ("auto", "cpu")
@@ -227,12 +217,17 @@ def choose(x: Tensor, decide: Callable[[Tensor], Decision] = decide) -> str:
 
 def decide_fused(x: Tensor, what: str) -> Decision:
     """`decide` for what has kernels for the CPU alone."""
-    decision = decide(x)
-    if decision.backend not in ("cuda", "triton"):
-        return decision
-    if current_backend() == decision.backend:
+    if current_backend() in ("cuda", "triton"):
         return Decision(None, f"it has no kernel for {what}")
-    return Decision("reference", f"the {decision.backend} backend has no kernel for {what}")
+    decision = decide(x)
+    if decision.backend in ("cuda", "triton"):
+        return Decision("reference", f"the {decision.backend} backend has no kernel for {what}")
+    return decision
+
+
+def decide_cell(x: Tensor, cell: str) -> Decision:
+    """`decide` for a layer of this cell: one that a program has added need not have kernels for GPUs."""
+    return decide(x) if cell in TRAITS else decide_fused(x, f"the cell {cell!r}")
 
 
 def decide_attention(x: Tensor) -> Decision:
@@ -370,7 +365,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
     if packed and x is not given:  # packed weights keep their type under autocast
         weights: Any = layer.packed_l0
         x = given.new_empty(0, dtype=weights.dtype)
-    decision = decide(x)
+    decision = decide_cell(x, cell)
     if decision.backend is not None and packed and decision.backend != "cpu":
         return Explanation(
             None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"

@@ -16,7 +16,15 @@ from torch._C import _get_tracing_state, _is_any_autocast_enabled, _len_torch_di
 from torch.compiler import is_compiling
 
 from . import _checks, fused, kernels, ops, reference, transforms
-from .backends import AUTOCAST_DTYPES, autocast_dtype, choose, choose_fused, decide_attention, takes_cpu
+from .backends import (
+    AUTOCAST_DTYPES,
+    autocast_dtype,
+    choose,
+    choose_fused,
+    decide_attention,
+    decide_cell,
+    takes_cpu,
+)
 from .kernels import KERNEL_DTYPES
 from .reference import CELLS
 
@@ -142,11 +150,9 @@ def layer(
             *inputs, return_states
         )
         return recorded
-    backend = choose(x)
+    backend = choose(x, lambda x: decide_cell(x, cell))
     if backend == "reference":
         kernels.check(inputs, heads=True)
-        if batch_sizes is not None and _checks.values_readable(batch_sizes):
-            _checks.packed_sizes(batch_sizes, states[0].shape[1], x.shape[0])
         y, last, seq = reference.layer(*inputs)
         return y, last, seq if return_states else ()
     return ops.layer(inputs, return_states, backend)
@@ -222,11 +228,6 @@ def _narrow(flat: Sequence[Tensor | None], widen: bool = True) -> tuple[torch.dt
     return dtype, cast
 
 
-def _has_kernel(x: Tensor, what: str) -> bool:
-    """Whether the call goes to the kernels; an exported model has plain operations."""
-    return choose_fused(x, what) == "cpu" and RECORDER.take is None
-
-
 def attention(
     query: Tensor,
     keys: Tensor,
@@ -274,9 +275,12 @@ def decoder(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
     """All steps of Luong's decoder with input feeding; arguments and results as of `reference.decoder`.
 
-    Raises RuntimeError for sizes, dtypes and devices that do not agree, BackendError where the backend asked
+    Raises ValueError for a mask that is not [B, S], RuntimeError for other sizes, dtypes and devices that do
+    not agree, BackendError where the backend asked
     for has no such kernel. `fastrnn.AttentionDecoder` checks before it, in its own words.
     """
+    if mask is not None:  # one that is each query's own would broadcast in the formula
+        _checks.shape("mask", mask, "[B, S]", (x.shape[1], keys.shape[0]))
     flat = [
         x,
         *states,
@@ -292,6 +296,7 @@ def decoder(
     ]
     dtype, wide = _narrow(flat)
     call = fused.Decoder(cell, len(params), scale)
-    kernel = _has_kernel(x, "the decoder")
+    # An exported model has plain operations.
+    kernel = choose_fused(x, "the decoder") == "cpu" and RECORDER.take is None
     out, *last, weights = fused.run(call, wide) if kernel else call.reference(wide)
     return out.to(dtype), tuple(s.to(dtype) for s in last), weights.to(dtype)

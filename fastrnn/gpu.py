@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import _checks
 from .kernels import Inputs, check
-from .reference import DirectionParams, split_params
+from .reference import CELLS, Cell, DirectionParams, split_params
 
 # Inference keeps no more of the gates at a time.
 CHUNK_BYTES = 32 << 20
@@ -25,17 +25,26 @@ GRID_LIMIT = (1 << 16) - 1
 
 @dataclass(frozen=True)
 class Traits:
-    """gates: blocks of rows of R; saved: values a unit and step kept for the backward pass; hidden_grads:
-    which of the gradients made belongs to each gate's recurrent part (those of the input parts are the first
-    ones); state: whether the cell itself, not only its product, reads h; cell_state: whether it has a c;
-    mid: whether the last gate's product is one with r*h."""
+    """What these kernels want to know of a cell beside `reference.Cell`. hidden_grads: which of the gradients
+    made belongs to each gate's recurrent part (those of the input parts are the first ones); state: whether
+    the cell itself, not only its product, reads h; mid: whether the last gate's product is one with r*h."""
 
-    gates: int
-    saved: int
+    cell: Cell
     hidden_grads: tuple[int, ...]
     state: bool = True
-    cell_state: bool = False
     mid: bool = False
+
+    @property
+    def gates(self) -> int:
+        return self.cell.gates
+
+    @property
+    def saved(self) -> int:
+        return self.cell.saved
+
+    @property
+    def cell_state(self) -> bool:
+        return self.cell.states == 2
 
     @property
     def grads(self) -> int:
@@ -43,11 +52,11 @@ class Traits:
 
 
 TRAITS = {
-    "lstm": Traits(4, 4, (0, 1, 2, 3), state=False, cell_state=True),
-    "gru": Traits(3, 4, (0, 1, 3)),
-    "gru_reset_before": Traits(3, 3, (0, 1, 2), mid=True),
-    "rnn_tanh": Traits(1, 1, (0,), state=False),
-    "rnn_relu": Traits(1, 1, (0,), state=False),
+    "lstm": Traits(CELLS["lstm"], (0, 1, 2, 3), state=False),
+    "gru": Traits(CELLS["gru"], (0, 1, 3)),
+    "gru_reset_before": Traits(CELLS["gru_reset_before"], (0, 1, 2), mid=True),
+    "rnn_tanh": Traits(CELLS["rnn_tanh"], (0,), state=False),
+    "rnn_relu": Traits(CELLS["rnn_relu"], (0,), state=False),
 }
 
 
@@ -317,15 +326,18 @@ def backward(
     """torch.ops.fastrnn.layer_backward's arguments and results."""
     call = Call(Inputs(cell, x, states, params, lengths, batch_sizes, reset))
     D, H, P, N = call.D, call.H, call.P, call.N
+    if len(seq) != call.traits.cell_state or len(saved) != 1 + call.projected:
+        raise ValueError(f"{cell}: seq and saved must be as {engine.name}_layer with save=True returned them")
+    for name, given, of in (("dlast", dlast, states), ("dseq", dseq, seq)):
+        if len(given) not in (0, len(of)):
+            raise ValueError(f"{cell}: {name} must be {len(of)} tensors or none, got {len(given)}")
     shapes = [("y", y, (*x.shape[:-1], D * P))]
     shapes += [("seq", s, (D, *x.shape[:-1], H)) for s in seq]
     shapes += [("saved gates", saved[0], (D, N, call.traits.saved * H))]
     shapes += [("saved mid", s, (D, N, H)) for s in saved[1:]]
     shapes += [("dy", dy, tuple(y.shape))] if dy is not None else []
-    shapes += [("dlast", g, tuple(s.shape)) for g, s in zip(dlast, states, strict=bool(dlast))]
-    shapes += [("dseq", g, tuple(s.shape)) for g, s in zip(dseq, seq, strict=bool(dseq))]
-    if len(seq) != call.traits.cell_state or len(saved) != 1 + call.projected:
-        raise ValueError(f"{cell}: seq and saved must be as {engine.name}_layer with save=True returned them")
+    shapes += [("dlast", g, tuple(s.shape)) for g, s in zip(dlast, states, strict=False)]
+    shapes += [("dseq", g, tuple(s.shape)) for g, s in zip(dseq, seq, strict=False)]
     for name, tensor, shape in shapes:
         dtype = torch.float32 if name in ("seq", "dseq") else x.dtype
         if tuple(tensor.shape) != shape or tensor.device != x.device or tensor.dtype != dtype:

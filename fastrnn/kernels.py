@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._checks import same_device, some_steps
+from ._checks import packed_sizes, same_device, some_steps, values_readable
 from .reference import CELLS, split_params
 
 
@@ -162,6 +162,8 @@ def check(inputs: Inputs, heads: bool = False) -> None:
                 raise RuntimeError(
                     f"{cell}: {name} must be {x.dtype} like the input, got {tensor.dtype}{under}"
                 )
+    if batch_sizes is not None and values_readable(batch_sizes):
+        packed_sizes(batch_sizes, batch, x.shape[0])
 
 
 class Plan(NamedTuple):

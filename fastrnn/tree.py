@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import _checks
 from ._fx import leaf_call, traced
-from .backends import AUTOCAST_DTYPES, Explanation, autocast_dtype, decide_tree, explained
+from .backends import AUTOCAST_DTYPES, Explanation, autocast_dtype, decide_fused, explained
 from .forest import Forest, is_direction
 from .tree_ops import tree
 from .tree_reference import TREE_CELLS
@@ -72,7 +72,7 @@ class _Tree(nn.Module):
 
     def _explain(self, x: Tensor | None) -> Explanation:
         first = self.weight_ih if x is None else x
-        return explained(decide_tree(first), first, self._cell, "levels")
+        return explained(decide_fused(first, "recursive cells"), first, self._cell, "levels")
 
     def _states(self, x: Tensor | None, forest: Forest) -> tuple[Tensor, ...]:
         if not isinstance(forest, Forest):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import transforms, tree_reference
 from ._checks import same_device
-from .backends import choose, decide_tree
+from .backends import choose_fused
 from .forest import Forest, schedule_steps
 from .kernels import LOADED
 from .ops import below_autograd, is_batched, no_transforms, register_flops, wants_grad
@@ -152,7 +152,7 @@ def tree(
     cell: str, x: Tensor | None, params: Sequence[Tensor], forest: Forest, direction: str
 ) -> tuple[Tensor, ...]:
     """h and, by cell, c, each [N, H], on the backend in force; the arguments are checked already."""
-    if choose(params[0], decide_tree) == "reference" or transforms.active():
+    if choose_fused(params[0], "recursive cells") == "reference" or transforms.active():
         return tree_reference.tree(cell, x, params, forest.steps(direction))
     dtype = params[0].dtype
     if dtype in (torch.float16, torch.bfloat16):

@@ -137,6 +137,18 @@ def test_16_bits(cell, dtype, kernel, engine):
     check(cell, kernel, engine, dtype=dtype, D=2)
 
 
+def test_an_infinite_gradient_ends_where_relu_cuts_off(kernel, engine):
+    """In all steps, also where it reaches the step before past R."""
+    x, states, params, _ = case("rnn_relu", T=3, B=3, I=4, H=18)
+    with engine.use(kernel):
+        leaves = moved((x, *states, *params), usual(kernel), engine.device)
+        y, _, _ = functional.layer("rnn_relu", leaves[0], leaves[1:2], leaves[2:])
+        cut_off = y <= 0
+        assert cut_off.flatten(1).any(1).all()
+        grads = torch.autograd.grad(y, leaves, torch.where(cut_off, torch.inf, 1.0).to(y))
+    assert all(g.isfinite().all() for g in grads)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_the_cell_state_is_float32(dtype, kernel, engine):
     """Additions too small for 16 bits add up in it: with the forget gate at 1, c grows by an eighth of what
@@ -266,6 +278,12 @@ def test_the_operators_trust_nobody(engine):
         back("lstm", y, [], [], *given, y, seq, [saved[0][:, 1:]], True, True)
     with pytest.raises(ValueError, match="seq and saved must be as"):
         back("lstm", y, [], [], *given, y, [], saved, True, True)
+    with pytest.raises(ValueError, match="seq and saved must be as"):
+        back("lstm", y, [], [], *given, y, seq, [], True, True)
+    with pytest.raises(ValueError, match="dlast must be 2 tensors or none, got 1"):
+        back("lstm", y, [h], [], *given, y, seq, saved, True, True)
+    with pytest.raises(ValueError, match="dseq must be 1 tensors or none, got 2"):
+        back("lstm", y, [], [*seq, *seq], *given, y, seq, saved, True, True)
     with pytest.raises(ValueError, match="dy must be"):
         back("lstm", y[1:], [], [], *given, y, seq, saved, True, True)
     with pytest.raises(ValueError, match=r"dy must be torch.float32 \[3, 2, 4\].*got torch.bfloat16"):

@@ -118,3 +118,17 @@ def test_sizes_that_no_memory_holds():
             *("rnn_tanh", z(1, 1, 0), [z(1, 1, 0)], z(1, 0), params, z(0, 0), memory, memory),
             *(*none, None, [], 1.0, False),
         )
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_a_decoders_mask_is_of_its_memory_alone(backend):
+    """One of each query's own, which attention takes, would broadcast in the formula of a single step."""
+    T, B, S, H = 3, 2, 5, 4
+    x, feed, h = randn(T, B, 2), randn(B, H), randn(1, B, H)
+    params = [randn(3 * H, 2 + H), randn(3 * H, H), randn(3 * H), randn(3 * H)]
+    given = (x, [h], feed, [params], randn(H, H), randn(S, B, H), randn(S, B, H))
+    with fastrnn.backend(backend):
+        out, _, weights = functional.decoder("gru", *given, mask=torch.ones(B, S).bool())
+        assert (out.shape, weights.shape) == ((T, B, H), (B, T, S))
+        with pytest.raises(ValueError, match=r"mask must be \[B, S\] = \[2, 5\], got \[2, 3, 5\]"):
+            functional.decoder("gru", *given, mask=torch.ones(B, T, S).bool())

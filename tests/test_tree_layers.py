@@ -318,7 +318,10 @@ def test_a_replaced_weight_of_the_wrong_shape():
 @pytest.mark.parametrize("asked", ["triton", "cuda"])
 def test_backends_without_recursive_cells_say_so(asked):
     layer = fastrnn.TreeRNN(2, 3)
-    with fastrnn.backend(asked), pytest.raises(fastrnn.BackendError, match="it has no recursive cells"):
+    with (
+        fastrnn.backend(asked),
+        pytest.raises(fastrnn.BackendError, match="it has no kernel for recursive cells"),
+    ):
         layer(X, forest(PATH))
     with fastrnn.backend(asked):
         assert fastrnn.explain(layer, X).backend is None

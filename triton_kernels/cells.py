@@ -52,7 +52,8 @@ def forward(CELL: tl.constexpr, x, a, h, c):
 @triton.jit
 def backward(CELL: tl.constexpr, saved, h, c, c_new, dh, dc):
     """The gradients of a cell of one stage. h, c: the states before; c_new: c after; dh, dc: the gradients of
-    the states after. Returns (grads, what dh leaves to the h before past R, dc of the c before)."""
+    the states after. Returns (grads, what dh leaves to the h before past R, dc of the c before); nothing is a
+    plain 0, not 0 times a gradient, which may be infinite."""
     if CELL == "lstm":
         i, f, g, o = saved
         t = tanh(c_new)
@@ -61,7 +62,7 @@ def backward(CELL: tl.constexpr, saved, h, c, c_new, dh, dc):
         df = dc * c * f * (1.0 - f)
         dg = dc * i * (1.0 - g * g)
         do = dh * t * o * (1.0 - o)
-        return (di, df, dg, do), dh * 0.0, dc * f
+        return (di, df, dg, do), tl.zeros_like(dh), dc * f
     elif CELL == "gru":
         r, z, n, a = saved
         dn = dh * (1.0 - z) * (1.0 - n * n)
@@ -69,9 +70,9 @@ def backward(CELL: tl.constexpr, saved, h, c, c_new, dh, dc):
         return (dn * a * r * (1.0 - r), dz, dn, dn * r), dh * z, dc
     elif CELL == "rnn_tanh":
         y = saved[0]
-        return (dh * (1.0 - y * y),), dh * 0.0, dc
+        return (dh * (1.0 - y * y),), tl.zeros_like(dh), dc
     else:
-        return (tl.where(saved[0] <= 0.0, 0.0, dh),), dh * 0.0, dc
+        return (tl.where(saved[0] <= 0.0, 0.0, dh),), tl.zeros_like(dh), dc
 
 
 # The GRU of two stages.
