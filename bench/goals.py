@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fastrnn.bench import limits
 from fastrnn.bench.grid import GATES
-from fastrnn.bench.records import Probe, Record, geometric_mean
+from fastrnn.bench.records import Probe, Record
 from fastrnn.bench.rivals import FLOAT32, ONNX, TORCH
 
 ANY = (1, math.inf)
@@ -201,12 +202,12 @@ def find(goal: Goal, row: Record | Probe, peaks: limits.Peaks | None) -> Found |
 def mean(found: Sequence[Found]) -> Found:
     def best(each: Sequence[float | None]) -> float | None:
         known = [figure for figure in each if figure is not None]
-        return geometric_mean(known) if len(known) == len(each) else None
+        return statistics.geometric_mean(known) if len(known) == len(each) else None
 
     paced = [f.at_limit if f.at_pace is None else f.at_pace for f in found]
     return Found(
         f"geometric mean of {len(found)} rows",
-        geometric_mean([f.measured for f in found]),
+        statistics.geometric_mean([f.measured for f in found]),
         any(f.unquiet for f in found),
         math.hypot(*(f.error for f in found)) / len(found),
         best([f.at_limit for f in found]),

@@ -15,7 +15,7 @@ from fastrnn.bench.machine import UNKNOWN, Conditions
 from fastrnn.bench.rivals import OURS, PRODUCT, SIDE, TORCH, product_gflops
 from fastrnn.lm.errors import UserError, os_reason
 
-UNKNOWN_ERROR = 0.05  # of a section's figure in a file of before the errors were kept, and of one sample
+UNKNOWN_ERROR = 0.05  # of one sample
 
 
 @dataclass
@@ -145,15 +145,6 @@ def median_error(samples: list[float]) -> float:
     return standard_error(samples, [1.0] * len(samples))
 
 
-def error_by_spread(spread: float, rounds: int) -> float:
-    """The standard error where the rounds are forgotten: as if they had been normal and independent."""
-    return math.sqrt(math.pi / 2 / rounds) * spread / 1.349
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 def rival_names(records: list[Record]) -> list[str]:
     return sorted({name for r in records for name in (*r.rivals, *r.wrong)}, key=lambda name: name != TORCH)
 
@@ -166,7 +157,7 @@ def means(records: list[Record]) -> dict[str, dict[str, float]]:
         groups.setdefault(f"{r.case.cell} {r.case.mode}{dtype}", []).append(r)
     return {
         group: {
-            name: geometric_mean([r.ratio(name) for r in members if name in r.rivals])
+            name: statistics.geometric_mean([r.ratio(name) for r in members if name in r.rivals])
             for name in rival_names(members)
             if any(name in r.rivals for r in members)
         }
@@ -229,13 +220,10 @@ def read_json(path: Path) -> tuple[list[Record | Probe], dict[str, Any]]:
             rivals = dict(row["seconds"])
             ours = rivals.pop(OURS)
             rounds, spread = row["rounds"], row["spread"]
-            # Files of before the errors were kept.
-            guessed = {name: error_by_spread(share, rounds) for name, share in spread.items()}
-            errors = row.get("error", guessed)
             beside = read_conditions(row), row.get("product"), row.get("wrong", [])
-            found.append(Record(as_case(row), rounds, ours, rivals, spread, errors, *beside))
+            found.append(Record(as_case(row), rounds, ours, rivals, spread, row["error"], *beside))
         for row in content["sections"]:
-            figures, share = (row["ours"], row[TORCH]), row.get("error", UNKNOWN_ERROR)
+            figures, share = (row["ours"], row[TORCH]), row["error"]
             found.append(Probe(row["section"], as_case(row), *figures, read_conditions(row), share))
         return found, dict(content["machine"])
     except OSError as error:

@@ -129,7 +129,8 @@ MOST = 4  # times the seconds that a row should take, for the least rounds
 
 
 def rounds(one: float, seconds: float, least: int) -> int:
-    """Of `one` second each: what fits into `seconds`, or `least` within MOST times that; from 3 to 1000."""
+    """How many, of `one` seconds each: what fits into `seconds`, or `least` within MOST times that; from 3 to
+    1000."""
     fit = seconds / one
     return int(min(1000, max(3, fit, min(least, MOST * fit))))
 

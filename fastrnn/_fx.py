@@ -9,10 +9,11 @@ from torch.fx import Proxy
 
 
 def traced(*arguments: Any) -> Proxy | None:
-    """The first of fx's stand-ins among a call's arguments."""
+    """The first of fx's stand-ins among a call's arguments, which may be tuples of them."""
     for argument in arguments:
-        if isinstance(argument, Proxy):
-            return argument
+        found = traced(*argument) if isinstance(argument, tuple | list) else argument
+        if isinstance(found, Proxy):
+            return found
     return None
 
 

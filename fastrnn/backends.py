@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import _checks, cuda, kernels
 from ._checks import dtype_names
 from .gpu import TRAITS, capability
-from .reference import CELLS
+from .reference import CELLS, under_autocast
 from .tree_reference import TREE_CELLS
 
 BACKENDS = ("auto", "cuda", "triton", "cpu", "reference")
@@ -29,6 +29,9 @@ TRITON_DEVICES = ("cuda", "xpu")  # "cuda" is what torch calls AMD's too
 TRITON_CAPABILITY = 80  # below, Triton has no tensor cores and ptxas no bfloat16
 # What torch's autocast casts; float64 it leaves alone.
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+PACKED_ON_CPU = "a frozen or quantized layer runs on the cpu backend alone"
 
 
 class BackendError(RuntimeError):
@@ -162,13 +165,9 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The type that autocast, where it is on, wants x in."""
     if not torch._C._is_any_autocast_enabled():
         return None
-    device = x.device.type
-    # is_autocast_enabled raises for meta; torch 2.11's compiler cannot trace is_autocast_available.
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if not under_autocast(x.device) or x.dtype not in AUTOCAST_DTYPES:
         return None
-    if x.dtype not in AUTOCAST_DTYPES:
-        return None
-    return torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def decide(x: Tensor) -> Decision:
@@ -347,7 +346,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
 
     layer: a layer, cell or attention of fastrnn's; input: what would be passed to it first, a tensor, a
     PackedSequence, or None to a recursive layer. Raises TypeError where the layer is not one of fastrnn's,
-    ValueError or RuntimeError where it would refuse the input's dimensions or width.
+    ValueError or RuntimeError where a layer or cell would refuse the input's dimensions or width.
     """
     cell, own = getattr(layer, "_cell", None), getattr(layer, "_explain", None)
     if own is None and cell not in CELLS:
@@ -367,9 +366,7 @@ def explain(layer: torch.nn.Module, input: Tensor | PackedSequence | None) -> Ex
         x = given.new_empty(0, dtype=weights.dtype)
     decision = decide_cell(x, cell)
     if decision.backend is not None and packed and decision.backend != "cpu":
-        return Explanation(
-            None, None, f"frozen and quantized layers run on the cpu backend alone ({decision.reason})"
-        )
+        return Explanation(None, None, f"{PACKED_ON_CPU} ({decision.reason})")
     if decision.backend in ("cuda", "triton"):
         describe: Callable[..., tuple[str, str]] = cuda.describe
         if decision.backend == "triton":

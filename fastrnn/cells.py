@@ -14,7 +14,7 @@ from torch.fx import Proxy
 from torch.nn.modules import rnn as torch_rnn
 
 from . import _checks, functional, kernels, ops
-from ._fx import leaf_call
+from ._fx import leaf_call, traced
 from .modules import as_torch
 from .reference import CELLS
 
@@ -22,16 +22,28 @@ _NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 # Of what nobody else has: to autograd the result is no view.
 _unsafe_view = torch.ops.aten._unsafe_view.default
 
-# Captured at import: programs rebind torch.nn.LSTMCell to fastrnn.LSTMCell.
-_TORCH_LSTM_CELL, _TORCH_GRU_CELL, _TORCH_RNN_CELL = torch_rnn.LSTMCell, torch_rnn.GRUCell, torch_rnn.RNNCell
-
 
 class _Cell(torch_rnn.RNNCellBase):
     """What the three cells share."""
 
+    # torch.nn's, captured at import: programs rebind torch.nn.LSTMCell to fastrnn.LSTMCell.
+    _torch: type[torch_rnn.RNNCellBase]
+    _two = False  # whether the state is (h, c)
+
     @property
     def _cell(self) -> str:
         raise NotImplementedError
+
+    def forward(self, input: Tensor, hx: Tensor | Sequence[Tensor] | None = None) -> Any:
+        """The state after one step; arguments, shapes and errors are the class's."""
+        states: Any = hx if hx is None or self._two else (hx,)
+        found: Sequence[Tensor] | None = self._streamed(input, states)
+        if found is None:
+            proxy = traced(input, hx)
+            if proxy is not None:
+                return leaf_call(self, proxy, (input, hx), {})
+            found = self._step(input, states)
+        return tuple(found) if self._two else found[0]
 
     def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
         raise NotImplementedError
@@ -80,6 +92,8 @@ class _Cell(torch_rnn.RNNCellBase):
                 states = [x.new_zeros(1, x.shape[1], self.hidden_size)] * spec.states
             else:
                 states = [h.unsqueeze(0).unsqueeze(0) if one else h.unsqueeze(0) for h in hx]
+            if isinstance(states[0], Proxy):
+                return None
             own = self._parameters
             without = own.get("bias_ih", own) is None and own.get("bias_hh", own) is None
             weights = kernels.stream_weights(self, _NAMES[:2] if without else _NAMES, spec.gates)
@@ -91,7 +105,7 @@ class _Cell(torch_rnn.RNNCellBase):
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         """torch.nn's equal; ValueError where an option has none."""
-        raise NotImplementedError
+        return self._torch
 
     def to_torch(self) -> torch_rnn.RNNCellBase:
         """This cell as torch.nn's, on the very same Parameter objects.
@@ -116,6 +130,9 @@ class LSTMCell(_Cell):
     Raises ValueError for a wrong number of dimensions, RuntimeError for wrong sizes, dtypes and devices.
     """
 
+    _torch = torch_rnn.LSTMCell
+    _two = True
+
     def __init__(
         self,
         input_size: int,
@@ -130,23 +147,10 @@ class LSTMCell(_Cell):
     def _cell(self) -> str:
         return "lstm"
 
-    def forward(self, input: Tensor, hx: Sequence[Tensor] | None = None) -> Any:
-        """(h', c') of one step; arguments, shapes and errors are the class's."""
-        if isinstance(input, Proxy):
-            return leaf_call(self, input, (input, hx), {})
-        streamed = self._streamed(input, hx)
-        if streamed is not None:
-            return tuple(streamed)
-        h, c = self._step(input, hx)
-        return h, c
-
     def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
         _checks.cell_ranks("LSTMCell", input, hx, ("hx[0]", "hx[1]"))
         if hx is not None and (input.dim() == 2 or len(hx) < 2):  # else torch.nn's takes the first two
             _checks.two_states(hx, "lstm_cell")
-
-    def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
-        return _TORCH_LSTM_CELL
 
 
 class GRUCell(_Cell):
@@ -161,7 +165,8 @@ class GRUCell(_Cell):
     TypeError for a reset_after that is no bool.
     """
 
-    # On the class for cells that were pickled without it.
+    _torch = torch_rnn.GRUCell
+    # On the class: a cell that `convert` made of torch.nn's has none of its own.
     reset_after: bool = True
 
     def __init__(
@@ -182,23 +187,13 @@ class GRUCell(_Cell):
     def _cell(self) -> str:
         return "gru" if self.reset_after else "gru_reset_before"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
-        """h' of one step; arguments, shapes and errors are the class's."""
-        if isinstance(input, Proxy):
-            return leaf_call(self, input, (input, hx), {})
-        states = None if hx is None else (hx,)
-        streamed = self._streamed(input, states)
-        if streamed is not None:
-            return streamed[0]
-        return self._step(input, states)[0]
-
     def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
         _checks.cell_ranks("GRUCell", input, hx, ("hidden",))
 
     def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
         if not self.reset_after:
             raise ValueError("GRUCell with reset_after=False has no torch.nn equal")
-        return _TORCH_GRU_CELL
+        return super()._torch_class()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
@@ -216,6 +211,7 @@ class RNNCell(_Cell):
     and, when called, for an unknown nonlinearity.
     """
 
+    _torch = torch_rnn.RNNCell
     nonlinearity: str
 
     def __init__(
@@ -234,20 +230,7 @@ class RNNCell(_Cell):
     def _cell(self) -> str:
         return f"rnn_{self.nonlinearity}"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Any:
-        """h' of one step; arguments, shapes and errors are the class's."""
-        if isinstance(input, Proxy):
-            return leaf_call(self, input, (input, hx), {})
-        states = None if hx is None else (hx,)
-        streamed = self._streamed(input, states)
-        if streamed is not None:
-            return streamed[0]
-        return self._step(input, states)[0]
-
     def _check_ranks(self, input: Tensor, hx: Sequence[Tensor] | None) -> None:
         _checks.cell_ranks("RNNCell", input, hx, ("hidden",))
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
-
-    def _torch_class(self) -> type[torch_rnn.RNNCellBase]:
-        return _TORCH_RNN_CELL

@@ -15,14 +15,8 @@ from .modules import GRU, LSTM, OWN, RNN, _Layer
 
 _M = TypeVar("_M", bound=torch.nn.Module)
 
-# Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
 _OURS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch_rnn.LSTM: LSTM,
-    torch_rnn.GRU: GRU,
-    torch_rnn.RNN: RNN,
-    torch_rnn.LSTMCell: LSTMCell,
-    torch_rnn.GRUCell: GRUCell,
-    torch_rnn.RNNCell: RNNCell,
+    kind._torch: kind for kind in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 }
 
 

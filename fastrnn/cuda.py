@@ -241,35 +241,19 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def shape_of(call: Call, backward: bool) -> Shape:
-    return Shape(
-        call.cell,
-        call.H // call.heads,
-        call.P // call.heads,
-        call.D * call.heads,
-        call.B,
-        call.x.element_size(),
-        call.projected,
-        backward,
-        processors(call.x.device),
-        capability(call.x.device) or MIN_CAPABILITY,
-    )
+def shape_of(
+    cell: str, x: Tensor, H: int, P: int, B: int, D: int, heads: int, projected: bool, backward: bool
+) -> Shape:
+    """What the configuration of a layer of D directions depends on, on the device of x."""
+    sizes, found = (H // heads, P // heads, D * heads, B), capability(x.device) or MIN_CAPABILITY
+    return Shape(cell, *sizes, x.element_size(), projected, backward, processors(x.device), found)
 
 
 def describe(cell: str, H: int, proj_size: int, B: int, D: int, x: Tensor) -> tuple[str, str]:
     """Of a layer's forward pass: its kernel and its tiles; on a real device what `fit` makes of them."""
-    shape = Shape(  # of one unit and one sequence at least: there may be none, which no tile shares out
-        cell,
-        max(1, H),
-        max(1, proj_size or H),
-        D,
-        max(1, B),
-        x.element_size(),
-        proj_size > 0,
-        False,
-        processors(x.device),
-        capability(x.device) or MIN_CAPABILITY,
-    )
+    # Of one unit and one sequence at least: there may be none, which no tile shares out.
+    H, P, B = max(1, H), max(1, proj_size or H), max(1, B)
+    shape = shape_of(cell, x, H, P, B, D, 1, proj_size > 0, False)
     config = configure(shape)
     if ENGINE.library is not None and type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta":
         with alone(x.device):
@@ -360,7 +344,8 @@ class _Pass:
 
     def __init__(self, library: Library, call: Call, backward: bool) -> None:
         self.library, self.call = library, call
-        self.shape = shape_of(call, backward)
+        sizes_of = (call.H, call.P, call.B, call.D, call.heads, call.projected)
+        self.shape = shape_of(call.cell, call.x, *sizes_of, backward)
         self.widths = widths(self.shape)
         two = self.widths.used[1] > 0
         first, last = call.params[0], call.params[-1]
@@ -377,7 +362,6 @@ class _Pass:
             "exact": not allows_tf32(call.x.device),
             "patience": PATIENCE,
         }
-        self.packs = True
         self.adopt(configure(self.shape))
 
     def adopt(self, config: Config) -> None:

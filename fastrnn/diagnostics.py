@@ -26,7 +26,7 @@ from torch.nn.modules.rnn import RNNBase
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import functional
+from . import _checks, functional
 from .conversion import convert
 from .flow import GradientFlow, Masks, Reading, draw, norm
 from .inference import Packed
@@ -194,8 +194,7 @@ def gradient_flow(
     with torch.inference_mode(False), torch.enable_grad():
         order = None
         if isinstance(input, PackedSequence):
-            if lengths is not None or reset is not None:
-                raise ValueError("lengths and reset cannot be combined with a PackedSequence")
+            _checks.padded_only(lengths, reset)
             order = (input.sorted_indices, input.unsorted_indices)
             x, lengths = pad_packed_sequence(input, batch_first=twin.batch_first)
         else:

@@ -114,8 +114,6 @@ class Packed(_Layer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if "_own" not in state:  # pickled without it
-            self._own = [*self._buffers, *(f"packed_l{k}" for k in range(self.num_layers))]
         self._pack()  # perhaps on a machine of other instruction sets
 
     def _serves(self, like: Tensor) -> bool:

@@ -22,17 +22,10 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 from . import _checks, functional, kernels, ops
-from ._fx import leaf_call
+from ._fx import leaf_call, traced
 from ._sequences import batch_size, by_direction, by_layer, padded
 from .reference import CELLS
 
-# Captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
-_TORCH_LAYERS: dict[str, type[torch_rnn.RNNBase]] = {
-    "LSTM": torch_rnn.LSTM,
-    "GRU": torch_rnn.GRU,
-    "RNN_TANH": torch_rnn.RNN,
-    "RNN_RELU": torch_rnn.RNN,
-}
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 _M = TypeVar("_M", bound=torch.nn.Module)
@@ -75,6 +68,9 @@ def as_torch(module: torch.nn.Module, torch_class: type[_M]) -> _M:
 class _Layer(torch_rnn.RNNBase):
     """What LSTM, GRU and RNN share. Attributes are read at every call, as in torch.nn."""
 
+    # torch.nn's, captured at import: programs rebind torch.nn.LSTM to fastrnn.LSTM.
+    _torch: type[torch_rnn.RNNBase]
+
     @property
     def _cell(self) -> str:
         return _CELLS[self.mode]
@@ -106,7 +102,7 @@ class _Layer(torch_rnn.RNNBase):
 
     def _torch_class(self) -> type[torch_rnn.RNNBase]:
         """torch.nn's equal; ValueError where an option has none."""
-        return _TORCH_LAYERS[self.mode]
+        return self._torch
 
     def to_torch(self) -> torch_rnn.RNNBase:
         """This layer as torch.nn's, on the very same Parameter objects, with its hooks and parametrizations.
@@ -155,9 +151,10 @@ class _Layer(torch_rnn.RNNBase):
             result = self._streamed(input, hx)
             if result is not None:
                 return result
-        if isinstance(input, Proxy):
+        proxy = traced(input, hx, lengths, reset)
+        if proxy is not None:
             options = {"lengths": lengths, "reset": reset, "return_states": return_states or None}
-            return leaf_call(self, input, (input, hx), options)
+            return leaf_call(self, proxy, (input, hx), options)
         output, last, states = self._run(input, hx, lengths, reset, return_states)
         hidden = last if self.mode == "LSTM" else last[0]
         return (output, hidden, states) if return_states else (output, hidden)
@@ -181,6 +178,8 @@ class _Layer(torch_rnn.RNNBase):
                 h, c = (*self._zero_states(x, x.shape[1], 1)[0], None)[:2]
             else:
                 h, c = hx if two else (hx, None)
+                if isinstance(h, Proxy):
+                    return None
                 if unbatched:
                     h, c = h.unsqueeze(1), c.unsqueeze(1) if c is not None else None
             weights = self._stream_weights()
@@ -344,6 +343,8 @@ class LSTM(_Layer):
     for a dropout outside [0, 1], sizes <= 0 and proj_size >= hidden_size.
     """
 
+    _torch = torch_rnn.LSTM
+
     def __init__(
         self,
         input_size: int,
@@ -399,7 +400,8 @@ class GRU(_Layer):
     Raises what `LSTM` raises; TypeError for a reset_after that is no bool, ValueError for proj_size.
     """
 
-    # On the class for layers that were pickled without it.
+    _torch = torch_rnn.GRU
+    # On the class: a layer that `convert` made of torch.nn's has none of its own.
     reset_after: bool = True
 
     def __init__(
@@ -453,6 +455,8 @@ class RNN(_Layer):
 
     Raises what `LSTM` raises; ValueError for an unknown nonlinearity and for proj_size.
     """
+
+    _torch = torch_rnn.RNN
 
     def __init__(
         self,

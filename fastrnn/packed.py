@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import transforms
 from ._checks import same_device
-from .backends import BackendError, autocast_dtype, choose
+from .backends import PACKED_ON_CPU, BackendError, autocast_dtype, choose
 from .functional import RECORDER
 from .kernels import LOADED, compute_dtype
 from .ops import below_autograd, layer_flops, register_flops, wants_grad
@@ -23,7 +23,6 @@ from .reference import CELLS, rounded
 
 _LAYER: Any = torch.ops.fastrnn.layer_packed.default if LOADED else None
 
-NO_BACKEND = "a frozen or quantized layer runs on the cpu backend alone"
 _NO_GRADIENT = (
     "a frozen or quantized layer is for inference and has no derivatives: call it under torch.no_grad(), or "
     "train the layer it was made from and make it again"
@@ -86,7 +85,7 @@ def layer(
     if dtype is not None:
         x, states = x.to(weights.dtype), [s.to(weights.dtype) for s in states]
     if RECORDER.take is not None or choose(x) != "cpu":
-        raise BackendError(f"{NO_BACKEND}, and is not exported to ONNX")
+        raise BackendError(f"{PACKED_ON_CPU}, and is not exported to ONNX")
     _refuse_derivatives(x, *states)
     args = (cell, x, list(states), weights, lengths, batch_sizes, reset, return_states)
     # A graph keeps the operator itself.

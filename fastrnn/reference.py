@@ -129,9 +129,10 @@ def rounded(
     return y.to(dtype), tuple(s.to(dtype) for s in last), tuple(s.to(dtype) for s in seq)
 
 
-def _own_precision(x: Tensor) -> bool:
-    """Whether autocast is on for x's device: it would round the products of the reference."""
-    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+def under_autocast(device: torch.device) -> bool:
+    """Whether autocast is on for this device: it would round the products of the reference."""
+    # is_autocast_enabled raises for meta; torch 2.11's compiler cannot trace is_autocast_available.
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def layer(
@@ -154,7 +155,7 @@ def layer(
     returns     y [T, B, D*P] (packed: [N, D*P]), the last states [D, B, .], and the sequences of
                 the states after the first, each [D, T, B, H] (packed: [D, N, H])
     """
-    if _own_precision(x):
+    if under_autocast(x.device):
         with torch.autocast(x.device.type, enabled=False):
             return layer(cell, x, states, params, lengths, batch_sizes, reset)
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -236,7 +237,7 @@ def attention(
     mask     bool [B, S] or [B, Tq, S], True where a query may attend; what none may attend to is not read
     returns  (context [Tq, B, V], weights [B, Tq, S]), zero where a query may attend to nothing
     """
-    if _own_precision(query):
+    if under_autocast(query.device):
         with torch.autocast(query.device.type, enabled=False):
             return attention(query, keys, values, v, mask, scale)
     q, k, m = (t.transpose(0, 1) for t in (query, keys, values))  # [B, ., .]
@@ -284,7 +285,7 @@ def decoder(
     drops    [T, B, H] factors of the output of each layer but the last; none: 1
     returns  (a [T, B, H], last states, weights [B, T, S])
     """
-    if _own_precision(x):
+    if under_autocast(x.device):
         with torch.autocast(x.device.type, enabled=False):
             return decoder(cell, x, states, feed, params, w_h, keys, values, w_q, v, mask, drops, scale)
     layers = [tuple(s[k] for s in states) for k in range(len(params))]

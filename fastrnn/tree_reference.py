@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from .forest import Steps
+from .reference import under_autocast
 
 
 @dataclass(frozen=True)
@@ -122,9 +123,9 @@ def tree(cell: str, x: Tensor | None, params: Sequence[Tensor], steps: Steps) ->
     x        [N, I], or None where nodes have no input
     params   w_ih [G*H, I], w_hh and, where there are biases, b_ih, b_hh [G*H]
     """
-    device = params[0].device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # it would round the products below
-        with torch.autocast(device, enabled=False):
+    device = params[0].device
+    if under_autocast(device):
+        with torch.autocast(device.type, enabled=False):
             return tree(cell, x, params, steps)
     if params[0].dtype in (torch.float16, torch.bfloat16):
         # As in the kernels: 16 bits are for what is kept, the arithmetic is float32's, rounded once.

@@ -367,18 +367,6 @@ def test_a_move_that_failed(make):
 
 
 @each_maker
-def test_pickled_without_its_list_of_buffers(make):
-    """As by builds before that had one."""
-    made, x = make(fastrnn.GRU(3, 4)), torch.randn(5, 2, 3)
-    state = made.__getstate__()
-    del state["_own"]
-    other = object.__new__(type(made))
-    other.__setstate__(state)
-    assert torch.equal(other(x)[0], made(x)[0])
-    assert torch.equal(pickle.loads(pickle.dumps(other))(x)[0], made(x)[0])
-
-
-@each_maker
 def test_the_model_stays_as_it_was(make):
     """Also the state of its parametrizations, which a call in train mode changes."""
     model = torch.nn.utils.parametrizations.spectral_norm(fastrnn.LSTM(4, 8), "weight_hh_l0")

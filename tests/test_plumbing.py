@@ -332,6 +332,8 @@ MODULES = {
         (randn(T, B, IN),),
         {"lengths": torch.tensor([1, 4])},
     ),
+    "gru": (GRU(IN, H, dtype=F64), (randn(T, B, IN), randn(1, B, H)), {}),
+    "gru cell": (fastrnn.GRUCell(IN, H, dtype=F64), (randn(B, IN), randn(B, H)), {}),
     "tree": (fastrnn.TreeRNN(IN, H, dtype=F64), (None, fastrnn.Forest.from_parents([-1, 0, 0])), {}),
 }
 
@@ -353,6 +355,36 @@ def test_fx_keeps_these_leaves_too(name):
         traced = torch.fx.symbolic_trace(Wrapper(place))
         assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["inner"]
         assert_same(traced(args[place]), module(*args, **options))
+
+
+@pytest.mark.parametrize("call", ["states", "cell's states", "lengths"])
+def test_fx_looks_into_pairs_and_options(call):
+    """Of a call whose input is no traced one."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.cell = LSTM(IN, H, dtype=F64), fastrnn.LSTMCell(IN, H, dtype=F64)
+            self.register_buffer("x", randn(T, B, IN))
+
+        def forward(self, given, c):
+            if call == "states":
+                return self.layer(self.x, (given, c))
+            return (
+                self.cell(self.x[0], (given, c))
+                if call == "cell's states"
+                else self.layer(self.x, lengths=given)
+            )
+
+    model = Wrapper()
+    args = {
+        "states": (randn(1, B, H), randn(1, B, H)),
+        "cell's states": (randn(B, H), randn(B, H)),
+        "lengths": (torch.tensor([1, 4]), None),
+    }[call]
+    traced = torch.fx.symbolic_trace(model)
+    assert len([n for n in traced.graph.nodes if n.op == "call_module"]) == 1
+    assert_same(traced(*args), model(*args))
 
 
 @each_layer

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import UserError, os_reason
 
-DEFAULT_BYTES = 4_000_000
+DEFAULT_CHARACTERS = 4_000_000
 VALID_FRACTION = 0.1
 # Enough for two digits of a perplexity, and it keeps a validation to seconds on a CPU.
 VALID_MAX = 100_000
@@ -47,7 +47,7 @@ def read_text(path: str | None) -> str:
 
 
 def _standard_library() -> str:
-    """The top-level modules in the order of their names, up to DEFAULT_BYTES: the same text every time."""
+    """The top-level modules by name, up to DEFAULT_CHARACTERS: the same text every time."""
     folder = Path(sysconfig.get_path("stdlib"))
     parts: list[str] = []
     size = 0
@@ -58,11 +58,11 @@ def _standard_library() -> str:
             continue
         parts.append(part)
         size += len(part)
-        if size >= DEFAULT_BYTES:
+        if size >= DEFAULT_CHARACTERS:
             break
     if not parts:
         raise UserError(f"no Python sources in {folder}: name a text file with --data")
-    return "".join(parts)[:DEFAULT_BYTES]
+    return "".join(parts)[:DEFAULT_CHARACTERS]
 
 
 def _code_points(text: str) -> Tensor:
