@@ -57,10 +57,8 @@ class Goal:
 
     def of(self, row: Record | Probe, peaks: limits.Peaks | None) -> float | None:
         """The row's figure; None where it has none."""
-        if isinstance(row, Probe) and self.figure == SPEED:
-            return row.theirs / row.ours
         if isinstance(row, Probe):
-            return row.ours / row.theirs if self.figure == MEMORY else row.ours
+            return row.figure
         if self.figure == MICROSECONDS:
             return row.ours * 1e6
         if self.figure == PEAK:

@@ -167,7 +167,7 @@ def table(probes: list[Probe]) -> str:
         lines.append(f"{title}:")
         for p in (p for p in probes if p.section == section):
             line = f"  {p.case.id:36}ours {p.ours / unit:9.2f}   torch.nn {p.theirs / unit:9.2f}"
-            line += f"   ratio {p.ours / p.theirs:.2f}" * (section == "memory")
-            line += f"   times as fast {p.theirs / p.ours:.2f}" * (section in ("decoder", "attention"))
+            line += f"   ratio {p.figure:.2f}" * (section == "memory")
+            line += f"   times as fast {p.figure:.2f}" * (section in ("decoder", "attention"))
             lines.append(line + p.conditions.text())
     return "\n".join(lines)

@@ -94,10 +94,11 @@ std::tuple<Row, Row, Row> backward(const Row& saved_row, const Row& s_row, const
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   pybind11::dict cells;
-#define ADD(C)                                                                                \
-  cells[C::kName] =                                                                           \
-      pybind11::make_tuple(int{C::kGates}, int{C::kStates}, int{C::kSaved}, bool{C::kSavesH}, \
-                           pybind11::cpp_function(&forward<C>), pybind11::cpp_function(&backward<C>));
+#define ADD(C)                                                                   \
+  cells[C::kName] = pybind11::make_tuple(                                        \
+      int{C::kGates}, int{C::kStates}, int{C::kSaved}, bool{C::kSavesH},         \
+      pybind11::cpp_function(&forward<C>), pybind11::cpp_function(&backward<C>), \
+      Row(C::kHiddenGrad, C::kHiddenGrad + C::kGates), bool{C::kReadsH}, C::kStages == 2);
   FASTRNN_CELLS(ADD)
 #undef ADD
   m.attr("cells") = cells;

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils.cpp_extension import load
 
+from fastrnn.gpu import TRAITS
 from fastrnn.reference import CELLS
 
 HERE = Path(__file__).parent
@@ -27,10 +28,16 @@ def test_both_registries_agree(traits):
     }
 
 
+def test_the_gpus_traits_are_those_of_the_headers(traits):
+    assert {name: cell[6:] for name, cell in traits.items()} == {
+        name: (list(t.hidden_grads), t.state, t.mid) for name, t in TRAITS.items()
+    }
+
+
 @pytest.mark.parametrize("name", CELLS)
 def test_step_equals_the_reference(traits, name):
     """One hidden unit: gx [G], states [S] and the recurrent weights R [G], so that gh = R h."""
-    gates, states, _, saves_h, forward, _ = traits[name]
+    gates, states, _, saves_h, forward = traits[name][:5]
     for _ in range(20):
         gx, s, R = (torch.randn(n, dtype=torch.float64) for n in (gates, states, gates))
         theirs = CELLS[name].step(gx[None], s[:1][None], tuple(v.view(1, 1) for v in s), R[:, None], None)
@@ -41,7 +48,7 @@ def test_step_equals_the_reference(traits, name):
 
 @pytest.mark.parametrize("name", CELLS)
 def test_backward_equals_finite_differences(traits, name):
-    gates, states, _, _, forward, backward = traits[name]
+    gates, states, _, _, forward, backward = traits[name][:6]
     weights, step = torch.randn(states, dtype=torch.float64), 1e-6
 
     def split(v):

@@ -13,7 +13,7 @@ struct Gru {
   static constexpr const char* kName = "gru";
   // gh_n is saved beside r, z, n: the gradient of r needs it.
   static constexpr int kGates = 3, kStates = 1, kSaved = 4, kGrads = 4, kStages = 1;
-  static constexpr bool kSavesH = false, kSums = false;
+  static constexpr bool kSavesH = false, kSums = false, kReadsH = true;
   static constexpr int kStageGates[1] = {3};
   static constexpr int kHiddenGrad[3] = {0, 1, 3};
 
@@ -41,7 +41,7 @@ struct Gru {
 struct GruResetBefore {
   static constexpr const char* kName = "gru_reset_before";
   static constexpr int kGates = 3, kStates = 1, kSaved = 3, kGrads = 3, kStages = 2;
-  static constexpr bool kSavesH = false, kSums = false;
+  static constexpr bool kSavesH = false, kSums = true, kReadsH = true;
   static constexpr int kStageGates[2] = {2, 1};
   static constexpr int kHiddenGrad[3] = {0, 1, 2};
 

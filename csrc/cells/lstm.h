@@ -11,7 +11,8 @@ struct Lstm {
   static constexpr const char* kName = "lstm";
   static constexpr int kGates = 4, kStates = 2, kSaved = 4, kGrads = 4, kStages = 1;
   static constexpr bool kSavesH = false;
-  static constexpr bool kSums = true;  // of gx and gh it takes gx + gh alone
+  static constexpr bool kSums = true;     // of gx and gh it takes gx + gh alone
+  static constexpr bool kReadsH = false;  // h goes into its products, and nowhere else
   static constexpr int kStageGates[1] = {4};
   // dg[kHiddenGrad[k]] is the gradient of gate k's recurrent part; dg[k] that of its input part.
   static constexpr int kHiddenGrad[4] = {0, 1, 2, 3};

@@ -8,7 +8,7 @@ namespace fastrnn {
 struct VanillaBase {
   static constexpr int kGates = 1, kStates = 1, kSaved = 1, kGrads = 1, kStages = 1;
   static constexpr bool kSavesH = true;  // what is saved is the new h, and nothing else
-  static constexpr bool kSums = true;
+  static constexpr bool kSums = true, kReadsH = false;
   static constexpr int kStageGates[1] = {1};
   static constexpr int kHiddenGrad[1] = {0};
 };

@@ -17,7 +17,7 @@ FASTRNN_HD int64_t whole(int64_t n) {
   return vectors<E>(n) * Simd<E>::W;
 }
 
-// Takes pieces off a call's scratch, each at a line of its own; of none, to count them.
+// Takes pieces off a call's scratch, each whole vectors and one more apart; of none, to count them.
 template <class E>
 struct Scratch {
   E* at;
@@ -63,23 +63,23 @@ struct AttendForward {
   static constexpr int64_t kFew = 4;      // queries for which packing costs more than it gains
   static constexpr E kNone = -std::numeric_limits<E>::infinity();
 
-  static int64_t scratch(int64_t rows, int64_t K, int64_t V) {
-    return (kBlock + 1) * (whole<E>(K) + whole<E>(V)) + rows * (kBlock + whole<E>(V) + 3) + 16 * S::W;
+  static int64_t scratch(const Attend<E>& p, int64_t rows) {
+    return AttendForward(p, 0, rows, nullptr).scratch_.taken;
   }
 
   const Attend<E>& p;
   int64_t q0, rows;
   E *memory, *values, *score, *sums, *query, *top, *total, *shrink;
+  Scratch<E> scratch_;
 
   AttendForward(const Attend<E>& args, int64_t first, int64_t after, E* at)
-      : p(args), q0(first), rows(after - first) {
-    Scratch<E> scratch{at};
-    memory = scratch.take(kBlock * whole<E>(p.K));
-    values = scratch.take(kBlock * whole<E>(p.V));
-    score = scratch.take(rows * kBlock);
-    sums = scratch.take(rows * whole<E>(p.V));
-    query = scratch.take(p.K);
-    for (E** each : {&top, &total, &shrink}) *each = scratch.take(rows);
+      : p(args), q0(first), rows(after - first), scratch_{at} {
+    memory = scratch_.take(kBlock * whole<E>(p.K));
+    values = scratch_.take(kBlock * whole<E>(p.V));
+    score = scratch_.take(rows * kBlock);
+    sums = scratch_.take(rows * whole<E>(p.V));
+    query = scratch_.take(p.K);
+    for (E** each : {&top, &total, &shrink}) *each = scratch_.take(rows);
   }
 
   // score [rows][kBlock] of positions [s0, s0 + count).

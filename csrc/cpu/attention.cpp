@@ -95,7 +95,8 @@ class AttentionCall {
     const int64_t calls = ceil_div(each, kMostAttendRows);
     const int64_t blocks = ceil_div(in_.Tq, ceil_div(each, calls * kLeastAttendRows) * kLeastAttendRows);
     const int64_t rows = blocks > 0 ? ceil_div(in_.Tq, blocks) : 0;
-    run(in_.B * blocks, k.scratch(rows, in_.K, in_.V), want, [&](int64_t task, E* scratch) {
+    const int64_t each_scratch = blocks > 0 ? k.scratch(all_[0], rows) : 0;
+    run(in_.B * blocks, each_scratch, want, [&](int64_t task, E* scratch) {
       const int64_t q0 = task % blocks * rows;
       k.attend(all_[task / blocks], q0, std::min(q0 + rows, in_.Tq), scratch);
     });
@@ -173,10 +174,8 @@ class AttentionCall {
 
   // Threads for products of Tq * S * (K or V) multiplications, at most so many.
   int threads(int64_t products, int64_t most) const {
-    constexpr int64_t kLeastCall = 100000;  // shorter ones are better run alone
     const int64_t work = products * in_.B * in_.Tq * in_.S * std::max(in_.K, in_.V);
-    most = std::max<int64_t>(1, std::min(most, work / kLeastCall));
-    return static_cast<int>(std::min<int64_t>(team_threads(), most));
+    return static_cast<int>(std::clamp<int64_t>(most, 1, product_threads(work)));
   }
 
   // f(task, scratch) of all tasks, shared out over so many threads.

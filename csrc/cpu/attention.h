@@ -91,7 +91,7 @@ struct AttentionKernels {
   // elements as the next two say; the second of this very sequence, as shorter ones may take more.
   void (*attend)(const Attend<E>&, int64_t q0, int64_t q1, E* scratch);
   void (*attend_backward)(const Attend<E>&, const Share&, E* scratch);
-  int64_t (*scratch)(int64_t rows, int64_t K, int64_t V);
+  int64_t (*scratch)(const Attend<E>&, int64_t rows);
   int64_t (*backward_scratch)(const Attend<E>&);
 };
 

@@ -19,7 +19,7 @@ template <class E>
 class DecoderBackward : DecoderCall<E> {
   using Base = DecoderCall<E>;
   using Base::arena_, Base::cell_, Base::cells_, Base::data, Base::in_, Base::kernels_, Base::p_,
-      Base::scans_, Base::table_, Base::weights_, Base::memory_;
+      Base::scans_, Base::weights_;
 
  public:
   DecoderBackward(const CellKernels<E>& cell, const DecoderInputs& in, const OptionalTensor& dout,

@@ -131,23 +131,13 @@ const Kernels<float, Bf16>& kernels<float, Bf16>() {
   return instruction_set().bf16;
 }
 
-namespace {
-
-template <class E>
-const AttentionKernels<E>& found(const AttentionKernels<E>* kernels) {
-  STD_TORCH_CHECK(kernels, "the instruction set ", instruction_set().name, " has no attention kernels");
-  return *kernels;
-}
-
-}  // namespace
-
 template <>
 const AttentionKernels<float>& attention_kernels<float>() {
-  return found(instruction_set().attention_f32);
+  return *instruction_set().attention_f32;
 }
 template <>
 const AttentionKernels<double>& attention_kernels<double>() {
-  return found(instruction_set().attention_f64);
+  return *instruction_set().attention_f64;
 }
 
 template <class E, class A>

@@ -26,9 +26,10 @@ struct Forward {
   using S = Simd<E>;
   static constexpr int kLast = last_stage_gates<Cell>();
   static constexpr int kFirst = Cell::kGates - kLast;  // gates of the stage before, if there is one
-  static constexpr bool kTwo = Cell::kStages == 2, kJoins = Cell::kSums;
+  static constexpr bool kTwo = Cell::kStages == 2, kJoins = Cell::kSums && !kTwo;
   // Of a step's sums: an Elman network's h has their error whole, where other cells' gates dampen it. (The
-  // one gate of a second stage could do without, and gains as little by it as it loses.)
+  // one gate of a second stage could do without, and gains as little by it as it loses. Products of bfloat16
+  // cut k in their own way, see pairs.h and amx.h.)
   static constexpr int64_t kPiece = kLast == 1 ? kShortSum<A> : kLongest<A>;
 
   const Scan<E, A>& p;

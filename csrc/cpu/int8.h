@@ -8,6 +8,8 @@
 
 namespace fastrnn::cpu {
 
+inline constexpr int kMaxGates = 4;  // of a cell
+
 // The kernels read the weights by fours of k. A block of W units is, in floats, scale [G][W], sums of the
 // weights [G][W] (int32), then int8 [fours][G][W][4].
 inline int64_t int8_fours(int64_t K) { return (K + 3) / 4; }
@@ -37,7 +39,7 @@ struct Int8Tile {
 
 struct Int8Kernels {
   void (*quantize)(const float* a, int64_t K, float* row);
-  void (*tile[4])(int M, int U, const Int8Tile&);  // of 1 to 4 gates
+  void (*tile[kMaxGates])(int M, int U, const Int8Tile&);  // of 1 gate and more
 };
 
 }  // namespace fastrnn::cpu

@@ -18,7 +18,10 @@ constexpr cpu::CellKernels<E, A> cell_kernels() {
   static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
   static_assert(!Cell::kSavesH || (Cell::kSaved == 1 && Cell::kStates == 1), "h is all that it saves");
   static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");
-  static_assert(!Cell::kSums || Cell::kStages == 1, "a second stage's gates are no sum of x's and h's parts");
+  static_assert(Cell::kGates <= cpu::kMaxGates && Cell::kStates <= cpu::kMaxStates, "that many have room");
+  static_assert(Cell::kStages == 1 || (Cell::kStates == 1 && Cell::kStageGates[Cell::kStages - 1] == 1 &&
+                                       Cell::kGrads == Cell::kGates),
+                "of two stages the second has one gate, whose gradient and those of the others' are h's too");
   cpu::CellKernels<E, A> k{Cell::kName,
                            Cell::kGates,
                            Cell::kStates,

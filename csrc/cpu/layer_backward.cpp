@@ -94,7 +94,8 @@ class BackwardPass {
         cell_.backward(scan, mine);
         for (int64_t d = 0; d < a_.D; ++d) {
           const Chunk c(scan, d);
-          // The factors of the first direction are out of use since the last chunk, of the second not yet.
+          // Both directions' factors have one buffer: the first's products are over before the second's are
+          // gathered.
           if (d > 0) team.meet();
           if (need_params_ && live[d]) gather_factors(team, c);
           team.meet();

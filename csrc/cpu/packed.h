@@ -60,7 +60,7 @@ class PackedLayer {
     int64_t at = ceil_div(sizeof head_, kAlign) * kAlign;
     char* base = data_.defined() ? static_cast<char*>(data_.mutable_data_ptr()) : nullptr;
     const auto get = [&]<class T>(T, int64_t count) {
-      T* p = reinterpret_cast<T*>(base + at);
+      T* p = base ? reinterpret_cast<T*>(base + at) : nullptr;
       at += ceil_div(count * sizeof(T), kAlign) * kAlign;
       return p;
     };
@@ -75,7 +75,7 @@ class PackedLayer {
       if (cell_.joins && !head_.int8) {
         const int64_t width = kernels<E, A>().width, gates = cell_.gates;
         const A* both = get(A{}, ceil_div(n.H, width) * joint_rows<A>(n.I, n.P) * gates * width);
-        std::tie(s.w_x[0], s.w[0]) = two_of(both, n.I, n.P, gates, width, packing());
+        if (both) std::tie(s.w_x[0], s.w[0]) = two_of(both, n.I, n.P, gates, width, packing());
       }
       for (int stage = 0; stage < cell_.stages && (!cell_.joins || head_.int8); ++stage) {
         s.w_x[stage] = weight(cell_.stage_gates[stage], n.H, n.I);

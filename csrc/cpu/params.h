@@ -1,7 +1,7 @@
-// What a CPU scan works on: plain structs of pointers, filled by layer_forward.cpp and layer_backward.cpp,
-// read by the kernels of every instruction set. E is the type of the arithmetic: float (also for bfloat16
-// tensors) or double. A is the type of what is multiplied, rows and packed weights alike: E, or bfloat16
-// where the instruction set multiplies that.
+// What a CPU scan works on: plain structs of pointers, filled by forward_pass.h, layer_backward.cpp and the
+// decoder, read by the kernels of every instruction set. E is the type of the arithmetic: float (also for
+// bfloat16 tensors) or double. A is the type of what is multiplied, rows and packed weights alike: E, or
+// bfloat16 where the instruction set multiplies that.
 //
 // Rows are *packed*: step t's active sequences stand at rows offset[t] .. offset[t] + active[t]. In a dense
 // batch that is t*B .. t*B + B; in a ragged one the sequences are sorted by length, so a step's rows are a
@@ -73,7 +73,9 @@ struct Weight {
   };
   const A* data = nullptr;
   Layout layout = kPacked;
-  int64_t ld = 0;  // of kPacked: the K of a block as it lies, of tiles of a gate's column; 0: the product's
+  // kPacked: the K of a block as it lies (of tiles, of a gate's column), 0 where that is the product's;
+  // kRows, kColumns: from a row to the next; kInt8: not used.
+  int64_t ld = 0;
   const Int8Kernels* int8 = nullptr;  // of kInt8
   explicit operator bool() const { return data; }
 };
@@ -145,7 +147,7 @@ struct Scan {
   unsigned sweeps;  // over the weights, before this call: every other one is backwards
 };
 
-// Splits (direction, rows, units) over a team; see workspace.h.
+// Splits (direction, rows, units) over a team: `Plan::share`.
 struct Share {
   int dir0, dir1;      // directions of this member
   int64_t row0, row1;  // rows of the batch

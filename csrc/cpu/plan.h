@@ -39,8 +39,8 @@ int product_threads(int64_t multiplications);
 
 // How many threads, and how they share out (directions, rows, units). Directions need nothing of each other;
 // rows no barrier, but each thread streams the whole of R, which should then fit in its own second-level
-// cache, or be met by many rows, and in a short call is half of the time in that of the thread that packed
-// it. Units need a barrier for every phase of a step.
+// cache, or be met by many rows. (In a call of few steps R is still in the caches of those that packed it, a
+// share each: units, then.) Units need a barrier for every phase of a step.
 class Plan {
  public:
   struct Split {

@@ -27,7 +27,6 @@ struct Limits;
 
 template <>
 struct Limits<float> {
-  using Bits = int32_t;
   typedef float Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef int32_t NativeBits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   static constexpr int kMantissa = 23, kBias = 127;
@@ -49,7 +48,6 @@ struct Limits<float> {
 };
 template <>
 struct Limits<double> {
-  using Bits = int64_t;
   typedef double Native __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   typedef int64_t NativeBits __attribute__((vector_size(FASTRNN_VECTOR_BYTES)));
   static constexpr int kMantissa = 52, kBias = 1023;
@@ -70,7 +68,6 @@ inline constexpr bool kStreams = FASTRNN_VECTOR_BYTES == 64;
 template <class E_>
 struct Simd {
   using E = E_;
-  using Bits = typename Limits<E>::Bits;
   static constexpr int W = FASTRNN_VECTOR_BYTES / sizeof(E);
   using Native = typename Limits<E>::Native;
   using NativeBits = typename Limits<E>::NativeBits;

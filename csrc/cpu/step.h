@@ -54,8 +54,8 @@ FASTRNN_HD Simd<E> store(const Border<E>& b, int64_t row, int64_t unit, int lane
   return x;
 }
 
-// Vectors of rows that are multiplied: of E whole ones, since what lies past a row's end is not; bfloat16 is,
-// and stays zero.
+// Rows that are multiplied. Of E whole vectors, as no product reads beyond a row's end; products of bfloat16
+// read on to a multiple of 32, so that what is there stays zero, and stores stop at `lanes`.
 template <class E>
 FASTRNN_HD Simd<E> load_row(const E* p) {
   return Simd<E>::load(p);

@@ -103,10 +103,7 @@ class TreeCall {
 
   // Multiplications of a level with so many rows, whose states take so many edges; the gates count too.
   int64_t work(int64_t rows, int64_t edges) const { return t_.H * (rows * 16 + edges * t_.Q); }
-  int threads() const {
-    const int64_t all = t_.N * cell_.gates * t_.H * t_.I + work(t_.N, s_.E);
-    return static_cast<int>(std::clamp<int64_t>(all / 100000, 1, team_threads()));
-  }
+  int threads() const { return product_threads(t_.N * cell_.gates * t_.H * t_.I + work(t_.N, s_.E)); }
   Levels levels(const Team& team) const {
     return {team, t_.A * t_.Q * t_.H * static_cast<int64_t>(sizeof(E)), kernels_.width};
   }

@@ -1,4 +1,5 @@
-// What the two directions of a layer on the CPU share: scratch memory, weights and products.
+// What the calls on the CPU share: tensors' memory and scratch, reading and writing rows, weights and
+// products.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>

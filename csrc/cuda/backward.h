@@ -152,7 +152,7 @@ __device__ __forceinline__ void Backward<Cell, T, U, VIA, PROJECTED>::run(const 
           // From a row to that of the step before, where all sequences run.
           const int back = w.d ? int(a.B) : -int(a.B);
           h_before[i] = 0, c_before[i] = 0, c_new[i] = 0, dc_seq[i] = 0;
-          if constexpr (STATES == 1 && G > 1) {  // else the cell reads no h
+          if constexpr (Cell::kReadsH) {
             if (a.h_before)
               h_before[i] = read<T>(a.h_before, wide(int(rows_0) + row, H) + unit, live);
             else if (s > 0)

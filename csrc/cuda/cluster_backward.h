@@ -176,7 +176,7 @@ __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::ste
     const int back = d ? B : -B;  // from a row to that of the step before, where all sequences run
     const bool before = live && s > 0;
     step.h_before = 0, step.c_before = 0, step.c_new = 0, step.dc_seq = 0;
-    if constexpr (STATES == 1 && G > 1) {  // else the cell reads no h
+    if constexpr (Cell::kReadsH) {
       if (MASKED && a.h_before)
         step.h_before = read_word<T>(h_at.at(row), live);
       else
@@ -244,7 +244,7 @@ __device__ __forceinline__ void ClusterBackward<Cell, T, U, CHUNKS, HALVES>::ste
       }
       if (step == last - 1 && has && at.on) {
         const int64_t first = (d * a.B + row_0 + col(i)) * a.H + unit;
-        if (STATES == 1 && G > 1 && !(MASKED && a.h_before)) before[0] = T::load(as<Bits>(a.h_first)[first]);
+        if (Cell::kReadsH && !(MASKED && a.h_before)) before[0] = T::load(as<Bits>(a.h_first)[first]);
         if (STATES == 2 && !(MASKED && a.c_before)) before[1] = T::load(as<Bits>(a.c_first)[first]);
       }
       Cell::backward(gates, before, after, d_after, dg[i], d_before);

@@ -64,7 +64,7 @@ struct ClusterForward {
   }
 
  private:
-  static constexpr bool kAdds = Cell::kSaved == G;  // see forward.h
+  static constexpr bool kAdds = Cell::kSums;  // see forward.h
   using Bits = typename T::Bits;
 
   uint4 held[kHeld][kTiles1][2];

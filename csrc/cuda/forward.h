@@ -21,8 +21,8 @@ struct Forward {
                                                 : parts_of_columns(kColumns1, kTwo ? kColumns2 : kColumns1,
                                                                    VIA == Via::kAlone ? 8 : U / 8);
   using S = Shape<U, kWn, kFirst, VIA>;
-  // The cell adds its gates' two parts; else it keeps a recurrent one for itself.
-  static constexpr bool kAdds = Cell::kSaved == kGates;
+  static constexpr bool kAdds = Cell::kSums;  // so that both biases are one
+  static_assert(!kMid || (kGates == 3 && kFirst == 2), "the two stages below are of r and z, and of n");
   static constexpr int kTiles1 = kColumns1 / kWn, kTiles2 = kTwo ? kColumns2 / kWn : 1;
   // A thread has 255; the more outputs it has, the more it keeps for them.
   static constexpr int kMost = (S::kOutputs == 1   ? 160

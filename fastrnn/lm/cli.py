@@ -161,10 +161,7 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(
             f"{args.checkpoint} exists: give --resume to go on from it, --overwrite to begin anew"
         )
-    if args.plot is not None:
-        checkpoint.check_writable(args.plot)
-        if not report.available():
-            raise UserError(f"--plot: {report.MISSING}")
+    _check_plot(args.plot)
     config = Config(**_given(args)) if saved is None else _resumed(args, saved)
     if saved is not None and saved["step"] >= args.steps:
         raise UserError(f"{args.checkpoint} is at step {saved['step']} already: give a larger --steps")
@@ -184,7 +181,7 @@ def _train(args: argparse.Namespace) -> int:
         trainer.leave()
     if not world.first:
         return 0 if whole else 130
-    name = f"{demo.NAMES[config.implementation]}.{CELLS[config.cell]}"
+    name = f"{IMPLEMENTATIONS[config.implementation]}.{CELLS[config.cell]}"
     comparison = None
     if whole:
         comparison = baseline.compare({name: trainer.validations[-1][1]}, trainer.model, corpus)
@@ -241,13 +238,18 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _check_plot(path: str | None) -> None:
+    """Before the work whose plot it is."""
+    if path is not None:
+        checkpoint.check_writable(path)
+        if not report.available():
+            raise UserError(f"--plot: {report.MISSING}")
+
+
 def _diagnose(args: argparse.Namespace) -> int:
     _at_least("--steps", args.steps, 2)
     _at_least("--batch", args.batch, 1)
     device = _device(args.device)
-    if args.plot is not None:
-        checkpoint.check_writable(args.plot)
-        if not report.available():
-            raise UserError(f"--plot: {report.MISSING}")
+    _check_plot(args.plot)
     diagnose.diagnose(args.checkpoint, args.data, args.steps, args.batch, args.plot, device)
     return 0

@@ -14,11 +14,10 @@ from .._version import __version__
 from . import baseline, checkpoint, generate, report
 from .corpus import Corpus, read_text
 from .errors import UserError, os_reason
-from .model import CELLS, Config
+from .model import CELLS, IMPLEMENTATIONS, Config
 from .progress import Progress
 from .train import Interrupt, Trainer, interrupts, random_state, set_random_state
 
-NAMES = {"fastrnn": "fastrnn", "torch": "torch.nn"}
 BLOCK_STEPS = 4
 FIRST_STEPS = 50
 GENERATED = 400
@@ -73,7 +72,9 @@ def alternate(trainers: dict[str, Trainer], seconds: float, interrupt: Interrupt
                 states[name] = random_state(trainer.device)
                 spent[name] = sum(trainer.seconds[-BLOCK_STEPS:])
             ratios.append(spent["torch"] / spent["fastrnn"])
-            last = (f"{shown} loss {trainers[name].losses[-1]:.4f}" for name, shown in NAMES.items())
+            last = (
+                f"{shown} loss {trainers[name].losses[-1]:.4f}" for name, shown in IMPLEMENTATIONS.items()
+            )
             progress.update(", ".join(last), BLOCK_STEPS)
             order.reverse()
     finally:
@@ -112,10 +113,12 @@ def demo(
         f"both are trained in turns, {seconds:g} s in all, then validated and compared with counting",
         flush=True,
     )
-    trainers = {name: Trainer(replace(config, implementation=name), corpus, device) for name in NAMES}
+    trainers = {
+        name: Trainer(replace(config, implementation=name), corpus, device) for name in IMPLEMENTATIONS
+    }
     with interrupts() as interrupt:
         outcome = alternate(trainers, seconds, interrupt)
-    curves = [trainer.curve(f"{NAMES[name]}.{layer}") for name, trainer in trainers.items()]
+    curves = [trainer.curve(f"{IMPLEMENTATIONS[name]}.{layer}") for name, trainer in trainers.items()]
     _print_outcome(outcome, curves)
     print("validating, and counting for the Markov models", flush=True)
     reached = {

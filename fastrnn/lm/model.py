@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import UserError
 
-IMPLEMENTATIONS = ("fastrnn", "torch")
+IMPLEMENTATIONS = {"fastrnn": "fastrnn", "torch": "torch.nn"}  # and what reports call them
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn": "RNN"}
 GATES = {"lstm": 4, "gru": 3, "rnn": 1}
 MAX_PARAMETERS = 1_000_000_000
@@ -37,7 +37,7 @@ class Config:
 
     def check(self, vocab_size: int) -> None:
         """Raises UserError naming the option that is out of range."""
-        for name, choices in (("implementation", IMPLEMENTATIONS), ("cell", tuple(CELLS))):
+        for name, choices in (("implementation", tuple(IMPLEMENTATIONS)), ("cell", tuple(CELLS))):
             if getattr(self, name) not in choices:
                 raise UserError(f"--{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("layers", "hidden", "batch", "bptt"):
