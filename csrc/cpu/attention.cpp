@@ -95,8 +95,8 @@ class AttentionCall {
     const int64_t calls = ceil_div(each, kMostAttendRows);
     const int64_t blocks = ceil_div(in_.Tq, ceil_div(each, calls * kLeastAttendRows) * kLeastAttendRows);
     const int64_t rows = blocks > 0 ? ceil_div(in_.Tq, blocks) : 0;
-    const int64_t each_scratch = blocks > 0 ? k.scratch(all_[0], rows) : 0;
-    run(in_.B * blocks, each_scratch, want, [&](int64_t task, E* scratch) {
+    const int64_t scratch_each = all_.empty() ? 0 : k.scratch(all_[0], rows);
+    run(in_.B * blocks, scratch_each, want, [&](int64_t task, E* scratch) {
       const int64_t q0 = task % blocks * rows;
       k.attend(all_[task / blocks], q0, std::min(q0 + rows, in_.Tq), scratch);
     });
