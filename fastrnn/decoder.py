@@ -222,7 +222,7 @@ class AttentionDecoder(nn.Module):
             kinds = ", ".join(type(s).__name__ for s in given)
             raise TypeError(f"the state of this decoder must be {wanted}, got ({kinds})")
         if not batched:
-            given = tuple(s.unsqueeze(-2) for s in given)
+            given = tuple(s.unsqueeze(-2) if s.dim() else s for s in given)
         for name, s in zip(names, given, strict=False):
             _checks.shape(name, s, "[L, B, H]", (L, B, H))
         if len(given) > count:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from helpers import randn
+from helpers import F64, assert_same, randn
 from test_attention import case
 
 import fastrnn
@@ -30,6 +32,18 @@ BAD = {
         {"mask": torch.ones(2, 5)},
         ValueError,
         "mask must be a BoolTensor",
+    ),
+    "mask of lists": (
+        lambda q, m: (q, m),
+        {"mask": [[True] * 5] * 2},
+        TypeError,
+        "mask must be a BoolTensor, got list",
+    ),
+    "another device": (
+        lambda q, m: (q, m.to("meta")),
+        {},
+        RuntimeError,
+        "memory must be on cpu like the query, got meta",
     ),
     "mask of another shape": (
         lambda q, m: (q, m),
@@ -66,6 +80,7 @@ def test_bad_input_of_the_function(backend):
             ((q, k, m[:4]), {}, r"values must be \[S, B, V\]"),
             ((q, k, m, v[:3]), {}, r"v must be \[K\]"),
             ((q, k[0], m), {}, "keys must have 3 dimensions, got 2"),
+            ((q, k, m[0]), {}, "values must have 3 dimensions, got 2"),
             ((q, k, m), {"mask": torch.ones(2, 1, 5).bool()}, r"\[2, 3, 5\], got \[2, 1, 5\]"),
         ):
             with pytest.raises(ValueError, match=text):
@@ -87,11 +102,42 @@ def test_bad_input_of_the_function(backend):
         ((4,), {"batch_first": 1}, TypeError, "batch_first should be of type bool"),
         ((4,), {"scale": torch.tensor(0.5)}, TypeError, "scale must be a number, got Tensor"),
         ((4,), {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
+        ((4,), {"scale": float("inf")}, ValueError, "scale must be finite, got inf"),
+        ((4,), {"scale": True}, TypeError, "scale must be a number, got bool"),
+        ((4, True), {"score": "general"}, TypeError, "memory_size must be an int, got bool"),
     ],
 )
 def test_bad_constructions(args, options, error, text):
     with pytest.raises(error, match=text):
         fastrnn.Attention(*args, **options)
+
+
+def test_where_the_weight_is_drawn_from():
+    weight = fastrnn.Attention(4, 100, score="general").weight
+    assert 0.08 < weight.abs().max() <= 1 / math.sqrt(100)
+
+
+def test_sizes_of_one_keep_their_dimension():
+    attn = fastrnn.Attention(4, dtype=F64)
+    assert attn(randn(1, 4), randn(5, 4))[1].shape == (1, 5)
+    assert attn(randn(3, 4), randn(1, 4))[1].shape == (3, 1)
+
+
+def test_a_scale_of_zero():
+    weights = fastrnn.Attention(4, scale=0.0, dtype=F64)(randn(3, 2, 4), randn(5, 2, 4))[1]
+    assert_same(weights, torch.full((2, 3, 5), 0.2, dtype=F64))
+
+
+def test_masks_of_the_memory_alone():
+    """[S] of unbatched memory; [B, S] beside lengths, here of as many sequences as queries."""
+    attn, mask = fastrnn.Attention(4, dtype=F64), torch.tensor([1, 0, 1, 1, 0]).bool()
+    query, memory = randn(3, 4), randn(5, 4)
+    assert_same(attn(query, memory, mask=mask), attn(query, memory, mask=mask.expand(3, 5)))
+    mask, lengths = torch.tensor([[1, 0, 1, 1, 1], [0, 1, 1, 1, 0]]).bool(), torch.tensor([4, 2])
+    both = torch.tensor([[1, 0, 1, 1, 0], [0, 1, 0, 0, 0]]).bool()
+    for Tq in (2, 3):
+        query, memory = randn(Tq, 2, 4), randn(5, 2, 4)
+        assert_same(attn(query, memory, mask=mask, lengths=lengths), attn(query, memory, mask=both))
 
 
 def test_a_decoders_output_and_state_share_no_memory():

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import MASKS, random_case, random_masks
+from helpers import F64, MASKS, random_case, random_masks
+from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
@@ -243,3 +244,34 @@ def test_compiles_whole(kind, batch_first):
     theirs = torch.autograd.grad(expected.square().sum(), leaves)
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_autocast_rounds_no_float64_states():
+    params = [p.detach() for p in fastrnn.GRU(3, 4).parameters()]
+    x, h = torch.randn(5, 2, 3), torch.zeros(1, 2, 4, dtype=F64)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="float64"):
+        functional.layer("gru", x, [h], params)
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_functions_of_each_cell_take_all_masks(name):
+    x, states, params = random_case(name, 5, 3, 2, 4)
+    calls = {
+        "lstm": lambda x, **m: functional.lstm(x, states, params, **m),
+        "gru": lambda x, **m: functional.gru(x, states[0], params, **m),
+        "gru_reset_before": lambda x, **m: functional.gru(x, states[0], params, reset_after=False, **m),
+        "rnn_tanh": lambda x, **m: functional.rnn(x, states[0], params, **m),
+        "rnn_relu": lambda x, **m: functional.rnn(x, states[0], params, nonlinearity="relu", **m),
+    }
+    lengths, reset = torch.tensor([5, 2, 3]), torch.arange(15).view(5, 3) % 4 == 2
+    rows = pack_padded_sequence(x, torch.tensor([5, 3, 2]))
+    for given, masks in (
+        (x, {}),
+        (x, {"lengths": lengths}),
+        (x, {"reset": reset}),
+        (x, {"lengths": lengths, "reset": reset}),
+        (rows.data, {"batch_sizes": rows.batch_sizes}),
+    ):
+        y, last = calls[name](given, **masks)
+        want, ends, _ = functional.layer(name, given, states, params, **masks)
+        torch.testing.assert_close((y, last), (want, ends if name == "lstm" else ends[0]), rtol=0, atol=0)

@@ -469,7 +469,9 @@ def test_functional_says_what_is_wrong():
                     functional.layer("lstm", x_, states_, params_, **masks)
             with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0"):
                 functional.layer("lstm", x[:0], states, params)
-            for sizes in ([1, 2], [2, 2], [3], [2, 0]):
+            with pytest.raises(RuntimeError, match="Input and mask tensors are not at the same device"):
+                functional.layer("lstm", x, states, params, reset=torch.zeros(3, 2, device="meta").bool())
+            for sizes in ([1, 2], [2, 2], [3], [2, 0], [2, 1, 0]):
                 rows = {"batch_sizes": torch.tensor(sizes)}
                 with pytest.raises(ValueError, match="batch_sizes must be"):
                     functional.layer("lstm", x[:, 0], states, params, **rows)

@@ -7,9 +7,24 @@ import json
 import math
 
 import pytest
+import torch
+from measured import MACHINE, NOISY, PEAKS, record
 
 from fastrnn import bench
-from fastrnn.bench import attention, goals, gpu, limits, machine, rivals, sections, trees
+from fastrnn.bench import (
+    attention,
+    compare,
+    goals,
+    gpu,
+    grid,
+    limits,
+    machine,
+    records,
+    rivals,
+    sections,
+    trees,
+)
+from fastrnn.bench.goals import Goal
 from fastrnn.bench.grid import Case, Shape
 from fastrnn.bench.records import Record, median_error, standard_error
 
@@ -118,3 +133,69 @@ def test_a_gpus_case_that_fails_loses_no_rows(monkeypatch, tmp_path, capsys):
     assert len(written["rows"]) == len(taken) - 1
     assert written["failed"] == [f"{taken[1]}: RuntimeError: no room"]
     assert written["failed"][0] in capsys.readouterr().out
+
+
+def test_slower_is_as_far_as_faster():
+    """1.22 times as slow is as far as 1.22 times as fast, though it is -18 %."""
+    earlier = [record(1.0, error=0.05)]
+    assert 0.2 < compare.noise(*earlier, *earlier) < 0.22
+    for ratio, told in ((1.22, "0 slower, 1 faster"), (0.82, "1 slower, 0 faster"), (0.84, "1 within")):
+        assert told in compare.compare(earlier, MACHINE, [record(ratio, error=0.05)], MACHINE)
+
+
+def test_operations_of_attention():
+    shape = Shape(3, 2, 4, 4)
+    forward, training = (
+        limits.of_probe("attention", Case("dot", mode, shape), PEAKS).ours for mode in grid.MODES
+    )
+    assert forward == pytest.approx(2 * 2 * (2 * 3 * 3 * 4) / 100e9)  # two products
+    assert training == pytest.approx(7 / 2 * forward)
+
+
+def test_a_section_that_failed_is_an_exit_code(monkeypatch, tmp_path, capsys):
+    pytest.importorskip("pytest_benchmark")
+
+    def fails(cells):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(machine, "product_peak", lambda: 100.0)
+    for name in ("least_calls", "least_layers"):
+        monkeypatch.setattr(machine, name, dict)
+    monkeypatch.setattr(limits, "measure", lambda *args: None)
+    monkeypatch.setattr(bench, "measure_rows", lambda cases, run: run.records.append(record()) or 0)
+    monkeypatch.setattr(sections, "SECTIONS", {"memory": fails})
+    options = ["--json", str(tmp_path / "b.json"), "--plot", str(tmp_path / "b.png")]
+    assert bench.main(options) == 1
+    assert "memory was not measured: no room" in capsys.readouterr().out
+    assert len(records.read_json(tmp_path / "b.json")[0]) == 1
+    assert bench.main([*options, "--skip", "memory", "--compare", str(tmp_path / "b.json")]) == 0
+    assert "1 within the noise" in capsys.readouterr().out
+
+
+def test_a_mean_with_one_unquiet_row_is_unquiet():
+    goal = Goal("mean", "torch.nn", 1.0, ("forward",), mean=True)
+    found = goals.outcome(goal, [record(2.0), record(2.0, conditions=NOISY)], None)
+    assert found.worst.unquiet
+    assert goals.report([found]).endswith("*")
+
+
+def test_an_earlier_run_that_was_unquiet_is_marked():
+    text = compare.compare([record(2.0, conditions=NOISY)], MACHINE, [record(4.0)], MACHINE)
+    assert text.endswith(" *")
+
+
+def test_one_core_has_no_scaling(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(sections.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(sections, "one_beside_two", lambda *args: pytest.fail("there is one core"))
+    assert sections.scaling(("gru",)) == []
+
+
+def test_packing_of_few_sequences_and_the_call_of_last():
+    def found(mode, cell, B):
+        parts = limits.parts(Case(cell, mode, Shape(10, B, 32, 64)), PEAKS, limits.Way(1, 1, 2))
+        return {p.name: p.seconds for p in parts}
+
+    assert found("forward", "lstm", 4)["packing"] == pytest.approx(4 * 256 * 32 / 50e9)
+    assert found("forward", "lstm", 5)["packing"] == pytest.approx(4 * 256 * (32 + 64) / 50e9)
+    assert found("last", "gru", 8)["a module's call"] == 4e-5

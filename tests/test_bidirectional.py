@@ -335,6 +335,38 @@ def test_layers_that_do_not_go_together(layers, options, error, text):
         Bidirectional(*layers, **options)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_no_sequence_is_as_long_as_the_padding(kind):
+    bi, x, ends = Bidirectional(kind(IN, H, dtype=F64)), randn(T, B, IN), torch.tensor([3, 0, 2, 1])
+    output, last = bi(x, lengths=ends)
+    assert output.shape == (T, B, 2 * H)
+    assert_same((output[:3], last), bi(x[:3], lengths=ends))
+    assert not output[3:].any()
+
+
+def test_widths_of_projections_and_directions():
+    projected, plain = fastrnn.LSTM(3, 4, proj_size=2), fastrnn.LSTM(3, 2)
+    assert Bidirectional(projected, plain, merge="sum")(torch.randn(5, 1, 3))[0].shape == (5, 1, 2)
+    with pytest.raises(ValueError, match="one width, got 2 and 4"):
+        Bidirectional(projected, fastrnn.LSTM(3, 4), merge="sum")
+    both, wide = fastrnn.GRU(3, 2, bidirectional=True), fastrnn.GRU(3, 4)
+    assert Bidirectional(both, wide, merge="mul")(torch.randn(5, 1, 3))[0].shape == (5, 1, 4)
+    with pytest.raises(ValueError, match="one width, got 4 and 2"):
+        Bidirectional(both, fastrnn.GRU(3, 2), merge="mul")
+
+
+@pytest.mark.parametrize("merge", ["sum", "mul", "mean"])
+def test_widths_that_would_broadcast(merge):
+    with pytest.raises(ValueError, match=f"merge='{merge}' needs outputs of one width, got 4 and 1"):
+        Bidirectional(fastrnn.GRU(3, 4), fastrnn.GRU(3, 1), merge=merge)
+
+
+def test_explain_says_which_of_the_two_cannot_run():
+    with fastrnn.backend("cuda"):
+        bi = Bidirectional(nn.GRU(2, 3), fastrnn.GRU(2, 3))
+        assert fastrnn.explain(bi, torch.randn(4, 3, 2)).backend is None
+
+
 @each_library
 def test_bad_inputs(kind):
     bi, x = wrapped(kind), randn(T, B, IN)
@@ -342,6 +374,7 @@ def test_bad_inputs(kind):
     cases = [
         (x, {"hx": x}, TypeError, r"a pair \(hx of forward_layer, hx of backward_layer\), got Tensor"),
         (x, {"hx": (x,)}, TypeError, "got 1 entries"),
+        (x, {"hx": (None, None, None)}, TypeError, "got 3 entries"),
         (x, {"lengths": torch.tensor([1, 2, 3])}, ValueError, r"lengths must be \[B\] = \[4\], got \[3\]"),
         (x, {"lengths": torch.tensor([1, 2, 6, 0])}, ValueError, r"\[0, T\] = \[0, 5\], got 6"),
         (x, {"lengths": ENDS}, TypeError, "lengths must be a LongTensor"),

@@ -235,3 +235,8 @@ def test_a_forward_of_its_own_is_left_alone():
         other = fastrnn if library is torch.nn else torch.nn
         assert [type(layer) for layer in model] == [library.GRU, other.GRU]
         assert model[0](torch.randn(2, 3, 4))[0].shape == (2, 3, 5)
+
+
+def test_torch_keeps_no_option_of_ours():
+    assert "reset_after" not in vars(fastrnn.revert(fastrnn.GRU(3, 4)))
+    assert "reset_after" not in vars(fastrnn.GRU(3, 4).to_torch())

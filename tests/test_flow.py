@@ -335,3 +335,63 @@ def test_plot_without_matplotlib(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         of_rate(0.5).plot(tmp_path / "flow.png")
+
+
+def test_the_earliest_origin_where_lags_go_on():
+    layer, x = build("GRU", bidirectional=True), randn(T, 2, I)
+    reverse = gradient_flow(layer, x, loss=lambda o: o[1, 0, H:].sum() + o[3, 1, H:].sum())[1]
+    assert reverse.origin == (1, True)
+
+
+def test_a_steady_padded_batch_is_steady_in_reverse():
+    layer = fastrnn.RNN(1, 2, nonlinearity="relu", bias=False, bidirectional=True, dtype=F64)
+    with torch.no_grad():
+        for name, w in layer.named_parameters():
+            w.copy_(torch.eye(2)) if "hh" in name else w.fill_(1.0)
+    lengths = torch.tensor([200, 0, 7, 31, 5, 100, 64, 2])
+    x = torch.rand(200, 8, 1, dtype=F64)
+    found = gradient_flow(layer, x, lengths=lengths, loss=lambda o: o[0, :, 2:].sum())[1]
+    assert (found.verdict, found.rate) == ("steady", pytest.approx(1, rel=1e-12))
+    torch.testing.assert_close(found._by_lag(found._s), torch.full((200,), math.sqrt(14), dtype=F64))
+
+
+def test_a_suffix_in_capitals(tmp_path):
+    pytest.importorskip("matplotlib")
+    gradient_flow(build("GRU"), randn(T, B, I)).plot(tmp_path / "FLOW.PNG")
+    assert (tmp_path / "FLOW.PNG").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_loss_of_the_first_step():
+    x = randn(40, B, I)
+    both = gradient_flow(build("GRU", bidirectional=True), x, loss=lambda o: o[0].sum())
+    assert [(one.origin, one.verdict) for one in both] == [((0, True), "start"), ((0, True), "vanish")]
+    deep = build("GRU", num_layers=2, bidirectional=True)
+    below = gradient_flow(deep, x, loss=lambda o: o[0].sum())[0]
+    assert (below.origin, below.verdict) == ((0, True), "vanish")
+
+
+def test_a_layer_compiled_in_place():
+    layer, x = build("GRU"), randn(T, B, I)
+    want = gradient_flow(layer, x)
+    layer.compile(backend="eager")
+    assert torch.equal(gradient_flow(layer, x).norms, want.norms)
+
+
+def test_a_loss_of_one_element():
+    layer, x = build("GRU"), randn(T, B, I)
+    found = gradient_flow(layer, x, loss=lambda o: o[-1].sum().view(1, 1))
+    assert torch.equal(found.norms, gradient_flow(layer, x).norms)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [("LSTM", {}), ("LSTM", {"proj_size": 2}), ("GRU", {}), ("GRU", {"reset_after": False}), ("RNN", {})],
+)
+def test_without_biases(kind, extra):
+    bare, zero, x = build(kind, bias=False, **extra), build(kind, **extra), randn(T, B, I)
+    with torch.no_grad():
+        for name, p in zero.named_parameters():
+            p.zero_() if name.startswith("bias") else p.copy_(getattr(bare, name))
+    found, want = gradient_flow(bare, x), gradient_flow(zero, x)
+    for name in ("norms", "singular_values"):
+        torch.testing.assert_close(getattr(found, name), getattr(want, name), rtol=1e-11, atol=1e-13)

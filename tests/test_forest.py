@@ -163,6 +163,7 @@ F, I32 = torch.float32, torch.int32
         (lambda: Forest.from_parents([-1, "a"]), "must be integers: that of node 1 is 'a'"),
         (lambda: Forest.from_parents([-1, True]), "that of node 1 is True"),
         (lambda: Forest.from_parents([-1, 2**70]), "of 64 bits: that of node 1 is 1180591620717411303424"),
+        (lambda: Forest.from_parents([-1, 2**63]), "of 64 bits: that of node 1 is 9223372036854775808"),
         (lambda: Forest.from_parents(3), "parents must be a LongTensor \\[N\\] or integers, got int"),
         (lambda: Forest.from_parents([[-1], [0, 1]]), r"that of node 0 is \[-1\]"),
         (lambda: Forest.from_parents([-1], lengths=["a"]), "lengths must be integers: that of tree 0 is 'a'"),
@@ -176,6 +177,14 @@ F, I32 = torch.float32, torch.int32
         (lambda: Forest.from_parents([-1, 0, -1], lengths=[3, 0]), "that of tree 1 is 0"),
         (lambda: Forest.from_parents([-1, 0, -1, 2], lengths=[2, 2]), "parent of node 3 is 2, tree 1 has"),
         (lambda: Forest.from_parents([-1, 0, -1, -1], lengths=[2, 2]), "node 3 is a second root of tree 1"),
+        (
+            lambda: Forest.from_parents([-1, 0, 3, -1, 0], lengths=[2, 3]),
+            "of node 2 is 3, tree 1 has nodes 0",
+        ),
+        (
+            lambda: Forest.from_parents([-1, 0, -1, 0, -1], lengths=[2, 3]),
+            "node 4 is a second root of tree 1, whose root is 2",
+        ),
         (lambda: Forest.from_parents([1, 0], lengths=[2]), r"node \d lies on a cycle"),
         (lambda: Forest.from_nested((("a", ()), "b")), r"node 1 is \(\)"),
     ],
@@ -183,6 +192,23 @@ F, I32 = torch.float32, torch.int32
 def test_errors_name_the_node(make_forest, words):
     with pytest.raises(ValueError, match=words):
         make_forest()
+
+
+def test_another_device_is_kept():
+    trees = forest([-1, 0, 0, 1])
+    far = trees.to("meta")
+    for moved in (far, Forest.batch([far, far]), copy.deepcopy(far)):
+        assert all(t.is_meta for t in (moved.parents, moved.slots, moved.roots, moved.leaves, *moved.levels))
+    assert trees.steps("up").inverse.device.type == "cpu"
+    assert far.steps("up").inverse.is_meta
+
+
+def test_slots_are_kept():
+    trees = forest([-1, 0, 0], [0, 2, 5])
+    for other in (copy.deepcopy(trees), pickle.loads(pickle.dumps(trees))):
+        assert other.slots.tolist() == [0, 2, 5]
+        assert other.arity == 6
+    assert Forest.batch([trees, forest([-1, 0]), trees]).slots.tolist() == [0, 2, 5, 0, 0, 0, 2, 5]
 
 
 def test_batch_takes_forests_of_one_device():

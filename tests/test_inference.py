@@ -399,3 +399,12 @@ def test_what_a_user_has_added_to_a_layer(make):
     torch.nn.utils.parametrize.register_parametrization(plain, "h0", torch.nn.Tanh())
     with pytest.raises(ValueError, match=r"^the layer: h0 is parametrized and no weight"):
         make(plain)
+
+
+@each_maker
+def test_a_users_buffer_of_another_type_is_no_obstacle(make):
+    plain = fastrnn.GRU(3, 4)
+    plain.register_buffer("seen", torch.zeros(2, dtype=torch.float16))
+    made, x = make(plain), torch.randn(5, 2, 3)
+    expected = made(x)[0].detach()
+    assert torch.equal(made.to("cpu")(x)[0], expected)

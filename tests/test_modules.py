@@ -345,3 +345,24 @@ def test_conversion_keeps_weights_in_the_place_of_parameters(kind):
             copy_of(layer)
     layer._flat_weights = list(layer.parameters())
     torch.testing.assert_close(fastrnn.freeze(layer)(x)[0], layer(x)[0])
+
+
+def test_to_torch_of_a_compiled_layer():
+    """It runs what it is, with its own hooks."""
+    layer = fastrnn.GRU(3, 4)
+    layer.compile(backend="eager")
+    twin, calls = layer.to_torch(), []
+    twin.register_forward_hook(lambda *args: calls.append(1))
+    twin(torch.randn(5, 2, 3))
+    assert calls == [1]
+
+
+def test_explain_of_one_sequence_where_the_batch_is_first():
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        x = torch.zeros(100, 64)
+        want = fastrnn.explain(fastrnn.LSTM(64, 256), x)
+        assert fastrnn.explain(fastrnn.LSTM(64, 256, batch_first=True), x) == want
+    finally:
+        torch.set_num_threads(before)

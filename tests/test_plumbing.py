@@ -332,6 +332,21 @@ MODULES = {
         (randn(T, B, IN),),
         {"lengths": torch.tensor([1, 4])},
     ),
+    "attention, values and mask": (
+        fastrnn.Attention(IN, dtype=F64),
+        (randn(T, B, IN), randn(2, B, IN), randn(2, B, 4)),
+        {"mask": torch.arange(2) < torch.arange(1, B + 1)[:, None]},
+    ),
+    "decoder, lengths": (
+        fastrnn.AttentionDecoder(IN, H, H, dtype=F64),
+        (randn(T, B, IN), randn(2, B, H)),
+        {"lengths": torch.tensor([2, 1])},
+    ),
+    "bidirectional, states": (
+        fastrnn.Bidirectional(GRU(IN, H, dtype=F64)),
+        (randn(T, B, IN), (None, randn(1, B, H))),
+        {},
+    ),
     "gru": (GRU(IN, H, dtype=F64), (randn(T, B, IN), randn(1, B, H)), {}),
     "gru cell": (fastrnn.GRUCell(IN, H, dtype=F64), (randn(B, IN), randn(B, H)), {}),
     "tree": (fastrnn.TreeRNN(IN, H, dtype=F64), (None, fastrnn.Forest.from_parents([-1, 0, 0])), {}),
@@ -351,10 +366,23 @@ def test_fx_keeps_these_leaves_too(name):
         def forward(self, given):
             return self.inner(*args[: self.place], given, *args[self.place + 1 :], **options)
 
-    for place in [0, len(args) - 1] if isinstance(args[-1], torch.Tensor) else [len(args) - 1]:
+    for place in [i for i, arg in enumerate(args) if isinstance(arg, torch.Tensor | fastrnn.Forest)]:
         traced = torch.fx.symbolic_trace(Wrapper(place))
         assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["inner"]
         assert_same(traced(args[place]), module(*args, **options))
+
+
+def test_fx_where_the_mask_alone_is_traced():
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = fastrnn.Attention(4, dtype=F64)
+
+        def forward(self, mask):
+            return self.inner(randn(5, 4, 4), randn(6, 4, 4), mask=mask)
+
+    model, mask = Wrapper(), torch.arange(6) < torch.tensor([1, 0, 6, 2])[:, None]
+    assert_same(torch.fx.symbolic_trace(model)(mask), model(mask))
 
 
 @pytest.mark.parametrize("call", ["states", "cell's states", "lengths"])

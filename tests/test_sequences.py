@@ -224,6 +224,20 @@ def test_states_are_before_dropout():
     assert not torch.allclose(dropped.h[1], kept.h[1])
 
 
+def test_vmap_over_a_layers_lengths():
+    layer, _ = pair("gru", IN, H)
+    x, many = randn(T, B, IN), torch.tensor([[1, 2, 3, 4], [5, 0, 2, 1]])
+    found = torch.func.vmap(lambda ends: layer(x, lengths=ends)[0])(many)
+    assert_same(found, torch.stack([layer(x, lengths=ends)[0] for ends in many]))
+
+
+def test_a_compiled_sorted_packed_sequence_with_states():
+    layer, _ = pair("lstm", IN, H, 3)
+    packed = pack_padded_sequence(randn(T, B, IN), torch.tensor([5, 3, 2, 1]))
+    hx = randn(3, B, H), randn(3, B, H, seed=1)
+    assert_same(torch.compile(layer, fullgraph=True, backend="eager")(packed, hx), layer(packed, hx))
+
+
 @pytest.mark.parametrize("cell", LAYERS)
 def test_errors(cell):
     ours, _ = pair(cell, IN, H)
@@ -235,6 +249,8 @@ def test_errors(cell):
         (x, {"lengths": ends[:3]}, r"\[B\] = \[4\], got \[3\]"),
         (x, {"lengths": ends[None]}, r"\[B\] = \[4\], got \[1, 4\]"),
         (x, {"lengths": ends.double()}, "LongTensor, got torch.float64"),
+        (x, {"lengths": ends.bool()}, "LongTensor, got torch.bool"),
+        (x, {"reset": reset.to("meta")}, "reset must be on the input's device, cpu, .* got one on meta"),
         (x[:, 0], {"lengths": ends[:1]}, "unbatched"),
         (packed, {"lengths": ends}, "PackedSequence"),
         (packed, {"reset": reset}, "PackedSequence"),

@@ -298,6 +298,7 @@ PATH = [1, 2, -1]
         (lambda: fastrnn.TreeRNN(2, 3, nonlinearity="sin"), ValueError, "'tanh' or 'relu', got 'sin'"),
         (lambda: fastrnn.NaryTreeLSTM(2, 3, 0), ValueError, "arity must be 1 or more, got 0"),
         (lambda: fastrnn.NaryTreeLSTM(2, 0), ValueError, "hidden_size must be 1 or more"),
+        (lambda: fastrnn.NaryTreeLSTM(-1, 3), ValueError, "input_size must be 0 or more, got -1"),
         (lambda: fastrnn.NaryTreeLSTM(2.0, 3), TypeError, "input_size must be an int, got float"),
         (lambda: fastrnn.TreeRNN(2, 3, bias=1), TypeError, "bias should be of type bool"),
         (lambda: fastrnn.ChildSumTreeLSTM(2, 3, direction="left"), ValueError, "'up' or 'down', got 'left'"),
@@ -306,6 +307,32 @@ PATH = [1, 2, -1]
 def test_errors(call, error, words):
     with pytest.raises(error, match=words):
         call()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_biases_of_another_dtype_or_size(backend):
+    for bias, words in (
+        (torch.zeros(3).double(), r"same dtype.*bias_hh is torch\.float64"),
+        (torch.zeros(1), r"bias_hh must be \[3\], got \[1\]"),  # which would broadcast
+    ):
+        layer = fastrnn.TreeRNN(2, 3)
+        layer.bias_hh = nn.Parameter(bias)
+        with fastrnn.backend(backend), pytest.raises(RuntimeError, match=words):
+            layer(X, forest(PATH))
+
+
+def test_meta_layers():
+    layer = fastrnn.TreeRNN(2, 3, device="meta")
+    for backend in ("auto", "reference"):
+        with fastrnn.backend(backend), pytest.raises(RuntimeError, match="are not at the same device"):
+            layer(X, forest(PATH))
+    assert layer(torch.empty(3, 2, device="meta"), forest(PATH)).shape == (3, 3)
+
+
+def test_autocast_casts_the_input():
+    layer, x = fastrnn.TreeRNN(2, 3), torch.randn(3, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer(x, forest(PATH)), layer(x.bfloat16(), forest(PATH)))
 
 
 def test_a_replaced_weight_of_the_wrong_shape():

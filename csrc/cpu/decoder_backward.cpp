@@ -94,7 +94,7 @@ class DecoderBackward : DecoderCall<E> {
     scan.panel_rows = rows_;
     for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
       const int64_t rows = cell_.stage_gates[stage] * H;
-      s.w[stage] = weights_.get(p.w_hh, gate0 * H * H, {nullptr, false, 1, 0, H, 1, rows, H});
+      s.w[stage] = weights_.get(p.w_hh, gate0 * H * H, by_columns(1, H, rows, H));
     }
     s.ld_state = s.ld_mid = padded<E>(H);
     s.ld_ring = padded<E>(G * H);
@@ -141,7 +141,7 @@ class DecoderBackward : DecoderCall<E> {
     if (need_.values) p_.weights_panels = arena_.template zeros<E>(B * sequence_block());
     const Tensor& w0 = in_.params[0].w_ih;
     const auto transposed = [&](const Tensor& w, int64_t offset, int64_t units, int64_t rows, int64_t few) {
-      return weights_.get(w, offset, {nullptr, false, 1, 0, units, 1, rows, w.size(1)}, few);
+      return weights_.get(w, offset, by_columns(1, units, rows, w.size(1)), few);
     };
     constexpr int64_t kFew = Weights<E>::kFewRows;
     // Panels are not read by the dot product: what meets them is packed.

@@ -106,8 +106,8 @@ class DecoderForward : DecoderCall<E> {
     p_.mixed = arena_.template zeros<E>(B * p_.ld_feed);
     for (E*& feed : p_.feed) feed = arena_.template zeros<E>(B * p_.ld_feed);
     for (int64_t b = 0; b < B; ++b) read(in_.feed, b * H, H, p_.feed[0] + b * p_.ld_feed);
-    p_.w_h = weights_.get(in_.w_h, 0, {nullptr, false, 1, 0, H, H, H, 1});
-    if (in_.w_q) p_.w_query = weights_.get(*in_.w_q, 0, {nullptr, false, 1, 0, K, H, H, 1});
+    p_.w_h = weights_.get(in_.w_h, 0, by_rows(1, H, H, H));
+    if (in_.w_q) p_.w_query = weights_.get(*in_.w_q, 0, by_rows(1, K, H, H));
 
     const Plan plan = this->plan(this->step_weights());
     run_team(plan.threads(), [&](const Team& team) {
@@ -143,11 +143,10 @@ class DecoderForward : DecoderCall<E> {
     scan.steps = k ? 1 : input_steps<E, E>(a, G * H);
     for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
       const int64_t gates = cell_.stage_gates[stage], from = gate0 * H * width;
-      s.w_x[stage] = weights_.get(p.w_ih, from, {nullptr, false, gates, H * width, H, width, a.I, 1});
-      s.w[stage] = weights_.get(p.w_hh, gate0 * H * H, {nullptr, false, gates, H * H, H, H, H, 1});
+      s.w_x[stage] = weights_.get(p.w_ih, from, by_rows(gates, H, a.I, width));
+      s.w[stage] = weights_.get(p.w_hh, gate0 * H * H, by_rows(gates, H, H, H));
       if (k == 0) {
-        p_.w_feed[stage] =
-            weights_.get(p.w_ih, from + a.I, {nullptr, false, gates, H * width, H, width, H, 1});
+        p_.w_feed[stage] = weights_.get(p.w_ih, from + a.I, by_rows(gates, H, H, width));
       }
     }
     s.ld_state = s.ld_b = padded<E>(H);

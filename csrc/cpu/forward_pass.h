@@ -88,14 +88,13 @@ class ForwardPass {
            gate0 += cell.stage_gates[stage++]) {
         const LayerArgs::Direction& p = a.params[d];
         const int64_t gates = cell.stage_gates[stage];
-        s.w_x[stage] =
-            weights_.get(p.w_ih, gate0 * H * a.I, {nullptr, false, gates, H * a.I, H, a.I, a.I, 1});
-        s.w[stage] = weights_.get(p.w_hh, gate0 * H * P, {nullptr, false, gates, H * P, H, P, P, 1}, few);
+        s.w_x[stage] = weights_.get(p.w_ih, gate0 * H * a.I, by_rows(gates, H, a.I, a.I));
+        s.w[stage] = weights_.get(p.w_hh, gate0 * H * P, by_rows(gates, H, P, P), few);
       }
       s.ld_x = padded<A>(a.I);
       s.x_rows = direct ? nullptr : arena.get<A>(most_rows * s.ld_x);
       if (!packed) {
-        if (projected) s.w_proj = weights_.get(*a.params[d].w_hr, 0, {nullptr, false, 1, 0, P, H, H, 1});
+        if (projected) s.w_proj = weights_.get(*a.params[d].w_hr, 0, by_rows(1, P, H, H));
         const LayerArgs::Direction& p = a.params[d];
         if (p.b_ih && H % kWidest<E> == 0 && a.dtype == kScalar<E>) {
           // Where they lie: a step's call would notice the copies.

@@ -129,17 +129,16 @@ class BackwardPass {
       s.reverse = d == 1;
       if constexpr (kDepth<A> > 1) {
         // Each gate's part begins a panel of dg, and is padded like it.
-        w_ih_[d] =
-            need_x_ ? w_.get(p.w_ih, 0, {nullptr, false, G, H_ * a_.I, a_.I, 1, H_, a_.I}, 0) : Weight<A>{};
+        w_ih_[d] = need_x_ ? w_.get(p.w_ih, 0, by_columns(G, a_.I, H_, a_.I), 0) : Weight<A>{};
       } else if (need_x_) {  // by whole columns, since panels are not read by the dot product
         const int64_t few = a_.I > 1 ? Weights<E, A>::kFewRows : 0;
-        w_ih_[d] = w_.get(p.w_ih, 0, {nullptr, false, 1, 0, a_.I, 1, G * H_, a_.I}, few);
+        w_ih_[d] = w_.get(p.w_ih, 0, by_columns(1, a_.I, G * H_, a_.I), few);
       }
       for (int64_t stage = 0, gate0 = 0; stage < cell_.stages; gate0 += cell_.stage_gates[stage++]) {
         const int64_t rows = cell_.stage_gates[stage] * H_;
-        s.w[stage] = w_.get(p.w_hh, gate0 * H_ * P_, {nullptr, false, 1, 0, P_, 1, rows, P_});
+        s.w[stage] = w_.get(p.w_hh, gate0 * H_ * P_, by_columns(1, P_, rows, P_));
       }
-      if (projected_) s.w_proj = w_.get(*p.w_hr, 0, {nullptr, false, 1, 0, H_, 1, P_, H_});
+      if (projected_) s.w_proj = w_.get(*p.w_hr, 0, by_columns(1, H_, P_, H_));
       for (int j = 1; j < cell_.states; ++j) {
         s.seq[j - 1] = static_cast<E*>(seq_[j - 1].mutable_data_ptr()) + d * N * H_;
         s.dseq[j - 1] =
@@ -435,15 +434,11 @@ std::tuple<Tensor, TensorList, TensorList> layer_backward(StringHandle cell, Opt
                                                           OptionalTensor reset, Tensor y, TensorList seq,
                                                           TensorList saved, bool need_x, bool need_params) {
   const std::string name = take_string(cell);
-  check_dtype(x);
-  const auto run = [&]<class E, class A>(E, A) {
+  Gradients g = by_type(dtype_of(x), [&]<class E, class A>(E, A) {
     return BackwardPass<E, A>(name, dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq,
                               saved, need_x, need_params)
         .run();
-  };
-  Gradients g = dtype_of(x) == ScalarType::Double ? run(double{}, double{})
-                : multiplies_bf16(x)              ? run(float{}, Bf16{})
-                                                  : run(float{}, float{});
+  });
   return {std::move(g.dx), std::move(g.dstates), std::move(g.dparams)};
 }
 

@@ -6,32 +6,24 @@ namespace {
 
 Outputs run_layer(const std::string& name, const Tensor& x, const TensorList& states,
                   const TensorList& params, const Masks& masks, bool save, bool return_states) {
-  check_dtype(x);
-  const auto run = [&]<class E, class A>(E, A) {
+  return by_type(dtype_of(x), [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
     LayerArgs a = check_layer({kernels.gates, kernels.states}, x, states, params, masks.lengths,
                               masks.batch_sizes, masks.reset);
     return forward<E, A>(kernels, std::move(a), nullptr, save, return_states);
-  };
-  return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
-         : multiplies_bf16(x)              ? run(float{}, Bf16{})
-                                           : run(float{}, float{});
+  });
 }
 
 Outputs run_packed(const std::string& name, const Tensor& x, const TensorList& states, const Tensor& weights,
                    const Masks& masks, bool return_states) {
-  check_dtype(x);
   STD_TORCH_CHECK(dtype_of(weights) == dtype_of(x), "the weights were packed for another dtype of input");
-  const auto run = [&]<class E, class A>(E, A) {
+  return by_type(dtype_of(x), [&]<class E, class A>(E, A) {
     const CellKernels<E, A>& kernels = cell_kernels<E, A>(name);
     const PackedLayer<E, A> packed(kernels, weights);
     LayerArgs a = check_input({kernels.gates, kernels.states}, packed.sizes(), x, states, masks.lengths,
                               masks.batch_sizes, masks.reset);
     return forward<E, A>(kernels, std::move(a), &packed, false, return_states);
-  };
-  return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
-         : multiplies_bf16(x)              ? run(float{}, Bf16{})
-                                           : run(float{}, float{});
+  });
 }
 
 // The operators, as ops.cpp has them.
@@ -97,9 +89,8 @@ std::vector<int64_t> plan(StringHandle cell, Tensor x, int64_t T, int64_t B, int
     return std::tuple(forward_plan<E, A>(a, cell.gates, int8), backward_plan<E, A>(a, cell.gates),
                       input_steps<E, A>(a, cell.gates * H), joint_of(a, cell, int8));
   };
-  const auto [plan, back, cached, joint] = dtype_of(x) == ScalarType::Double ? of(double{}, double{})
-                                           : multiplies_bf16(x)              ? of(float{}, Bf16{})
-                                                                             : of(float{}, float{});
+  const auto [plan, back, cached, joint] =
+      by_type(dtype_of(x) == ScalarType::Half ? ScalarType::Float : dtype_of(x), of);
   const Plan::Split split = plan.split(plan.threads());
   const Plan::Split backward = back.split(back.threads());
   const Plan::Wave wave = plan.wave(layers, cached);

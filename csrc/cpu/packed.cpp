@@ -85,12 +85,10 @@ Tensor pack(StringHandle cell, TensorList params, TensorList scales, int64_t dir
   STD_TORCH_CHECK(!params.empty() && (directions == 1 || directions == 2),
                   "expected the parameters of 1 or 2 directions");
   if (!scales.empty()) return pack_layer<float>(name, params, scales, directions, ScalarType::Float);
-  check_dtype(params[0]);
   const ScalarType dtype = dtype_of(params[0]);
-  const auto run = dtype == ScalarType::Double  ? &pack_layer<double>
-                   : multiplies_bf16(params[0]) ? &pack_layer<float, Bf16>
-                                                : &pack_layer<float>;
-  return run(name, params, scales, directions, dtype);
+  return by_type(dtype, [&]<class E, class A>(E, A) {
+    return pack_layer<E, A>(name, params, scales, directions, dtype);
+  });
 }
 
 }  // namespace

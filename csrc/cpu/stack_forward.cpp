@@ -221,13 +221,9 @@ std::tuple<Tensor, TensorList> stack(StringHandle cell, Tensor x, TensorList sta
                                      OptionalTensor reset) {
   const std::string name = take_string(cell);
   const Masks masks{lengths, batch_sizes, reset};
-  check_dtype(x);
-  const auto run = [&]<class E, class A>(E, A) {
+  return by_type(dtype_of(x), [&]<class E, class A>(E, A) {
     return Stack<E, A>(name, std::move(states), std::move(params), masks).run(x);
-  };
-  return dtype_of(x) == ScalarType::Double ? run(double{}, double{})
-         : multiplies_bf16(x)              ? run(float{}, Bf16{})
-                                           : run(float{}, float{});
+  });
 }
 
 }  // namespace

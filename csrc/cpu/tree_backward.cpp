@@ -114,7 +114,7 @@ class TreeBackwardPass : TreeCall<E> {
       int64_t k = slot * Q;
       // Rows row0 .. row1 of w_hh, of this slot's columns, become the next terms.
       const auto add = [&](int64_t row0, int64_t row1) {
-        const Pack rows{nullptr, false, 1, 0, H, 1, row1 - row0, ld, 0, A * Q};
+        const Pack rows = by_columns(1, H, row1 - row0, ld, A * Q);
         Base::pack(params_[1], row0 * ld + slot * H, rows, w + k * width);
         k += row1 - row0;
       };
@@ -129,7 +129,7 @@ class TreeBackwardPass : TreeCall<E> {
     t_.w_back = {w, Weight<E>::kPacked, A * Q};
     if (!need_x) return;
     E* w_x = Base::weight(1, t_.I, G * H);
-    Base::pack(params_[0], 0, {nullptr, false, 1, 0, t_.I, 1, G * H, t_.I}, w_x);
+    Base::pack(params_[0], 0, by_columns(1, t_.I, G * H, t_.I), w_x);
     t_.w_x_back = {w_x, Weight<E>::kPacked};
   }
 

@@ -75,22 +75,22 @@ class TreeForwardPass : TreeCall<E> {
   void prepare_weights() {
     const int64_t H = t_.H, A = t_.A, G = cell_.gates, K = A * H, width = this->kernels_.width;
     E* w_x = Base::weight(G, H, t_.I);
-    Base::pack(params_[0], 0, {nullptr, false, G, H * t_.I, H, t_.I, t_.I, 1}, w_x);
+    Base::pack(params_[0], 0, by_rows(G, H, t_.I, t_.I), w_x);
     t_.w_x = {w_x, Weight<E>::kPacked};
     if (cell_.states == 2) {
       E* w = Base::weight(3, H, K);
-      Base::pack(params_[1], 0, {nullptr, false, 1, 0, H, K, K, 1, 3}, w);  // i
-      Base::pack(params_[1], (1 + A) * H * K, {nullptr, false, 2, H * K, H, K, K, 1, 3}, w + width);
+      Base::pack(params_[1], 0, by_rows(1, H, K, K, 3), w);  // i
+      Base::pack(params_[1], (1 + A) * H * K, by_rows(2, H, K, K, 3), w + width);
       t_.w = {w, Weight<E>::kPacked, K};
       t_.f_step = ceil_div(H, width) * width * K;
       E* w_f = arena_.template get<E>(A * t_.f_step);
       for (int64_t k = 0; k < A; ++k) {
-        Base::pack(params_[1], (1 + k) * H * K, {nullptr, false, 1, 0, H, K, K, 1}, w_f + k * t_.f_step);
+        Base::pack(params_[1], (1 + k) * H * K, by_rows(1, H, K, K), w_f + k * t_.f_step);
       }
       t_.w_f = {w_f, Weight<E>::kPacked, K};
     } else {
       E* w = Base::weight(1, H, K);
-      Base::pack(params_[1], 0, {nullptr, false, 1, 0, H, K, K, 1}, w);
+      Base::pack(params_[1], 0, by_rows(1, H, K, K), w);
       t_.w = {w, Weight<E>::kPacked, K};
     }
     E* bias = arena_.template zeros<E>(G * t_.ld);

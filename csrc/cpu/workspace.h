@@ -99,15 +99,15 @@ void read_biases(const LayerArgs::Direction& p, int64_t gates, int64_t H, E* bx,
   }
 }
 
-inline void check_dtype(const Tensor& x) {
-  const ScalarType t = dtype_of(x);
+// f(E{}, A{}) of the types that a call with tensors of type t computes in, by the instruction set in force:
+// its arithmetic's, and that of what is multiplied.
+template <class F>
+auto by_type(ScalarType t, F&& f) {
   STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::Double || t == ScalarType::BFloat16,
                   "the cpu backend takes float32, float64 and bfloat16");
-}
-
-// Of this tensor's type, by the instruction set in force.
-inline bool multiplies_bf16(const Tensor& x) {
-  return dtype_of(x) == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0;
+  if (t == ScalarType::Double) return f(double{}, double{});
+  if (t == ScalarType::BFloat16 && kernels<float, Bf16>().count > 0) return f(float{}, Bf16{});
+  return f(float{}, float{});
 }
 
 template <class E, class A>
@@ -175,11 +175,23 @@ constexpr int64_t joint_rows(int64_t I, int64_t P) {
   return apart<A>(deep<A>(I) + deep<A>(P));
 }
 
+// A weight's rows by gate and unit, K long and ld apart; to_gates: among so many gates, 0: these are all.
+inline Pack by_rows(int64_t gates, int64_t units, int64_t K, int64_t ld, int64_t to_gates = 0) {
+  return {nullptr, false, gates, units * ld, units, ld, K, 1, to_gates};
+}
+// Its transpose, units its columns, K of its rows for each gate, ld apart; to_K: among so many, likewise.
+inline Pack by_columns(int64_t gates, int64_t units, int64_t K, int64_t ld, int64_t to_K = 0) {
+  return {nullptr, false, gates, K * ld, units, 1, K, ld, 0, to_K};
+}
+
 // Rows [offset, offset + gates * units) of w, to be packed among `all` columns; 0: by themselves.
 inline Pack pack_of(const Tensor& w, int64_t offset, int64_t gates, int64_t units, int64_t all) {
   const int64_t K = w.size(1);
-  const char* src = static_cast<const char*>(w.const_data_ptr()) + offset * K * w.element_size();
-  return {src, dtype_of(w) == ScalarType::BFloat16, gates, units * K, units, K, K, 1, 0, all};
+  Pack p = by_rows(gates, units, K, K);
+  p.src = static_cast<const char*>(w.const_data_ptr()) + offset * K * w.element_size();
+  p.bf16 = dtype_of(w) == ScalarType::BFloat16;
+  p.to_K = all;
+  return p;
 }
 
 // The parts that x [I] and h [P] meet of a weight packed as one of K = P + I, h first; of tiles, in each
