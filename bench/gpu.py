@@ -7,12 +7,12 @@ microseconds a step, medians of alternating samples.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import time
@@ -187,7 +187,7 @@ def machine(device: torch.device) -> dict[str, str | None]:
         return {"device": str(device), **found}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     drivers = []
-    if shutil.which(query[0]):  # a line for each GPU, all of the one driver
+    with contextlib.suppress(FileNotFoundError):  # a line for each GPU, all of the one driver
         drivers = subprocess.run(query, capture_output=True, text=True).stdout.split()
     import triton
 
