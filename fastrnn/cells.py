@@ -91,9 +91,10 @@ class _Cell(torch_rnn.RNNCellBase):
             if hx is None:
                 states = [x.new_zeros(1, x.shape[1], self.hidden_size)] * spec.states
             else:
+                for h in hx:
+                    if isinstance(h, Proxy):
+                        return None
                 states = [h.unsqueeze(0).unsqueeze(0) if one else h.unsqueeze(0) for h in hx]
-            if isinstance(states[0], Proxy):
-                return None
             own = self._parameters
             without = own.get("bias_ih", own) is None and own.get("bias_hh", own) is None
             weights = kernels.stream_weights(self, _NAMES[:2] if without else _NAMES, spec.gates)

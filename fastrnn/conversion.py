@@ -50,6 +50,9 @@ def convert(model: _M) -> _M:
     for module in _checks.is_module(model).modules():
         ours = _OURS.get(_class_of(module))
         if ours is not None and "forward" not in module.__dict__:
+            if isinstance(module, torch_rnn.RNNBase):
+                # What torch does before a call, where its list lags behind. (It does not annotate this.)
+                module._update_flat_weights()  # type: ignore[no-untyped-call]
             _become(module, ours)
             if isinstance(module, _Layer):
                 module._flat_weights = module._flat_weights  # so that it sees weights that are no Parameters

@@ -146,6 +146,19 @@ def _select(state: Any, rows: Tensor, count: int) -> Any:
     return pytree.tree_map(select, state)
 
 
+def _best(totals: Tensor, lengths: Tensor, length_penalty: float) -> Tensor:
+    """Indices of totals [B, K, k], flat, by totals / lengths [B, K] ** length_penalty, the largest first; on
+    the CPU: not every device has float64."""
+    wide = totals.cpu().double()
+    # By logarithms, and these scaled, as such a power and even its logarithm may overflow; where nothing is
+    # left of the totals beside it, by themselves.
+    scale = max(1.0, abs(length_penalty))
+    ranks = length_penalty / scale * lengths.cpu()[..., None].double().log() - (-wide).log() / scale
+    by_total = torch.sort(wide.flatten(1), stable=True, descending=True).indices
+    by_rank = torch.sort(ranks.flatten(1).gather(1, by_total), stable=True, descending=True).indices
+    return by_total.gather(1, by_rank)
+
+
 def _beam(
     step_fn: StepFn, start: Tensor, state: Any, max_steps: int, end: int | None, K: int, length_penalty: float
 ) -> tuple[Tensor, Tensor]:
@@ -173,10 +186,7 @@ def _beam(
         lengths = lengths + ~ended
         # What goes on from one beam is equally long: of it only the K likeliest can be among the K best.
         totals, tokens_of = totals.topk(min(K, V))
-        # The order of totals / lengths ** length_penalty, by logarithms: such a power may overflow.
-        ranks = length_penalty * lengths[..., None].double().log() - (-totals.double()).log()
-        ranks = torch.where(totals.isneginf(), -torch.inf, ranks)
-        best = ranks.flatten(1).topk(K).indices  # [B, K], of K * min(K, V)
+        best = _best(totals, lengths, length_penalty)[:, :K].to(device)  # of K * min(K, V)
         parent = best // totals.size(2)
         token, scores = (t.flatten(1).gather(1, best) for t in (tokens_of, totals))
         lengths = lengths.gather(1, parent)

@@ -178,7 +178,7 @@ class _Layer(torch_rnn.RNNBase):
                 h, c = (*self._zero_states(x, x.shape[1], 1)[0], None)[:2]
             else:
                 h, c = hx if two else (hx, None)
-                if isinstance(h, Proxy):
+                if isinstance(h, Proxy) or isinstance(c, Proxy):
                     return None
                 if unbatched:
                     h, c = h.unsqueeze(1), c.unsqueeze(1) if c is not None else None

@@ -401,7 +401,7 @@ def test_a_gradient_goes_through_relu_of_nan(isa, use_isa):
     torch.testing.assert_close(ours.bias_ih_l0.grad, theirs.bias_ih_l0.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("B", [1, 7])
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 def test_an_infinite_gradient_ends_where_relu_cuts_off(isa, B, dtype, use_isa):
@@ -415,7 +415,8 @@ def test_an_infinite_gradient_ends_where_relu_cuts_off(isa, B, dtype, use_isa):
         y.backward(torch.where(y > 0, 1.0, torch.inf))
     for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert mine.grad.isfinite().all()
-        torch.testing.assert_close(mine.grad, other.grad)
+        if dtype != torch.bfloat16:  # torch.nn's rounds after each operation
+            torch.testing.assert_close(mine.grad, other.grad)
 
 
 TINY = {torch.float32: 1e-40, torch.float64: 1e-310}  # denormal

@@ -243,6 +243,7 @@ def test_restore_refuses_what_does_not_fit(tmp_path, corpus):
     [
         lambda f: f.update(state=None),
         lambda f: f.update(state=f["state"][0]),
+        lambda f: f.update(state=torch.stack(f["state"])),
         lambda f: f.update(state=tuple(s[:, 1:] for s in f["state"])),
         lambda f: f.update(state=tuple(s.double() for s in f["state"])),
         lambda f: f["optimizer"]["state"].pop(0),

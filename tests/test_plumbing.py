@@ -382,37 +382,48 @@ def test_fx_where_the_mask_alone_is_traced():
             return self.inner(randn(5, 4, 4), randn(6, 4, 4), mask=mask)
 
     model, mask = Wrapper(), torch.arange(6) < torch.tensor([1, 0, 6, 2])[:, None]
-    assert_same(torch.fx.symbolic_trace(model)(mask), model(mask))
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["inner"]
+    assert_same(traced(mask), model(mask))
 
 
-@pytest.mark.parametrize("call", ["states", "cell's states", "lengths"])
-def test_fx_looks_into_pairs_and_options(call):
-    """Of a call whose input is no traced one."""
+@pytest.mark.parametrize("place", [0, 1, None], ids=["h", "c", "both"])
+@pytest.mark.parametrize("kind", ["layer", "cell"])
+def test_fx_looks_into_pairs(kind, place):
+    """Of a call whose input is no traced one, and whichever of the pair is."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self):
             super().__init__()
-            self.layer, self.cell = LSTM(IN, H, dtype=F64), fastrnn.LSTMCell(IN, H, dtype=F64)
-            self.register_buffer("x", randn(T, B, IN))
+            self.inner = (LSTM if kind == "layer" else fastrnn.LSTMCell)(IN, H, dtype=F64)
+            self.x = randn(T, B, IN) if kind == "layer" else randn(B, IN)
+            self.h = randn(1, B, H) if kind == "layer" else randn(B, H)
 
-        def forward(self, given, c):
-            if call == "states":
-                return self.layer(self.x, (given, c))
-            return (
-                self.cell(self.x[0], (given, c))
-                if call == "cell's states"
-                else self.layer(self.x, lengths=given)
-            )
+        def forward(self, h, c):
+            given = (h, c) if place is None else (h, self.h) if place == 0 else (self.h, c)
+            return self.inner(self.x, given)
 
     model = Wrapper()
-    args = {
-        "states": (randn(1, B, H), randn(1, B, H)),
-        "cell's states": (randn(B, H), randn(B, H)),
-        "lengths": (torch.tensor([1, 4]), None),
-    }[call]
     traced = torch.fx.symbolic_trace(model)
-    assert len([n for n in traced.graph.nodes if n.op == "call_module"]) == 1
+    nodes = [n for n in traced.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
+    assert [n.target for n in nodes] == ["inner"]
+    args = (torch.tanh(model.h), torch.sigmoid(model.h))
     assert_same(traced(*args), model(*args))
+
+
+def test_fx_looks_at_options():
+    class Wrapper(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.x = GRU(IN, H, dtype=F64), randn(T, B, IN)
+
+        def forward(self, lengths):
+            return self.inner(self.x, lengths=lengths)
+
+    model, lengths = Wrapper(), torch.tensor([1, 4])
+    traced = torch.fx.symbolic_trace(model)
+    assert [n.target for n in traced.graph.nodes if n.op == "call_module"] == ["inner"]
+    assert_same(traced(lengths), model(lengths))
 
 
 @each_layer

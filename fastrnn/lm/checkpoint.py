@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import zipfile
+import zlib
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -58,9 +59,10 @@ def save(path: str, fields: dict[str, Any]) -> None:
     it cannot be written.
     """
     target = Path(os.path.realpath(path))  # through a link, which os.replace would overwrite
-    # A name of its own for each process: two runs that save to one path must not write into one file. No more
-    # than the beginning of the target's, which may be as long as names can be.
-    temporary = target.with_name(f".{target.name[:32]}.{os.getpid()}.tmp")
+    # A name of its own for each process and target: no two runs may write into one file. Of the target's,
+    # which may be as long as names can be, the beginning and a checksum.
+    told = f"{target.name[:32]}.{zlib.crc32(os.fsencode(target.name)):08x}"
+    temporary = target.with_name(f".{told}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save({"format": FORMAT, "version": VERSION, **fields}, file)

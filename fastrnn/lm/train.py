@@ -163,8 +163,11 @@ class Trainer:
                 raise ValueError("moments are of other shapes")
         if self.step == 0:
             return
+        pair = self.config.cell == "lstm"
+        if pair and not (isinstance(state, tuple | list) and len(state) == 2):
+            raise ValueError("the state is no pair")
         shape = (self.config.layers, self.config.batch, self.config.hidden)
-        for s in state if self.config.cell == "lstm" else (state,):
+        for s in state if pair else (state,):
             if s.shape != shape or s.dtype != parameters[0].dtype:
                 raise ValueError("the state is of another shape or type")
 
