@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -51,8 +52,9 @@ def convert(model: _M) -> _M:
         ours = _OURS.get(_class_of(module))
         if ours is not None and "forward" not in module.__dict__:
             if isinstance(module, torch_rnn.RNNBase):
-                # What torch does before a call, where its list lags behind. (It does not annotate this.)
-                module._update_flat_weights()  # type: ignore[no-untyped-call]
+                # What torch does before a call, where its list lags behind.
+                renew: Callable[[], None] = module._update_flat_weights
+                renew()
             _become(module, ours)
             if isinstance(module, _Layer):
                 module._flat_weights = module._flat_weights  # so that it sees weights that are no Parameters
