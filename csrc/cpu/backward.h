@@ -141,6 +141,7 @@ struct Backward {
                         int64_t K, const Fetches& reads, const Epilogue& epilogue) const {
     int64_t block0, block1;
     my_blocks<E>(share, units, block0, block1);
+    fetch_rows(share, share.row0, row1, a, lda, K);
     product<1>(share.row0, row1, block0, block1, units, InRows<A>{a, lda}, w, K,
                static_cast<const E*>(nullptr), 0, (k & 1) != 0, reads, epilogue);
     end_phase(share);

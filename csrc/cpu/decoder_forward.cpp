@@ -159,7 +159,7 @@ class DecoderForward : DecoderCall<E> {
     s.y = {rows(H), H, false};
     for (int j = 1; j < cell_.states; ++j) s.seq[j - 1] = save ? rows(H) : nullptr;
     s.save = save && cell_.saved;
-    s.ld_gates = s.save ? cell_.saved * H : padded<E>(G * H);
+    s.ld_gates = s.save ? cell_.saved * H : G * padded<E>(H);
     s.gates = s.save ? rows(s.ld_gates) : arena_.template get<E>(scan.steps * B * s.ld_gates);
     for (E*& ring : s.ring) ring = arena_.template zeros<E>(B * s.ld_ring);
     for (int j = 1; j < cell_.states; ++j) s.state[j] = arena_.template zeros<E>(B * s.ld_state);

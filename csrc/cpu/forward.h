@@ -18,6 +18,7 @@ FASTRNN_HD InRows<E> operand(const Share& share, const cpu::Weight<E>& w, int64_
       return {share.quantized, to};
     }
   }
+  fetch_rows(share, row0, row1, rows, ld, K);
   return {rows, ld, longest};
 }
 
@@ -32,26 +33,35 @@ struct Forward {
   // cut k in their own way, see pairs.h and amx.h.)
   static constexpr int64_t kPiece = kLast == 1 ? kShortSum<A> : kLongest<A>;
 
+  // Rows of gx, and of what is saved in its place: for each gate its units.
+  struct Gates {
+    E* data;
+    int64_t ld, gate;  // from a row to the next, and from a gate
+    FASTRNN_HD E* at(int64_t row, int64_t column, int64_t unit) const {
+      return data + row * ld + column * gate + unit;
+    }
+  };
+
   const Scan<E, A>& p;
   const Direction<E, A>& d;
   const Share& share;
   Step now, next;
   const A* h_in;
   A* h_out;
-  E* gates;        // of the step's first row
-  const A* x_in;   // the step's rows of x, where the scan is joint
-  bool backwards;  // which way this step sweeps the weights
+  const Gates& gates;  // of the step's rows
+  const A* x_in;       // the step's rows of x, where the scan is joint
+  bool backwards;      // which way this step sweeps the weights
 
   template <int N>
   FASTRNN_HD void load_gx(int64_t i, int64_t unit, int lanes, int gate0, Vec<S, N>& gx) const {
     for (int g = 0; g < N; ++g) {
-      gx[g] = S::load(gates + i * d.ld_gates + (gate0 + g) * p.H + unit, lanes);
+      gx[g] = S::load(gates.at(i, gate0 + g, unit), lanes);
     }
   }
 
   template <int N>
   FASTRNN_HD void save(int64_t i, int64_t unit, int lanes, int column0, const Vec<S, N>& v) const {
-    for (int k = 0; k < N; ++k) v[k].store(gates + i * d.ld_gates + (column0 + k) * p.H + unit, lanes);
+    for (int k = 0; k < N; ++k) v[k].store(gates.at(i, column0 + k, unit), lanes);
   }
 
   // What nobody reads before the backward pass: the same, past the caches. (Where there is gx, its place is
@@ -59,12 +69,12 @@ struct Forward {
   template <int N>
   FASTRNN_HD void stream(int64_t i, int64_t unit, const Vec<S, N>& saved,
                          const Vec<S, Cell::kStates>& s) const {
-    for (int k = 0; k < N; ++k) saved[k].stream(gates + i * d.ld_gates + k * p.H + unit);
+    for (int k = 0; k < N; ++k) saved[k].stream(gates.at(i, k, unit));
     for (int j = 1; j < Cell::kStates; ++j) s[j].stream(d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit);
   }
 
   FASTRNN_HD Reads<E> gx_of(int gate0, int count) const {
-    return {gates + gate0 * p.H, d.ld_gates, p.H, count};
+    return {gates.at(0, gate0, 0), gates.ld, gates.gate, count};
   }
 
   FASTRNN_HD void write_h(int64_t i, int64_t unit, int lanes, const S& h) const {
@@ -101,6 +111,7 @@ struct Forward {
 
   FASTRNN_HD void joint_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
     const int64_t P = round_up(p.P, cpu::kDepth<A>);
+    fetch_rows(share, row0, row1, h_in, d.ld_ring, P);
     const InBoth<A> source{{h_in, d.ld_ring, kPiece}, {x_in, d.x_rows ? d.ld_x : p.I}, P};
     new_states<true>(row0, row1, block0, block1, source, d.w[0], P + p.I, d.b, Reads<E>{});
   }
@@ -126,7 +137,7 @@ struct Forward {
                        Vec<S, kFirst> first;
                        Vec<S, Cell::kSaved - kFirst> saved;
                        for (int k = 0; k < kFirst; ++k) {
-                         first[k] = S::load(gates + i * d.ld_gates + k * p.H + unit, lanes);
+                         first[k] = S::load(gates.at(i, k, unit), lanes);
                        }
                        Cell::forward(gx, gh, s, first, s_new, saved);
                        if (d.save) save(i, unit, lanes, kFirst, saved);
@@ -174,11 +185,28 @@ struct Forward {
     return share.row0 == 0 && share.row1 == p.rows.B;
   }
 
-  // Where a step's rows begin in the chunk's x_rows and gx: in a row with those before, or, where members
-  // share out the batch and do not wait for each other, at a place that no other step's rows of any chunk
-  // take.
+  // Where a step's rows begin among those that the member's part of the batch has in the chunk.
   static int64_t slot(const Scan<E, A>& p, const Share& share, const Chunk& c, int64_t t) {
-    return whole_batch(p, share) ? p.rows.offset[t] - p.rows.offset[c.t0] : (t - c.t0) * p.rows.B;
+    if (whole_batch(p, share)) return p.rows.offset[t] - p.rows.offset[c.t0];
+    return (t - c.t0) * (share.row1 - share.row0) - share.row0;
+  }
+
+  // gx of step t's rows. Of what is not saved each member has a part of the chunk's memory for itself: parts
+  // of every row would be neighbours, and each core's prefetching take lines from the other that it is to
+  // write.
+  static Gates gates_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
+                        int64_t t) {
+    if (d.save) return {d.gates + p.rows.offset[t] * d.ld_gates, d.ld_gates, p.H};
+    int64_t block0, block1;
+    my_blocks<E>(share, p.H, block0, block1);
+    const int64_t unit0 = block0 * S::W, gate = block1 * S::W - unit0, ld = Cell::kGates * gate;
+    const int64_t before = share.row0 * d.ld_gates + (share.row1 - share.row0) * Cell::kGates * unit0;
+    return {d.gates + p.steps * before + slot(p, share, c, t) * ld - unit0, ld, gate};
+  }
+
+  static A* x_rows_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
+                      int64_t t) {
+    return d.x_rows + (p.steps * share.row0 + slot(p, share, c, t)) * d.ld_x;
   }
 
   // The chunk's rows of x, each by one of those that will read it.
@@ -187,7 +215,7 @@ struct Forward {
       const int64_t row1 = at_most(share.row1, p.rows.active[t]);
       for (int64_t i = share.row0; i < row1; ++i) {
         const Border<E> from = p.x.row(p.rows.at(p.rows.offset[t] + i));
-        A* to = d.x_rows + (slot(p, share, c, t) + i) * d.ld_x;
+        A* to = x_rows_of(p, d, share, c, t) + i * d.ld_x;
         for (int64_t k = 0; k < p.I || k % cpu::kDepth<A> != 0; k += S::W) {
           const int lanes = static_cast<int>(at_most(p.I - k, S::W));
           store_row(lanes > 0 ? load(from, 0, k, lanes) : S(0), to + k, S::W);
@@ -200,8 +228,7 @@ struct Forward {
   // The rows of x of step t, from the step's first on.
   static const A* x_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
                        int64_t t) {
-    return d.x_rows ? d.x_rows + slot(p, share, c, t) * d.ld_x
-                    : static_cast<const A*>(p.x.data) + p.rows.offset[t] * p.I;
+    return d.x_rows ? x_rows_of(p, d, share, c, t) : static_cast<const A*>(p.x.data) + p.rows.offset[t] * p.I;
   }
 
   // gx of `count` rows from step t's row0 on and some blocks of units, for one stage's gates.
@@ -209,15 +236,13 @@ struct Forward {
   static void input_product(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
                             int stage, int gate0, int64_t t, int64_t row0, int64_t count, int64_t block0,
                             int64_t block1) {
-    const int64_t first = p.rows.offset[t] + row0, place = slot(p, share, c, t) + row0;
     const int64_t ld_x = d.x_rows ? d.ld_x : p.I;
     const A* x = x_of(p, d, share, c, t) + row0 * ld_x;
-    E* to = d.gates + (d.save ? first : place) * d.ld_gates + gate0 * p.H;
+    const Gates to = gates_of(p, d, share, c, t);
     const auto rows = operand(share, d.w_x[stage], 0, count, x, ld_x, p.I);
     product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_b, d.ld_b, false,
-               Reads<E>{},
-               [=, ld = d.ld_gates, H = p.H](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
-                 for (int g = 0; g < N; ++g) gx[g].store(to + i * ld + g * H + unit, lanes);
+               Reads<E>{}, [=](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
+                 for (int g = 0; g < N; ++g) gx[g].store(to.at(row0 + i, gate0 + g, unit), lanes);
                });
   }
 
@@ -259,16 +284,10 @@ struct Forward {
     my_blocks<E>(share, p.H, block0, block1);
     if (t == t0) input_products(p, d, share, c, block0, block1);
     const Step now = step_at(p, d, t);
-    const Forward f{p,
-                    d,
-                    share,
-                    now,
-                    step_at(p, d, t + 1),
-                    d.ring[t & 1],
-                    d.ring[(t + 1) & 1],
-                    d.gates + (d.save ? now.first : slot(p, share, c, t)) * d.ld_gates,
-                    nullptr,
-                    (t & 1) != 0};
+    const Gates gates = gates_of(p, d, share, c, t);
+    const Forward f{
+        p,     d,       share,       now, step_at(p, d, t + 1), d.ring[t & 1], d.ring[(t + 1) & 1],
+        gates, nullptr, (t & 1) != 0};
     if (feed) {
       if constexpr (kFirst > 0) f.template add_feed<kFirst>(*feed, 0, 0, block0, block1);
       f.template add_feed<kLast>(*feed, Cell::kStages - 1, kFirst, block0, block1);
@@ -297,6 +316,7 @@ struct Forward {
         if (!alone && !p.joint) input_products(p, d, share, c, block0, block1);
         for (int64_t k = k0; k < k1; ++k) {
           const Step now = step_at(p, d, time(k)), next = step_at(p, d, time(k + 1));
+          const Gates gates = gates_of(p, d, share, c, now.t);
           const Forward f{p,
                           d,
                           share,
@@ -304,7 +324,7 @@ struct Forward {
                           next,
                           d.ring[k & 1],
                           d.ring[(k + 1) & 1],
-                          d.gates + (d.save ? now.first : slot(p, share, c, now.t)) * d.ld_gates,
+                          gates,
                           x_of(p, d, share, c, now.t),
                           ((p.sweeps + k) & 1) != 0};
           const int64_t row1 = at_most(share.row1, now.active);

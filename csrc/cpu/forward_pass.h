@@ -64,7 +64,7 @@ class ForwardPass {
     scan.H = H;
     scan.P = P;
     const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
-    const int64_t ld_gx = padded<E>(columns);
+    const int64_t ld_gx = G * ld;
     const int64_t few = Weights<E, A>::few(a, G);
     const bool direct =
         bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty() && a.x.is_contiguous();

@@ -98,7 +98,7 @@ struct Direction {
   const E* bh;  // [G][ld_b] recurrent bias
   const E* b;   // their sum, where the scan is joint
   int64_t ld_b;
-  E* gates;  // gx first, the cell's saved values after: [N][ld_gates] where save, else [chunk rows]
+  E* gates;  // gx first, the cell's saved values after: [N][ld_gates] where save, else for a chunk's rows
   int64_t ld_gates;
   bool save;               // all of kSaved is wanted
   bool stream;             // it and seq past the caches, where the scan is joint; whole lines of them

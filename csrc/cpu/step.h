@@ -91,6 +91,18 @@ FASTRNN_HD void end_phase(const Share& share) {
   if (share.parts > 1) cpu::meet(share.places, share.part, share.parts);
 }
 
+// Asks at once for the few rows that other members have just written: one after the other, as a product meets
+// them, it would wait for each line from another core's cache.
+template <class A>
+FASTRNN_HD void fetch_rows(const Share& share, int64_t row0, int64_t row1, const A* rows, int64_t ld,
+                           int64_t K) {
+  constexpr int64_t kLine = 64 / sizeof(A), kMost = 8192 / sizeof(A), kMostRows = 4;
+  if (share.parts == 1 || row1 - row0 > kMostRows || (row1 - row0) * K > kMost) return;
+  for (int64_t r = row0; r < row1; ++r) {
+    for (int64_t k = 0; k < K; k += kLine) __builtin_prefetch(rows + r * ld + k);
+  }
+}
+
 template <class Cell>
 constexpr int last_stage_gates() {
   return Cell::kStageGates[Cell::kStages - 1];
