@@ -241,14 +241,16 @@ def test_rows_longer_than_a_piece(cell, I, isa, use_isa):
 @pytest.mark.parametrize(
     ("shape", "mask"),
     [
-        *(((T, B, I, H), "none") for T, B, I, H in [(40, 7, 16, 64), (40, 40, 16, 64), (5, 1, 8, 300)]),
-        *(((300, 24, 24, 64), mask) for mask in MASKS[1:]),  # chunks of steps, whose rows become fewer
+        *(((2, T, B, I, H), "none") for T, B, I, H in [(40, 7, 16, 64), (40, 40, 16, 64), (5, 1, 8, 300)]),
+        *(((2, 300, 24, 24, 64), mask) for mask in MASKS[1:]),  # chunks of steps, whose rows become fewer
+        ((1, 40, 16, 16, 64), "none"),  # of four threads two share the rows, and each part's units two
     ],
     ids=str,
 )
 @pytest.mark.parametrize("cell", CELLS)
 def test_bits_do_not_depend_on_threads(cell, shape, mask, save):
-    x, states, params = random_case(cell, *shape, D=2, dtype=torch.float32)
+    D, *shape = shape
+    x, states, params = random_case(cell, *shape, D=D, dtype=torch.float32)
     x, masks = random_masks(mask, x)
     leaves = [t.requires_grad_(save) for t in (x, *states, *params)]
     before = torch.get_num_threads()
@@ -268,15 +270,17 @@ def test_bits_do_not_depend_on_threads(cell, shape, mask, save):
 @pytest.mark.parametrize("isa", kernels.instruction_sets())
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("H", [32, 33, 40], ids=["lines", "odd", "vectors"])
-def test_training_that_outgrows_the_caches(H, threads, mask, isa, use_isa):
+@pytest.mark.parametrize(
+    ("cell", "H"), [*(("lstm", H) for H in (32, 33, 40)), ("gru", 32), ("gru_reset_before", 32)]
+)
+def test_training_that_outgrows_the_caches(cell, H, threads, mask, isa, use_isa):
     """What is kept for the backward pass goes past the caches where it is whole lines: the bits are those of
     a few sequences at a time, whose own stays there."""
     use_isa(isa)
-    B, each = 24, 4
+    B, each, kept = 24, 4, {"lstm": 5, "gru": 4, "gru_reset_before": 3}[cell]
     cache = torch.ops.fastrnn.plan("lstm", torch.empty(1, H), 1, 1, 1, H, H, 1, False, 1)[4]
-    T = 2 * cache * threads // (B * 5 * 4 * H) + 1
-    x, states, params = random_case("lstm", T, B, 5, H, dtype=torch.float32)
+    T = 2 * cache * threads // (B * kept * 4 * H) + 1
+    x, states, params = random_case(cell, T, B, 5, H, dtype=torch.float32)
     lengths = T - torch.arange(B) // 3
     reset = torch.rand(T, B) < 0.01
     leaves = [t.requires_grad_() for t in (x, *states)]
@@ -291,7 +295,7 @@ def test_training_that_outgrows_the_caches(H, threads, mask, isa, use_isa):
             real = torch.arange(T)[:, None] < lengths[of]
             rows, masks = rows[real], {"batch_sizes": real.sum(1)[: lengths[of].max()]}
         y, last, seq = functional.layer(
-            "lstm", rows, [s[:, of] for s in states], params, return_states=True, **masks
+            cell, rows, [s[:, of] for s in states], params, return_states=True, **masks
         )
         if mask == "packed":
             y, seq = x.new_zeros(*real.shape, H).index_put((real,), y), []
@@ -439,6 +443,8 @@ def test_denormals_are_flushed_only_inside(threads, dtype):
         torch.set_num_threads(threads)
         with torch.no_grad():
             assert not functional.layer("rnn_relu", x, [h], [eye, eye])[0].any()
+            large = eye * torch.finfo(dtype).max ** 0.8  # a product with it would be none: x must count as 0
+            assert not functional.layer("rnn_relu", x, [h], [large, eye])[0].any()
         assert denormals_count()
         leaves = [t.requires_grad_() for t in (torch.ones_like(x), torch.ones_like(h), eye, eye.clone())]
         y, _, _ = functional.layer("rnn_relu", leaves[0], leaves[1:2], leaves[2:])

@@ -158,9 +158,8 @@ class DecoderForward : DecoderCall<E> {
     s.bh = bh;
     s.y = {rows(H), H, false};
     for (int j = 1; j < cell_.states; ++j) s.seq[j - 1] = save ? rows(H) : nullptr;
-    s.save = save && cell_.saved;
-    s.ld_gates = s.save ? cell_.saved * H : G * padded<E>(H);
-    s.gates = s.save ? rows(s.ld_gates) : arena_.template get<E>(scan.steps * B * s.ld_gates);
+    s.save = save && cell_.saved ? rows(cell_.saved * H) : nullptr;
+    s.gx = arena_.template get<E>(scan.steps * B * G * s.ld_state);
     for (E*& ring : s.ring) ring = arena_.template zeros<E>(B * s.ld_ring);
     for (int j = 1; j < cell_.states; ++j) s.state[j] = arena_.template zeros<E>(B * s.ld_state);
     if (cell_.stages == 2) s.mid = arena_.template zeros<E>(B * s.ld_mid);

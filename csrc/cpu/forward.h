@@ -18,7 +18,6 @@ FASTRNN_HD InRows<E> operand(const Share& share, const cpu::Weight<E>& w, int64_
       return {share.quantized, to};
     }
   }
-  fetch_rows(share, row0, row1, rows, ld, K);
   return {rows, ld, longest};
 }
 
@@ -33,9 +32,9 @@ struct Forward {
   // cut k in their own way, see pairs.h and amx.h.)
   static constexpr int64_t kPiece = kLast == 1 ? kShortSum<A> : kLongest<A>;
 
-  // Rows of gx, and of what is saved in its place: for each gate its units.
+  // Rows of gx: for each gate whole vectors of units.
   struct Gates {
-    E* data;
+    E* data;           // where row 0 and unit 0 would be
     int64_t ld, gate;  // from a row to the next, and from a gate
     FASTRNN_HD E* at(int64_t row, int64_t column, int64_t unit) const {
       return data + row * ld + column * gate + unit;
@@ -48,33 +47,40 @@ struct Forward {
   Step now, next;
   const A* h_in;
   A* h_out;
-  const Gates& gates;  // of the step's rows
-  const A* x_in;       // the step's rows of x, where the scan is joint
-  bool backwards;      // which way this step sweeps the weights
+  const Gates& gx;  // of the step's rows
+  const A* x_in;    // the step's rows of x, where the scan is joint
+  bool backwards;   // which way this step sweeps the weights
 
   template <int N>
-  FASTRNN_HD void load_gx(int64_t i, int64_t unit, int lanes, int gate0, Vec<S, N>& gx) const {
-    for (int g = 0; g < N; ++g) {
-      gx[g] = S::load(gates.at(i, gate0 + g, unit), lanes);
+  FASTRNN_HD void load_gx(int64_t i, int64_t unit, int gate0, Vec<S, N>& v) const {
+    for (int g = 0; g < N; ++g) v[g] = S::load(gx.at(i, gate0 + g, unit));
+  }
+
+  template <int N>
+  FASTRNN_HD void store_gx(int64_t i, int64_t unit, int gate0, const Vec<S, N>& v) const {
+    for (int g = 0; g < N; ++g) v[g].store(gx.at(i, gate0 + g, unit));
+  }
+
+  // For the backward pass, before which nobody reads it.
+  FASTRNN_HD void save(int64_t i, int64_t unit, int lanes, const Vec<S, Cell::kSaved>& saved,
+                       const Vec<S, Cell::kStates>& s) const {
+    const auto seq = [&](int j) { return d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit; };
+    if (d.save) {
+      E* const to = d.save + (now.first + i) * Cell::kSaved * p.H + unit;
+      if (d.stream) {  // past the caches
+        for (int k = 0; k < Cell::kSaved; ++k) saved[k].stream(to + k * p.H);
+        for (int j = 1; j < Cell::kStates; ++j) s[j].stream(seq(j));
+        return;
+      }
+      for (int k = 0; k < Cell::kSaved; ++k) saved[k].store(to + k * p.H, lanes);
+    }
+    for (int j = 1; j < Cell::kStates; ++j) {
+      if (d.seq[j - 1]) s[j].store(seq(j), lanes);
     }
   }
 
-  template <int N>
-  FASTRNN_HD void save(int64_t i, int64_t unit, int lanes, int column0, const Vec<S, N>& v) const {
-    for (int k = 0; k < N; ++k) v[k].store(gates.at(i, column0 + k, unit), lanes);
-  }
-
-  // What nobody reads before the backward pass: the same, past the caches. (Where there is gx, its place is
-  // in them.)
-  template <int N>
-  FASTRNN_HD void stream(int64_t i, int64_t unit, const Vec<S, N>& saved,
-                         const Vec<S, Cell::kStates>& s) const {
-    for (int k = 0; k < N; ++k) saved[k].stream(gates.at(i, k, unit));
-    for (int j = 1; j < Cell::kStates; ++j) s[j].stream(d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit);
-  }
-
-  FASTRNN_HD Reads<E> gx_of(int gate0, int count) const {
-    return {gates.at(0, gate0, 0), gates.ld, gates.gate, count};
+  FASTRNN_HD Reads<E> reads_of(int gate0, int count) const {
+    return {gx.at(0, gate0, 0), gx.ld, gx.gate, count};
   }
 
   FASTRNN_HD void write_h(int64_t i, int64_t unit, int lanes, const S& h) const {
@@ -82,20 +88,21 @@ struct Forward {
     store_row(if_kept(kept(next, i), stored), h_out + i * d.ld_ring + unit, lanes);
   }
 
-  // The first of two stages: mid, and gates that the second will read, kept in gx's place.
+  // The first of two stages: mid, and gates that the second will read, in the place of their gx.
   FASTRNN_HD void first_stage(int64_t row0, int64_t row1) const {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
+    fetch_rows(share, row0, row1, h_in, d.ld_ring, p.H);
     product<kFirst>(row0, row1, block0, block1, p.H, operand(share, d.w[0], row0, row1, h_in, d.ld_ring, p.H),
-                    d.w[0], p.H, d.bh, d.ld_b, backwards, gx_of(0, kFirst),
+                    d.w[0], p.H, d.bh, d.ld_b, backwards, reads_of(0, kFirst),
                     [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, kFirst>& gh) {
-                      Vec<S, kFirst> gx, first;
+                      Vec<S, kFirst> v, first;
                       Vec<S, Cell::kStates> s;
                       S mid;
-                      load_gx(i, unit, lanes, 0, gx);
+                      load_gx(i, unit, 0, v);
                       s[0] = load_row(h_in + i * d.ld_ring + unit);
-                      Cell::forward_first(gx, gh, s, mid, first);
-                      save(i, unit, lanes, 0, first);
+                      Cell::forward_first(v, gh, s, mid, first);
+                      store_gx(i, unit, 0, first);
                       store_row(mid, d.mid + i * d.ld_mid + unit, lanes);
                     });
     end_phase(share);
@@ -104,9 +111,12 @@ struct Forward {
   FASTRNN_HD void last_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
     const int64_t K = kTwo ? p.H : p.P;
     const cpu::Weight<A>& w = d.w[Cell::kStages - 1];
-    const auto source =
-        operand(share, w, row0, row1, kTwo ? d.mid : h_in, kTwo ? d.ld_mid : d.ld_ring, K, kPiece);
-    new_states<false>(row0, row1, block0, block1, source, w, K, d.bh + kFirst * d.ld_b, gx_of(kFirst, kLast));
+    const A* const rows = kTwo ? d.mid : h_in;
+    const int64_t ld = kTwo ? d.ld_mid : d.ld_ring;
+    if (kTwo || p.rows.T > 1) fetch_rows(share, row0, row1, rows, ld, K);
+    const auto source = operand(share, w, row0, row1, rows, ld, K, kPiece);
+    new_states<false>(row0, row1, block0, block1, source, w, K, d.bh + kFirst * d.ld_b,
+                      reads_of(kFirst, kLast));
   }
 
   FASTRNN_HD void joint_stage(int64_t row0, int64_t row1, int64_t block0, int64_t block1) const {
@@ -122,12 +132,13 @@ struct Forward {
                              const cpu::Weight<A>& w, int64_t K, const E* bias, const Reads<E>& reads) const {
     product<kLast>(row0, row1, block0, block1, p.H, source, w, K, bias, d.ld_b, backwards, reads,
                    [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, kLast>& gh) {
-                     Vec<S, kLast> gx;
+                     Vec<S, kLast> v;
                      Vec<S, Cell::kStates> s, s_new;
+                     Vec<S, Cell::kSaved> saved;
                      if constexpr (kJoint) {
-                       for (int g = 0; g < kLast; ++g) gx[g] = S(0);
+                       for (int g = 0; g < kLast; ++g) v[g] = S(0);
                      } else {
-                       load_gx(i, unit, lanes, kFirst, gx);
+                       load_gx(i, unit, kFirst, v);
                      }
                      // Under a projection h has another width; such cells do not read it elementwise.
                      s[0] = d.w_proj ? S(0) : load_row(h_in + i * d.ld_ring + unit);
@@ -135,24 +146,16 @@ struct Forward {
                        s[j] = S::load(d.state[j] + i * d.ld_state + unit);
                      if constexpr (kTwo) {
                        Vec<S, kFirst> first;
-                       Vec<S, Cell::kSaved - kFirst> saved;
-                       for (int k = 0; k < kFirst; ++k) {
-                         first[k] = S::load(gates.at(i, k, unit), lanes);
-                       }
-                       Cell::forward(gx, gh, s, first, s_new, saved);
-                       if (d.save) save(i, unit, lanes, kFirst, saved);
+                       Vec<S, Cell::kSaved - kFirst> last;
+                       load_gx(i, unit, 0, first);
+                       Cell::forward(v, gh, s, first, s_new, last);
+                       for (int k = 0; k < kFirst; ++k) saved[k] = first[k];
+                       for (int k = kFirst; k < Cell::kSaved; ++k) saved[k] = last[k - kFirst];
                      } else {
-                       Vec<S, Cell::kSaved> saved;
-                       Cell::forward(gx, gh, s, s_new, saved);
-                       if (kJoint && d.stream) {
-                         stream(i, unit, saved, s_new);
-                       } else if (d.save) {
-                         save(i, unit, lanes, 0, saved);
-                       }
+                       Cell::forward(v, gh, s, s_new, saved);
                      }
+                     save(i, unit, lanes, saved, s_new);
                      for (int j = 1; j < Cell::kStates; ++j) {
-                       if (d.seq[j - 1] && !(kJoint && d.stream))
-                         s_new[j].store(d.seq[j - 1] + p.rows.at(now.first + i) * p.H + unit, lanes);
                        if_kept(kept(next, i), s_new[j]).store(d.state[j] + i * d.ld_state + unit);
                      }
                      if (d.w_proj) {
@@ -167,6 +170,7 @@ struct Forward {
   FASTRNN_HD void projection(int64_t row0, int64_t row1) const {
     int64_t block0, block1;
     my_blocks<E>(share, p.P, block0, block1);
+    fetch_rows(share, row0, row1, d.mid, d.ld_mid, p.H);
     product<1>(row0, row1, block0, block1, p.P,
                operand(share, d.w_proj, row0, row1, d.mid, d.ld_mid, p.H, kShortSum<A>), d.w_proj, p.H,
                static_cast<const E*>(nullptr), 0, backwards, Reads<E>{},
@@ -185,23 +189,25 @@ struct Forward {
     return share.row0 == 0 && share.row1 == p.rows.B;
   }
 
-  // Where a step's rows begin among those that the member's part of the batch has in the chunk.
+  // Where row 0 of a step would be among those that the member's part of the batch has in the chunk.
   static int64_t slot(const Scan<E, A>& p, const Share& share, const Chunk& c, int64_t t) {
     if (whole_batch(p, share)) return p.rows.offset[t] - p.rows.offset[c.t0];
     return (t - c.t0) * (share.row1 - share.row0) - share.row0;
   }
 
-  // gx of step t's rows. Of what is not saved each member has a part of the chunk's memory for itself: parts
-  // of every row would be neighbours, and each core's prefetching take lines from the other that it is to
-  // write.
-  static Gates gates_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
-                        int64_t t) {
-    if (d.save) return {d.gates + p.rows.offset[t] * d.ld_gates, d.ld_gates, p.H};
+  // gx of step t's rows. Each member has a part of the chunk's memory for itself: parts of every row would be
+  // neighbours, and each core's prefetching take lines from the other that it is about to write.
+  static Gates gx_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
+                     int64_t t) {
     int64_t block0, block1;
     my_blocks<E>(share, p.H, block0, block1);
-    const int64_t unit0 = block0 * S::W, gate = block1 * S::W - unit0, ld = Cell::kGates * gate;
-    const int64_t before = share.row0 * d.ld_gates + (share.row1 - share.row0) * Cell::kGates * unit0;
-    return {d.gates + p.steps * before + slot(p, share, c, t) * ld - unit0, ld, gate};
+    constexpr int64_t G = Cell::kGates;
+    // No power of two, where what pads a row of ld_state for each gate has room for it.
+    const int64_t pad = share.parts <= G ? S::W : 0;
+    const int64_t unit0 = block0 * S::W, gate = block1 * S::W - unit0, ld = G * gate + pad;
+    const int64_t before =
+        share.row0 * G * d.ld_state + (share.row1 - share.row0) * (G * unit0 + share.part * pad);
+    return {d.gx + p.steps * before + slot(p, share, c, t) * ld - unit0, ld, gate};
   }
 
   static A* x_rows_of(const Scan<E, A>& p, const Direction<E, A>& d, const Share& share, const Chunk& c,
@@ -238,11 +244,11 @@ struct Forward {
                             int64_t block1) {
     const int64_t ld_x = d.x_rows ? d.ld_x : p.I;
     const A* x = x_of(p, d, share, c, t) + row0 * ld_x;
-    const Gates to = gates_of(p, d, share, c, t);
+    const Gates to = gx_of(p, d, share, c, t);
     const auto rows = operand(share, d.w_x[stage], 0, count, x, ld_x, p.I);
     product<N>(0, count, block0, block1, p.H, rows, d.w_x[stage], p.I, d.bx + gate0 * d.ld_b, d.ld_b, false,
-               Reads<E>{}, [=](int64_t i, int64_t unit, int lanes, const Vec<S, N>& gx) {
-                 for (int g = 0; g < N; ++g) gx[g].store(to.at(row0 + i, gate0 + g, unit), lanes);
+               Reads<E>{}, [=](int64_t i, int64_t unit, int, const Vec<S, N>& v) {
+                 for (int g = 0; g < N; ++g) v[g].store(to.at(row0 + i, gate0 + g, unit));
                });
   }
 
@@ -266,12 +272,12 @@ struct Forward {
   FASTRNN_HD void add_feed(const cpu::Feed<E>& feed, int stage, int gate0, int64_t block0,
                            int64_t block1) const {
     product<N>(share.row0, share.row1, block0, block1, p.H, InRows<E>{feed.rows, feed.ld}, feed.w[stage], p.H,
-               static_cast<const E*>(nullptr), 0, backwards, gx_of(gate0, N),
-               [=, *this](int64_t i, int64_t unit, int lanes, const Vec<S, N>& v) {
-                 Vec<S, N> gx;
-                 load_gx(i, unit, lanes, gate0, gx);
-                 for (int g = 0; g < N; ++g) gx[g] = gx[g] + v[g];
-                 save(i, unit, lanes, gate0, gx);
+               static_cast<const E*>(nullptr), 0, backwards, reads_of(gate0, N),
+               [=, *this](int64_t i, int64_t unit, int, const Vec<S, N>& v) {
+                 Vec<S, N> sum;
+                 load_gx(i, unit, gate0, sum);
+                 for (int g = 0; g < N; ++g) sum[g] = sum[g] + v[g];
+                 store_gx(i, unit, gate0, sum);
                });
   }
 
@@ -284,10 +290,9 @@ struct Forward {
     my_blocks<E>(share, p.H, block0, block1);
     if (t == t0) input_products(p, d, share, c, block0, block1);
     const Step now = step_at(p, d, t);
-    const Gates gates = gates_of(p, d, share, c, t);
-    const Forward f{
-        p,     d,       share,       now, step_at(p, d, t + 1), d.ring[t & 1], d.ring[(t + 1) & 1],
-        gates, nullptr, (t & 1) != 0};
+    const Gates gx = gx_of(p, d, share, c, t);
+    const Forward f{p,  d,       share,       now, step_at(p, d, t + 1), d.ring[t & 1], d.ring[(t + 1) & 1],
+                    gx, nullptr, (t & 1) != 0};
     if (feed) {
       if constexpr (kFirst > 0) f.template add_feed<kFirst>(*feed, 0, 0, block0, block1);
       f.template add_feed<kLast>(*feed, Cell::kStages - 1, kFirst, block0, block1);
@@ -316,7 +321,7 @@ struct Forward {
         if (!alone && !p.joint) input_products(p, d, share, c, block0, block1);
         for (int64_t k = k0; k < k1; ++k) {
           const Step now = step_at(p, d, time(k)), next = step_at(p, d, time(k + 1));
-          const Gates gates = gates_of(p, d, share, c, now.t);
+          const Gates gx = p.joint ? Gates{} : gx_of(p, d, share, c, now.t);
           const Forward f{p,
                           d,
                           share,
@@ -324,7 +329,7 @@ struct Forward {
                           next,
                           d.ring[k & 1],
                           d.ring[(k + 1) & 1],
-                          gates,
+                          gx,
                           x_of(p, d, share, c, now.t),
                           ((p.sweeps + k) & 1) != 0};
           const int64_t row1 = at_most(share.row1, now.active);

@@ -64,7 +64,6 @@ class ForwardPass {
     scan.H = H;
     scan.P = P;
     const int64_t ld = padded<E>(H), ld_h = padded<A>(P), ld_mid = padded<A>(H), columns = G * H;
-    const int64_t ld_gx = G * ld;
     const int64_t few = Weights<E, A>::few(a, G);
     const bool direct =
         bf16 == (sizeof(A) == 2) && a.I % kDepth<A> == 0 && table.outside.empty() && a.x.is_contiguous();
@@ -115,10 +114,9 @@ class ForwardPass {
         for (int64_t i = 0; i < G * s.ld_b; ++i) b[i] = s.bx[i] + s.bh[i];
         s.b = b;
       }
-      s.save = save_gates;
-      s.ld_gates = save_gates ? cell.saved * H : ld_gx;
-      s.gates = save_gates ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * s.ld_gates
-                           : arena.get<E>(most_rows * ld_gx);
+      s.save =
+          save_gates ? static_cast<E*>(out.saved[0].mutable_data_ptr()) + d * N * cell.saved * H : nullptr;
+      s.gx = scan.joint ? nullptr : arena.get<E>(most_rows * G * ld);
       for (int j = 1; j < cell.states; ++j) {
         s.seq[j - 1] =
             out.seq.empty() ? nullptr : static_cast<E*>(out.seq[j - 1].mutable_data_ptr()) + d * N * H;

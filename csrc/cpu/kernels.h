@@ -14,7 +14,8 @@ namespace fastrnn::FASTRNN_ISA {
 
 template <class Cell, class E, class A = E>
 constexpr cpu::CellKernels<E, A> cell_kernels() {
-  // The rows of saved values receive the input product first; the first of two stages saves its gates.
+  // On GPUs the rows of saved values receive the input product first; the first of two stages saves its
+  // gates.
   static_assert(Cell::kSaved >= Cell::kGates, "a cell saves at least as many values as it has gates");
   static_assert(!Cell::kSavesH || (Cell::kSaved == 1 && Cell::kStates == 1), "h is all that it saves");
   static_assert(Cell::kStages == 1 || Cell::kStages == 2, "one or two stages a step");

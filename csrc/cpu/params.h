@@ -98,10 +98,9 @@ struct Direction {
   const E* bh;  // [G][ld_b] recurrent bias
   const E* b;   // their sum, where the scan is joint
   int64_t ld_b;
-  E* gates;  // gx first, the cell's saved values after: [N][ld_gates] where save, else for a chunk's rows
-  int64_t ld_gates;
-  bool save;               // all of kSaved is wanted
-  bool stream;             // it and seq past the caches, where the scan is joint; whole lines of them
+  E* gx;                   // [chunk rows][G][ld_state], a part for each member; null: the scan is joint
+  E* save;                 // [N][kSaved*H] what the cell saves; null: not wanted
+  bool stream;             // it and seq past the caches; whole lines of them
   E* seq[kMaxStates - 1];  // [N][H] sequences of the states after h; null: not wanted
   E* raw;                  // [N][H] h before the projection; null: not wanted
 
