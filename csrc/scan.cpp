@@ -74,6 +74,8 @@ LayerSizes param_sizes(const CellShape& cell, const TensorList& params, int64_t 
   STD_TORCH_CHECK(params[0].dim() == 2 && params[1].dim() == 2, "weights must have 2 dimensions");
   const bool projected = per == 3 || per == 5;
   STD_TORCH_CHECK(!projected || cell.states == 2, "only the LSTM can be projected");
+  STD_TORCH_CHECK(!projected || (params[per - 1].dim() == 2 && params[per - 1].size(0) > 0),
+                  "weight_hr must be [P, H] with P of at least 1, got ", text(params[per - 1].sizes()));
   const int64_t H = params[0].size(0) / cell.gates;
   check_sizes("H and the widest of I and P", {H, std::max(params[0].size(1), params[1].size(1))});
   return {params[0].size(1), H, projected ? params[per - 1].size(0) : H, D, projected};

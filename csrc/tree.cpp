@@ -69,13 +69,12 @@ Rows children_first(const Indices& parents, const Children& children, int64_t N)
 }
 
 // A node on a cycle, where not all nodes were reached.
-int64_t on_a_cycle(const Indices& parents, const Rows& reached, int64_t N) {
+int64_t on_a_cycle(const Rows& reached, int64_t N) {
   std::vector<bool> known(N);
   for (const int64_t n : reached) known[n] = true;
-  int64_t node = std::find(known.begin(), known.end(), false) - known.begin();
-  // Whoever is not reached leads to a cycle, or lies on one.
-  for (int64_t i = 0; i < N; ++i) node = parents[node];
-  return node;
+  // Whoever is not reached has a child that is not, and so on, round a cycle; which nobody leaves, as each
+  // has one parent.
+  return std::find(known.begin(), known.end(), false) - known.begin();
 }
 
 struct Report {
@@ -89,7 +88,7 @@ Report check(const Indices& parents, const Indices* slots, Rows& filled, int64_t
   const Children children(parents, N);
   const Rows reached = children_first(parents, children, N);
   if (static_cast<int64_t>(reached.size()) < N) {
-    const int64_t node = on_a_cycle(parents, reached, N);
+    const int64_t node = on_a_cycle(reached, N);
     return {kCycle, node, parents[node]};
   }
   std::vector<std::pair<int64_t, int64_t>> own;  // slot, node

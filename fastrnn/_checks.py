@@ -352,7 +352,7 @@ def attention_mask(
             raise ValueError(
                 f"mask must be {symbols} = {list(wanted[0])} or {list(wanted[1])}, got {list(mask.shape)}"
             )
-        mask = (mask if batched else mask.unsqueeze(0)).to(device)
+        mask = moved("mask", mask if batched else mask.unsqueeze(0), device)
     if lengths is None:
         return mask
     lengths = sequence_lengths(lengths, S, B, device, batched, "S")

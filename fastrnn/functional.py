@@ -276,8 +276,8 @@ def decoder(
     """All steps of Luong's decoder with input feeding; arguments and results as of `reference.decoder`.
 
     Raises ValueError for a mask that is not [B, S], RuntimeError for other sizes, dtypes and devices that do
-    not agree, BackendError where the backend asked
-    for has no such kernel. `fastrnn.AttentionDecoder` checks before it, in its own words.
+    not agree, BackendError where the backend asked for has no such kernel. `fastrnn.AttentionDecoder` checks
+    before it, in its own words.
     """
     if mask is not None:  # one that is each query's own would broadcast in the formula
         _checks.shape("mask", mask, "[B, S]", (x.shape[1], keys.shape[0]))

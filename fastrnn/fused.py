@@ -18,15 +18,11 @@ from torch import Tensor
 
 from . import reference, transforms
 from ._checks import same_device
-from .kernels import LOADED, compute_dtype
-from .ops import below_autograd, is_batched, no_transforms, register_flops, wants_grad
+from .kernels import LOADED, compute_dtype, present
+from .ops import below_autograd, in_graph, is_batched, no_transforms, register_flops, wants_grad
 from .reference import CELLS
 
 Flat = Sequence[Tensor | None]
-
-
-def _present(flat: Flat) -> list[Tensor]:
-    return [t for t in flat if t is not None]
 
 
 def _dense(grads: Flat, outputs: Sequence[Tensor]) -> list[Tensor]:
@@ -221,9 +217,9 @@ def run(call: Any, flat: Flat) -> tuple[Tensor, ...]:
     if transforms.active():
         outputs: tuple[Tensor, ...] = call.reference(flat)
         return outputs
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if in_graph():
         outputs, _ = call.forward(flat, False)  # the operator, to which the Function is opaque
-    elif wants_grad(*_present(flat)):
+    elif wants_grad(*present(flat)):
         apply: Any = FusedFunction.apply
         outputs = apply(call, *flat)
     else:
@@ -236,7 +232,7 @@ def run(call: Any, flat: Flat) -> tuple[Tensor, ...]:
 
 
 def _decoder_device(x: Tensor, rows: Sequence[Any], weights: Sequence[Any], mask: Tensor | None) -> None:
-    same_device(x, _present(rows), _present(weights), (mask,))
+    same_device(x, present(rows), present(weights), (mask,))
 
 
 def _fake_decoder(cell: str, *args: Any) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
@@ -280,7 +276,7 @@ def _fake_attention(
     scale: float,
     need_weights: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    same_device(query, [keys, values], _present((v,)), (mask,))
+    same_device(query, [keys, values], present((v,)), (mask,))
     (Tq, B, _), S = query.shape, keys.shape[0]
     weights = query.new_empty((B, Tq, S) if need_weights else 0)
     lse = query.new_empty(B, Tq, dtype=compute_dtype(query))
@@ -291,8 +287,8 @@ def _fake_attention_backward(
     dcontext: Tensor | None, dweights: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     query, keys, values, v, mask, _, context, lse, *needs = args
-    rows = [keys, values, context, lse, *_present((dcontext, dweights))]
-    same_device(query, rows, _present((v,)), (mask,))
+    rows = [keys, values, context, lse, *present((dcontext, dweights))]
+    same_device(query, rows, present((v,)), (mask,))
     dquery, dkeys, dvalues, dv = (
         query.new_empty(t.shape if need and t is not None else 0)
         for t, need in zip((query, keys, values, v), needs, strict=True)
@@ -303,7 +299,7 @@ def _fake_attention_backward(
 def _autograd_attention(keyset: Any, *args: Any) -> Any:
     *flat, scale, need_weights = args
     no_transforms(*flat)
-    if not wants_grad(*_present(flat)):
+    if not wants_grad(*present(flat)):
         return below_autograd(keyset, torch.ops.fastrnn.attention.default, *args)
     apply: Any = _OperatorFunction.apply
     context, *results = apply(Attention(scale, need_weights), *flat)
@@ -314,7 +310,7 @@ def _autograd_attention_backward(keyset: Any, *args: Any) -> Any:
     dcontext, dweights, query, keys, values, v, mask, scale, context, _, *needs = args
     flat = (query, keys, values, v, mask)
     no_transforms(*flat, dcontext, dweights)
-    if not wants_grad(*_present((*flat, dcontext, dweights))):
+    if not wants_grad(*present((*flat, dcontext, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.attention_backward.default, *args)
     call = Attention(scale, True)
     needs[3] &= v is not None
@@ -326,7 +322,7 @@ def _autograd_decoder(keyset: Any, cell: str, *args: Any) -> Any:
     x, states, feed, params, *rest, mask, drops, scale, save = args
     flat = [x, *states, feed, *params, *rest, mask, *drops]
     no_transforms(*flat)
-    if not wants_grad(*_present(flat)):
+    if not wants_grad(*present(flat)):
         return below_autograd(keyset, torch.ops.fastrnn.decoder.default, cell, *args)
     apply: Any = _OperatorFunction.apply
     out, *results = apply(Decoder(cell, len(params) // 4, scale), *flat)
@@ -339,7 +335,7 @@ def _autograd_decoder_backward(keyset: Any, cell: str, *args: Any) -> Any:
     need_x, need_params, need_keys, need_values = args[-4:]
     flat = [x, *states, feed, *params, *rest, mask, *drops]
     no_transforms(*flat, dout, *dlast, dweights)
-    if not wants_grad(*_present((*flat, dout, *dlast, dweights))):
+    if not wants_grad(*present((*flat, dout, *dlast, dweights))):
         return below_autograd(keyset, torch.ops.fastrnn.decoder_backward.default, cell, *args)
     S, P = len(states), len(params)
     grads = (dout, *(dlast or [None] * S), dweights)

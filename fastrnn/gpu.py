@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _checks
-from .kernels import Inputs, check
+from .kernels import Inputs, check, present
 from .reference import CELLS, Cell, DirectionParams, split_params
 
 # Inference keeps no more of the gates at a time.
@@ -367,7 +367,7 @@ def _backward(
         dx = torch.zeros_like(x) if need_x else x.new_empty(0)
         given = [g.to(x.dtype, copy=True) for g in dlast] or [torch.zeros_like(s) for s in call.states]
         flat = [getattr(p, name) for p in call.params for name in _NAMES]
-        return dx, given, [torch.zeros_like(p) for p in flat if p is not None] if need_params else []
+        return dx, given, [torch.zeros_like(p) for p in present(flat)] if need_params else []
     y_rows, h_before, c_before = y.reshape(N, D, P), None, None
     differ = call.masked or call.packed  # else R's gradient finds each step's h in y, a step away
     told = differ or not engine.finds_before

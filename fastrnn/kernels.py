@@ -7,7 +7,7 @@ backend but the CPU's has a pair of its own with the same arguments, named after
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,13 +139,17 @@ def check(inputs: Inputs, heads: bool = False) -> None:
     if batch_sizes is not None and (lengths is not None or reset is not None):
         raise ValueError("batch_sizes cannot be combined with lengths or reset")
     same_device(x, states, params, (lengths, reset))
+    if params[0].dim() != 2:
+        raise ValueError(f"{cell}: w_ih must have 2 dimensions, got {list(params[0].shape)}")
     rows, H = params[0].shape[0], params[0].shape[0] // spec.gates
     for p in split_params(params, directions):
+        if p.w_hr is not None and not spec.projectable:
+            raise ValueError(f"{cell} takes no projection")
+        if p.w_hr is not None and (p.w_hr.dim() != 2 or p.w_hr.shape[0] == 0):
+            raise ValueError(f"{cell}: w_hr must be [P, {H}] with P of at least 1, got {list(p.w_hr.shape)}")
         P = K = H if p.w_hr is None else p.w_hr.shape[0]
         if heads and p.w_hr is None and p.w_hh.dim() == 2 and p.w_hh.shape[1] and H % p.w_hh.shape[1] == 0:
             K = params[1].shape[1]  # as many heads in both directions
-        if p.w_hr is not None and not spec.projectable:
-            raise ValueError(f"{cell} takes no projection")
         wanted = [
             ("w_ih", p.w_ih, (H * spec.gates, x.shape[-1])),
             ("w_hh", p.w_hh, (rows, K)),
@@ -166,6 +170,11 @@ def check(inputs: Inputs, heads: bool = False) -> None:
         packed_sizes(batch_sizes, batch, x.shape[0])
 
 
+def present(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """Those that are there, of arguments or gradients."""
+    return [t for t in tensors if t is not None]
+
+
 class Plan(NamedTuple):
     """How the flat arguments of an autograd.Function fall into inputs, and whose kernels run them."""
 
@@ -182,8 +191,8 @@ class Plan(NamedTuple):
     def inputs(self, flat: Sequence[Tensor | None]) -> Inputs:
         # (lengths, batch_sizes, reset, x, *states, *params)
         lengths, batch_sizes, reset, x = flat[:4]
-        states = [s for s in flat[4 : 4 + self.states] if s is not None]
-        params = [p for p in flat[4 + self.states : 4 + self.states + self.params] if p is not None]
+        states = present(flat[4 : 4 + self.states])
+        params = present(flat[4 + self.states : 4 + self.states + self.params])
         assert x is not None
         return Inputs(self.cell, x, states, params, lengths, batch_sizes, reset)
 

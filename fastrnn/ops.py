@@ -30,6 +30,7 @@ from .kernels import (
     check,
     compute_dtype,
     operator,
+    present,
     run_backward,
     stream,
 )
@@ -158,6 +159,11 @@ def wants_grad(*tensors: Tensor) -> bool:
     return False
 
 
+def in_graph() -> bool:
+    """While a program is traced or compiled, which keeps operators: Functions are opaque to it."""
+    return torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
+
+
 def streamed(
     check: Callable[..., object],
     asked: Sequence[Any],
@@ -200,13 +206,11 @@ def layer(
         check(inputs)
         return rounded(layer(inputs.wide(), return_states, backend), x.dtype)
     plan = Plan(cell, len(states), len(params), backend)
-    in_graph = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
     if transforms.active():
         check(inputs, heads)
         y, *rest = transforms.forward(plan, *masks, x, *states, *params)
         last, seq = rest[: len(states)], rest[len(states) :]
-    elif in_graph:
-        # A graph keeps the operator, to which the Functions are opaque.
+    elif in_graph():
         check(inputs, heads)
         y, last, seq, _ = operator(backend, "layer")(*inputs, False, return_states)
     else:
@@ -307,7 +311,7 @@ def _fake_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    given = [g for g in (dy, *dlast, *dseq) if g is not None]
+    given = present((dy, *dlast, *dseq))
     same_device(x, [*states, *given, *seq, *saved, y], params, (lengths, reset))
     dx = x.new_empty(x.shape if need_x else (0,))
     dparams = [p.new_empty(p.shape) for p in params] if need_params else []
@@ -388,7 +392,7 @@ def _autograd_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    given = [g for g in (dy, *dlast, *dseq) if g is not None]
+    given = present((dy, *dlast, *dseq))
     no_transforms(*given, x, *states, *params)
     if not wants_grad(*given, x, *states, *params):
         args = (dy, dlast, dseq, x, states, params, lengths, batch_sizes, reset, y, seq, saved)

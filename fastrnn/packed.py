@@ -18,7 +18,7 @@ from ._checks import same_device
 from .backends import PACKED_ON_CPU, BackendError, autocast_dtype, choose
 from .functional import RECORDER
 from .kernels import LOADED, compute_dtype
-from .ops import below_autograd, layer_flops, register_flops, wants_grad
+from .ops import below_autograd, in_graph, layer_flops, register_flops, wants_grad
 from .reference import CELLS, rounded
 
 _LAYER: Any = torch.ops.fastrnn.layer_packed.default if LOADED else None
@@ -88,9 +88,7 @@ def layer(
         raise BackendError(f"{PACKED_ON_CPU}, and is not exported to ONNX")
     _refuse_derivatives(x, *states)
     args = (cell, x, list(states), weights, lengths, batch_sizes, reset, return_states)
-    # A graph keeps the operator itself.
-    in_graph = torch._C._get_tracing_state() is not None or torch.compiler.is_compiling()
-    y, last, seq = torch.ops.fastrnn.layer_packed(*args) if in_graph else call(*args)
+    y, last, seq = torch.ops.fastrnn.layer_packed(*args) if in_graph() else call(*args)
     result = y, tuple(last), tuple(s.to(x.dtype) for s in seq)
     return result if dtype is None else rounded(result, dtype)
 

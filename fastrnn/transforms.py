@@ -29,7 +29,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from . import kernels, reference
-from .kernels import Plan
+from .kernels import Plan, present
 
 # A call's tensors in the order of the Functions: masks (lengths, batch_sizes, reset), then those with rows
 # (gradients, x, states), then params.
@@ -59,10 +59,6 @@ def _plain_alone() -> bool:
 
 
 # --- the rules by plain torch
-
-
-def _tensors(flat: Flat) -> list[Tensor]:
-    return [t for t in flat if t is not None]
 
 
 def _forward(plan: Plan, masks: Flat, *primals: Tensor) -> tuple[Tensor, ...]:
@@ -163,7 +159,7 @@ def gradients(
     """Those of x, states and params, by LayerBackward; flat: masks, x, states, params; needs: for each."""
     need_x, need_params = needs[MASKS], any(needs[MASKS + 1 + plan.states :])
     if _plain_alone():
-        return backward_reference(plan, flat[:MASKS], *grads, *_tensors(flat[MASKS:]))
+        return backward_reference(plan, flat[:MASKS], *grads, *present(flat[MASKS:]))
     apply: Any = LayerBackward.apply
     given = list(apply(plan, need_x, need_params, *flat[:MASKS], *grads, *flat[MASKS:]))
     dx = given.pop(0) if need_x else None
@@ -217,11 +213,11 @@ class LayerBackward(torch.autograd.Function):
         inputs = plan.inputs((*masks, *primals))
         out = kernels.call(inputs, True, False, plan.backend)
         dtype = kernels.compute_dtype(inputs.x)
-        dseq: Any = [d.to(dtype) for d in others[S:] if d is not None]
+        dseq: Any = [d.to(dtype) for d in present(others[S:])]
         dlast: Any = others[:S]
         saved = (out.y, *out.seq, *out.saved)
         given = kernels.run_backward(inputs, dy, dlast, dseq, saved, need_x, need_params, plan.backend)
-        return tuple(g for g in given if g is not None)
+        return tuple(present(given))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -262,6 +258,6 @@ class LayerBackward(torch.autograd.Function):
 def forward(plan: Plan, *flat: Tensor | None) -> tuple[Tensor, ...]:
     """The layer under any transforms: (y, *last, *seq) of masks, x, states and params."""
     if _plain_alone():
-        return _forward(plan, flat[:MASKS], *_tensors(flat[MASKS:]))
+        return _forward(plan, flat[:MASKS], *present(flat[MASKS:]))
     apply: Any = LayerForward.apply
     return tuple(apply(plan, *flat))

@@ -18,8 +18,8 @@ from . import transforms, tree_reference
 from ._checks import same_device
 from .backends import choose_fused
 from .forest import Forest, schedule_steps
-from .kernels import LOADED
-from .ops import below_autograd, is_batched, no_transforms, register_flops, wants_grad
+from .kernels import LOADED, present
+from .ops import below_autograd, in_graph, is_batched, no_transforms, register_flops, wants_grad
 from .tree_reference import TREE_CELLS
 
 Grads = Sequence[Tensor | None]
@@ -160,7 +160,7 @@ def tree(
         wide = None if x is None else x.float()
         return tuple(s.to(dtype) for s in tree(cell, wide, [p.float() for p in params], forest, direction))
     schedule, S = forest.schedule(direction), TREE_CELLS[cell].states
-    if torch._C._get_tracing_state() is not None or torch.compiler.is_compiling():
+    if in_graph():
         h, states, _ = torch.ops.fastrnn.tree(cell, x, list(params), schedule, False)
     elif wants_grad(*params, *([] if x is None else [x])):
         apply: Any = TreeFunction.apply
@@ -190,7 +190,7 @@ def _fake_tree_backward(
     cell: str, dh: Tensor | None, dstates: list[Tensor], x: Tensor | None, params: list[Tensor], *rest: Any
 ) -> tuple[Tensor, list[Tensor]]:
     _, h, states, saved, need_x, need_params = rest
-    given = [g for g in (dh, *dstates, h, *states, *saved) if g is not None]
+    given = present((dh, *dstates, h, *states, *saved))
     same_device(params[0] if x is None else x, given, params)
     dx = x.new_empty(x.shape) if need_x and x is not None else params[0].new_empty(0)
     return dx, [p.new_empty(p.shape) for p in params] if need_params else []
@@ -232,7 +232,7 @@ def _autograd_backward(
     need_x: bool,
     need_params: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    given = [g for g in (dh, *dstates) if g is not None]
+    given = present((dh, *dstates))
     no_transforms(*given, x, *params)
     if not wants_grad(*given, *params, *([] if x is None else [x])):
         unchanged: tuple[Tensor, list[Tensor]] = below_autograd(

@@ -45,6 +45,12 @@ BAD = {
         RuntimeError,
         "memory must be on cpu like the query, got meta",
     ),
+    "mask on another device": (
+        lambda q, m: (q, m),
+        {"mask": torch.ones(2, 5, device="meta").bool()},
+        ValueError,
+        "mask must be on the input's device, cpu, or on the CPU, got one on meta",
+    ),
     "mask of another shape": (
         lambda q, m: (q, m),
         {"mask": torch.ones(5, 2).bool()},

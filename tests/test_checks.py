@@ -17,10 +17,12 @@ from helpers import (
     hidden,
     pair,
     randn,
+    random_case,
 )
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
-from fastrnn import cells, modules
+import fastrnn
+from fastrnn import cells, functional, modules
 
 T, B, IN, H = 5, 2, 3, 4
 
@@ -257,3 +259,93 @@ def test_the_first_two_states_of_whatever_it_is_where_torch_takes_them(states):
     hx = (z(1, 2, H),) * 3 if states == 3 else z(2, 1, 2, H)
     (y, last), (expected, wanted) = ours(x, hx), theirs(x, hx)
     assert_same((y.data, last), (expected.data, wanted))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_what_the_function_refuses(backend):
+    x, states, params = random_case("lstm", 3, 2, 2, 4, D=2)
+    three = ([s.repeat(2, 1, 1)[:3] for s in states], [*params, *params[:4]])
+    sizes, lengths = torch.tensor([2, 1]), torch.tensor([1, 2])
+    narrow = [params[0], params[1][:, :2], *params[2:]]
+    cases = [
+        (x, *three, {}, "for each of 1 or 2 directions, got 12 tensors for 3 directions"),
+        (
+            x,
+            states,
+            params,
+            {"lengths": lengths.int()},
+            r"lengths must be torch\.int64 \[2\], got torch\.int32",
+        ),
+        (x[:, 0], states, params, {"batch_sizes": sizes.int()}, r"batch_sizes must be torch\.int64 \[2\]"),
+        (
+            x[:, 0],
+            states,
+            params,
+            {"batch_sizes": sizes, "lengths": lengths},
+            "batch_sizes cannot be combined",
+        ),
+        (x, states, [params[0], params[1][:, :0], *params[2:]], {}, r"w_hh must be \[16, 4\], got \[16, 0\]"),
+        # As many heads in both directions, where there may be any.
+        (x, states, narrow, {}, r"w_hh must be \[16, (2\], got \[16, 4|4\], got \[16, 2)\]"),
+    ]
+    for x_, states_, params_, masks, words in cases:
+        with fastrnn.backend(backend), pytest.raises(ValueError, match=words):
+            functional.layer("lstm", x_, states_, params_, **masks)
+    x, (_, c), params = random_case("lstm", 3, 2, 2, 4, P=2)
+    for wrong, words in ((params[4][:0], r"got \[0, 4\]"), (params[4][0, 0], r"got \[\]")):
+        args = (x, [c[..., :0], c], [params[0], params[1][:, :0], *params[2:4], wrong])
+        with fastrnn.backend(backend), pytest.raises(ValueError, match=f"P of at least 1, {words}"):
+            functional.layer("lstm", *args)
+        if backend == "cpu":
+            with pytest.raises(RuntimeError, match=f"P of at least 1, {words}"):
+                torch.ops.fastrnn.layer("lstm", *args, None, None, None, False, True)
+    with fastrnn.backend(backend), pytest.raises(ValueError, match=r"w_ih must have 2 dimensions, got \[\]"):
+        functional.layer("lstm", x, [c, c], [params[0][0, 0], *params[1:4]])
+    x, states, params = random_case("gru", 3, 2, 2, 4, P=4)
+    with fastrnn.backend(backend), pytest.raises(ValueError, match="gru takes no projection"):
+        functional.layer("gru", x, states, params)
+
+
+def test_an_unknown_nonlinearity_of_the_function():
+    x, (h,), params = random_case("rnn_tanh", 3, 2, 2, 4)
+    with pytest.raises(ValueError, match="nonlinearity must be 'tanh' or 'relu', got 'gelu'"):
+        functional.rnn(x, h, params, nonlinearity="gelu")
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@each_layer
+def test_replaced_weights_of_an_input_of_their_width(cell, grad):
+    """The layer's own sizes count, not those that its weights agree on."""
+    for ours in pair(cell, IN, H):
+        ours.weight_ih_l0 = torch.nn.Parameter(z(len(ours.weight_ih_l0), IN + 1))
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="must be"):
+            ours(z(T, B, IN + 1))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_replaced_projection(grad):
+    ours, _ = pair("lstm_proj", IN, H)
+    ours.weight_hr_l0, ours.weight_hh_l0 = (torch.nn.Parameter(z(*s)) for s in ((3, H), (4 * H, 3)))
+    for hx in (None, (z(1, B, 3), z(1, B, H))):
+        with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match=r"must be|Expected hidden"):
+            ours(z(T, B, IN), hx)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@each_cell
+def test_a_cells_replaced_weight_of_its_inputs_width(cell, grad):
+    """Of which torch.nn's does not ask."""
+    ours, _ = pair(cell, IN, H, table=CELLS)
+    ours.weight_ih = torch.nn.Parameter(z(len(ours.weight_ih), IN + 1))
+    with torch.set_grad_enabled(grad), pytest.raises(RuntimeError, match="input_size"):
+        ours(z(B, IN + 1))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_states_that_nobody_asked_for(backend, grad):
+    x, states, params = random_case("lstm", 3, 2, 2, 4)
+    with fastrnn.backend(backend):
+        x.requires_grad_(grad)
+        assert functional.layer("lstm", x, states, params)[2] == ()
+        assert len(functional.layer("lstm", x, states, params, return_states=True)[2]) == 1

@@ -199,6 +199,7 @@ def test_the_operator_trusts_nobody():
         lambda: packed.call("lstm", x, [s[:, :, :4] for s in states], weights),
         lambda: packed.call("lstm", x.double(), [s.double() for s in states], weights),
         lambda: packed.call("lstm", x, [], weights),
+        lambda: packed.call("lstm", x.bfloat16(), [s.bfloat16() for s in states], weights),
         lambda: packed.pack("lstm", params[:1], [], 1),
         lambda: packed.pack("lstm", [params[0], params[1][:, :3], *params[2:]], [], 1),
         lambda: packed.pack("lstm", params, [], 3),
@@ -207,6 +208,7 @@ def test_the_operator_trusts_nobody():
         lambda: packed.pack("lstm", q, scales[:1], 1),
         lambda: packed.pack("lstm", q, [s[:3] for s in scales], 1),
         lambda: packed.pack("lstm", q, [s.double() for s in scales], 1),
+        lambda: packed.pack("lstm", q, [torch.stack([s, s], 1)[:, 0] for s in scales], 1),
         lambda: packed.pack("elman", params, [], 1),
         lambda: packed.pack(
             "rnn_tanh", [q[0].new_zeros(1, 131073), q[0].new_zeros(1, 1)], [torch.ones(1), torch.ones(1)], 1
@@ -259,6 +261,26 @@ def test_packed_weights_that_pack_did_not_give():
             bad[2 * word : 2 * word + 2] = torch.tensor([value]).view(torch.float32)
             if not torch.equal(bad, good):
                 changed.append(bad)
+    for flag in (56, 65, 66):  # projected, int8, of 0 or 1; the first byte of the name
+        for value in (1, 2, 255):
+            changed.append(good.clone())
+            changed[-1].view(torch.uint8)[flag] = value
     for bad in (*changed, good[:-1], good[:3], torch.zeros(0), torch.zeros(64), good.to("meta")):
         with pytest.raises(RuntimeError, match=r"fastrnn::pack gave|were packed for|same device"):
             call(bad)
+
+
+def test_sizes_that_have_changed_places():
+    """As many bytes as there are, for a state of another width than h."""
+    weights = fastrnn.freeze(fastrnn.GRU(4, 6)).packed_l0.clone()
+    words = weights.view(torch.int64)
+    assert words[3:6].tolist() == [4, 6, 6]  # I, H, P
+    words[3], words[5] = 6, 4
+    with pytest.raises(RuntimeError, match=r"must be what fastrnn::pack gave"):
+        packed.call("gru", torch.randn(3, 2, 6), [torch.randn(1, 2, 4)], weights)
+
+
+def test_packed_weights_that_lie_apart():
+    layer, x, h = fastrnn.freeze(fastrnn.GRU(4, 6)), torch.randn(3, 2, 4), torch.randn(1, 2, 6)
+    apart = torch.stack([layer.packed_l0, torch.zeros_like(layer.packed_l0)], 1)[:, 0]
+    assert torch.equal(packed.call("gru", x, [h], apart)[0], layer(x, h)[0])

@@ -160,7 +160,7 @@ class AttentionCall {
     const bool* mask = static_cast<const bool*>(in_.mask->const_data_ptr());
     const int64_t rows = in_.mask->dim() == 3 ? in_.Tq : 1, S = in_.S;
     p.mask = mask + b * rows * S, p.masked = true;
-    p.ld_mask = rows == 1 && in_.mask->dim() == 2 ? 0 : S;
+    p.ld_mask = rows == 1 ? 0 : S;
     std::fill_n(any, S, false);
     bool holes = false;
     for (int64_t i = 0; i < rows; ++i)

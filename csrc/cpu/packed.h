@@ -39,8 +39,10 @@ class PackedLayer {
     std::memcpy(&head_, data_.const_data_ptr(), sizeof head_);
     STD_TORCH_CHECK(head_.magic == PackedHead::kMagic && head_.bytes == bytes, expected);
     head_.cell[sizeof head_.cell - 1] = '\0';
-    STD_TORCH_CHECK(std::string(cell.name) == head_.cell, "the weights were packed for the cell ", head_.cell,
-                    ", got ", cell.name);
+    const std::string found = head_.cell;  // a message of other bytes could not be read
+    STD_TORCH_CHECK(std::all_of(found.begin(), found.end(), [](unsigned char c) { return c < 0x80; }),
+                    expected);
+    STD_TORCH_CHECK(cell.name == found, "the weights were packed for the cell ", found, ", got ", cell.name);
     STD_TORCH_CHECK(whole(), expected);
     STD_TORCH_CHECK(head_.vector_bytes == vector_bytes(), "the weights were packed for vectors of ",
                     head_.vector_bytes, " bytes, this processor's kernels take those of ", vector_bytes(),
@@ -94,6 +96,11 @@ class PackedLayer {
   // Its sizes are those that its bytes are of, whatever a file or a program made of it.
   bool whole() const {
     const LayerSizes& n = head_.sizes;
+    for (const bool* flag : {&n.projected, &head_.int8}) {  // bytes from outside, of any value
+      unsigned char byte;
+      std::memcpy(&byte, flag, 1);
+      if (byte > 1) return false;
+    }
     const int64_t most = int64_t{1} << 24;
     if (n.I < 0 || n.H < 1 || n.P < 1 || n.I > most || n.H > most || n.P > most || n.D < 1 || n.D > 2)
       return false;
