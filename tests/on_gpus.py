@@ -290,6 +290,14 @@ def test_the_operators_trust_nobody(engine):
         back("lstm", y.bfloat16(), [], [], *given, y, seq, saved, True, True)
     with pytest.raises(ValueError, match=r"dlast must be torch\.float32"):
         back("lstm", y, [h.bfloat16(), c], [], *given, y, seq, saved, True, True)
+    with pytest.raises(ValueError, match=r"dseq must be torch\.float32"):
+        back("lstm", y, [], [seq[0].double()], *given, y, seq, saved, True, True)
+    w_hr = torch.ones(2, 4, device=engine.device)
+    projected = (x, [h[..., :2].contiguous(), c], [params[0], params[1][:, :2], *params[2:], w_hr])
+    y, _, seq, saved = call("lstm", *projected, None, None, None, True, True)
+    narrow = [saved[0], saved[1][:, 1:]]
+    with pytest.raises(ValueError, match="saved mid must be"):
+        back("lstm", y, [], [], *projected, None, None, None, y, seq, narrow, True, True)
     for sizes in ([2, 2, 1], [2, 2, 2, 2], [1, 2, 2, 1], [3, 2, 1], [2, 2, 2, 0], [2, 2, 3, -1]):
         rows, steps = x.reshape(6, 3), torch.tensor(sizes)
         with pytest.raises(ValueError, match="batch_sizes must be positive"):
@@ -324,3 +332,46 @@ def test_heads_of_a_projected_layer_are_refused(engine):
     flat = [t.to(engine.device, torch.float32) for t in (x, *states, *params)]
     with pytest.raises(ValueError, match="w_hh must be"):
         kernels.check(kernels.Inputs("lstm", flat[0], flat[1:3], flat[3:], None, None, None), heads=True)
+
+
+def test_strides(engine):
+    """Of whatever the operators take: the bits of dense tensors."""
+    x, states, params, _ = case("lstm", 4, 3, 3, 18, D=2, P=5)
+    flat = [t.to(engine.device, torch.float32) for t in (x, *states, *params)]
+
+    def strided(t):
+        return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+    found = []
+    for laid in (torch.clone, strided):
+        x, h, c, *params = map(laid, flat)
+        args = (x, [h, c], params, None, None, None)
+        y, last, seq, saved = engine.layer("lstm", *args, True, True)
+        dlast, dseq, gates = (list(map(laid, group)) for group in (last, seq, saved))
+        back = engine.layer_backward("lstm", laid(y), dlast, dseq, *args, laid(y), dseq, gates, True, True)
+        found.append([y, *last, *seq, back[0], *back[1], *back[2]])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+@each_cell
+def test_gradients_share_no_memory(cell, engine):
+    """The biases' are the same numbers, except the GRU's: training goes on in place."""
+    x, states, params, _ = case(cell, 3, 2, 3, 4, D=2)
+    leaves = moved((x, *states, *params), torch.float32, engine.device)
+    with engine.use():
+        _, grads = results(cell, leaves, len(states), {})
+    assert len({g.untyped_storage().data_ptr() for g in grads}) == len(grads)
+
+
+def test_autocast_rounds_no_gradient(engine):
+    """Of a forward pass outside of it."""
+    x, states, params, _ = case("gru", 3, 2, 3, 4)
+    leaves = moved((x, *states, *params), torch.float32, engine.device)
+    found = []
+    with engine.use():
+        y = functional.layer("gru", leaves[0], leaves[1:2], leaves[2:])[0]
+        for enabled in (False, True):
+            with torch.autocast(engine.device, torch.bfloat16, enabled=enabled):
+                found.append(torch.autograd.grad(y, leaves, torch.ones_like(y), retain_graph=True))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastrnn
-from fastrnn import functional
+from fastrnn import functional, fused
 
 NEEDS = list(itertools.product((False, True), repeat=4))
 each_score = pytest.mark.parametrize("additive", [False, True])
@@ -264,6 +264,7 @@ def scanned(call, flat, wanted):
     """The loss and the leaves of it, with those wanted that `wanted` names."""
     x, states, feed, params, w_h, keys, values, w_q, v, mask, drops = call.arguments(flat)
     names = {"x": [x], "params": [*params, w_h, w_q, v], "keys": [keys], "values": [values], "states": states}
+    names |= {"w_h": [w_h], "w_q": [w_q], "v": [v]}
     new = {id(t): t.detach().clone() for t in flat if t is not None}
     leaves = [new[id(t)].requires_grad_() for name in wanted for t in names[name] if t is not None]
     x, states, feed, params, w_h, keys, values, w_q, v, mask, drops = call.arguments(
@@ -383,3 +384,82 @@ def test_error_is_at_most_twice_torchs():
         [(a - b).norm() for a, b in zip(run(f, torch.float32), exact, strict=True)] for f in (ours, torchs)
     ]
     assert all(a <= 2 * b for a, b in zip(*errors, strict=True)), errors
+
+
+@pytest.mark.parametrize("name", ["w_h", "w_q", "v"])
+def test_a_decoder_of_which_one_weight_learns(name):
+    call, flat = operator("gru", True, 2, 3, 2, 3, 2, 3, 2)
+    found = []
+    for backend in ("auto", "reference"):
+        with fastrnn.backend(backend):
+            loss, leaves = scanned(call, flat, (name,))
+            found.append(torch.autograd.grad(loss, leaves))
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("needs", NEEDS)
+@each_score
+def test_derivatives_of_the_decoders_backward_operator(additive, needs):
+    """Of what it was asked for, and that alone: those of the whole."""
+    call, flat = operator("gru", additive, 1, 2, 2, 3, 1, 2, 2)
+    args = call.arguments([None if t is None else t.detach() for t in flat])
+    out, last, weights, saved = torch.ops.fastrnn.decoder(call.cell, *args, call.scale, True)
+    dout = torch.randn_like(out).requires_grad_()
+
+    def backward(*needs):
+        dx, dstates, dfeed, dparams, dw_h, dkeys, dvalues, dw_q, dv = torch.ops.fastrnn.decoder_backward(
+            *(call.cell, dout, last, weights, *args, call.scale, out, weights, saved), *needs
+        )
+        assert len(dparams) == needs[1] * 4
+        return [[dx], [*dparams, dw_h, dw_q, dv], [dkeys], [dvalues]], [*dstates, dfeed]
+
+    (parts, always), (whole, others) = backward(*needs), backward(True, True, True, True)
+    assert all(t.numel() == 0 for need, part in zip(needs, parts, strict=True) if not need for t in part)
+    ours, theirs = (
+        [*first, *(t for need, part in zip(needs, of, strict=True) if need for t in part)]
+        for first, of in ((always, parts), (others, whole))
+    )
+    found, expected = (
+        torch.autograd.grad(sum(g.square().sum() for g in each), dout) for each in (ours, theirs)
+    )
+    torch.testing.assert_close((ours, found), (theirs, expected), rtol=1e-12, atol=1e-12)
+
+
+@each_score
+def test_flops_of_the_forward_passes(additive):
+    flat, _ = tensors(5, 7, 2, 3, 4, additive, False)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        functional.attention(*flat)
+    assert counter.get_total_flops() == 2 * 5 * 7 * 2 * (3 + 4)
+    call, flat = operator("gru", additive, H=6, K=5)
+    x, _, _, params, w_h, keys, values, w_q, *_ = call.arguments(flat)
+    weights = sum(w.numel() for w in (*params, w_h, w_q) if w is not None and w.dim() == 2)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        fused.run(call, flat)
+    rows, (S, _, K), V = x.shape[0] * x.shape[1], keys.shape, values.shape[2]
+    assert counter.get_total_flops() == 2 * rows * (weights + S * (K + V))
+
+
+@each_score
+def test_what_the_operators_keep_has_no_gradient(additive):
+    """And they keep it where they are asked to."""
+    flat, mask = tensors(3, 4, 2, 3, 5, additive, True)
+    flat[0].requires_grad_()
+    assert not torch.ops.fastrnn.attention(*flat, mask, 0.5, True)[2].requires_grad
+    call, flat = operator("gru", additive)
+    for save in (False, True):
+        *_, saved = torch.ops.fastrnn.decoder(call.cell, *call.arguments(flat), call.scale, save)
+        assert bool(saved) == save
+        assert not any(t.requires_grad for t in saved)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_tensors_of_two_types(autocast, backend):
+    """Autocast rounds no float64, as of layers."""
+    (query, keys, values, _), _ = tensors(3, 4, 2, 3, 5, False, False, torch.float32)
+    words = "all tensors must be torch.bfloat16" if autocast else "all tensors must be torch.float32"
+    with fastrnn.backend(backend), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for given in ((query, keys.double(), values), (query, keys, values.double())):
+            with pytest.raises(RuntimeError, match=f"{words} like the first, got torch.float64"):
+                functional.attention(*given)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+
 import pytest
 import torch
 from helpers import F64, MASKS, random_case, random_masks
@@ -249,7 +252,10 @@ def test_compiles_whole(kind, batch_first):
 def test_autocast_rounds_no_float64_states():
     params = [p.detach() for p in fastrnn.GRU(3, 4).parameters()]
     x, h = torch.randn(5, 2, 3), torch.zeros(1, 2, 4, dtype=F64)
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="float64"):
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        pytest.raises(RuntimeError, match="autocast leaves float64 as it is"),
+    ):
         functional.layer("gru", x, [h], params)
 
 
@@ -275,3 +281,111 @@ def test_functions_of_each_cell_take_all_masks(name):
         y, last = calls[name](given, **masks)
         want, ends, _ = functional.layer(name, given, states, params, **masks)
         torch.testing.assert_close((y, last), (want, ends if name == "lstm" else ends[0]), rtol=0, atol=0)
+
+
+# The LSTM keeps most.
+FORMS = {
+    "bfloat16": {"dtype": torch.bfloat16},
+    "projection": {"P": 2},
+    "projection without biases": {"P": 2, "bias": False},
+    "packed": {"mask": "packed"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_opcheck_of_other_forms(form):
+    """And of a backward pass of which not all is needed."""
+    options = {"mask": "none", **FORMS[form]}
+    mask = options.pop("mask")
+    x, states, params = random_case("lstm", 3, 2, 2, 3, D=2, **options)
+    x, masks = random_masks(mask, x)
+    args = (x, states, params, *(masks.get(name) for name in ("lengths", "batch_sizes", "reset")))
+    torch.library.opcheck(torch.ops.fastrnn.layer.default, ("lstm", *args, True, True))
+    y, last, seq, saved = torch.ops.fastrnn.layer("lstm", *args, True, True)
+    for needs in ((True, False), (False, True)):
+        back = ("lstm", y, last, [], *args, y, seq, saved, *needs)
+        torch.library.opcheck(torch.ops.fastrnn.layer_backward.default, back)
+
+
+@pytest.mark.parametrize("return_states", [False, True])
+@pytest.mark.parametrize("save", [False, True])
+def test_the_operator_gives_what_it_was_asked_for(save, return_states):
+    """As csrc/ops.cpp has it, with gradients as without; what is saved has none."""
+    x, states, params = random_case("lstm", 3, 2, 2, 3)
+    for grad in (False, True):
+        x.requires_grad_(grad)
+        args = ("lstm", x, states, params, None, None, None, save, return_states)
+        y, _, seq, saved = torch.ops.fastrnn.layer(*args)
+        assert (len(seq), len(saved)) == (save or return_states, save)
+        assert [t.requires_grad for t in (y, *seq, *saved)] == [grad] * (1 + len(seq)) + [False] * save
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_derivatives_of_the_backward_operator(cell, needs):
+    """Of what it was asked for, and that alone: those of the whole."""
+    x, states, params = random_case(cell, 3, 2, 2, 3)
+    args = (x, states, params, None, None, None)
+    y, last, seq, saved = torch.ops.fastrnn.layer(cell, *args, True, True)
+    dy = torch.randn_like(y).requires_grad_()
+
+    def backward(*needs):
+        return torch.ops.fastrnn.layer_backward(cell, dy, last, [], *args, y, seq, saved, *needs)
+
+    (dx, dstates, dparams), (whole, *others) = backward(*needs), backward(True, True)
+    assert dx.shape == (x.shape if needs[0] else (0,))
+    assert len(dparams) == needs[1] * len(params)
+    ours = [*[dx] * needs[0], *dstates, *dparams]
+    theirs = [*[whole] * needs[0], *others[0], *others[1][: len(dparams)]]
+    found, expected = (
+        torch.autograd.grad(sum(g.square().sum() for g in each), dy) for each in (ours, theirs)
+    )
+    with torch.no_grad():
+        plain = [
+            t for part in backward(*needs) for t in (part if isinstance(part, list) else [part] * needs[0])
+        ]
+    torch.testing.assert_close((ours, found), (theirs, expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+
+
+def test_the_backward_operator_on_two_devices():
+    """What it gave would be memory that nobody filled."""
+    x, states, params = random_case("lstm", 3, 2, 2, 3)
+    args = (x, states, params, None, None, None)
+    y, last, seq, saved = torch.ops.fastrnn.layer("lstm", *args, True, True)
+    given = [y, last, [], *args, y, seq, saved]
+    for k in (0, 1, 9, 10, 11):
+        far = given[k].to("meta") if isinstance(given[k], torch.Tensor) else [t.to("meta") for t in given[k]]
+        with pytest.raises(RuntimeError, match="not at the same device"):
+            torch.ops.fastrnn.layer_backward("lstm", *given[:k], far, *given[k + 1 :], True, True)
+
+
+def test_the_flop_counters_logger_is_as_it_was():
+    assert logging.getLogger("torch.utils.flop_counter").level == logging.NOTSET
+
+
+# Functions of [5, 2, 4], by each of the operators.
+OPERATORS = {
+    "layer": partial(fastrnn.LSTM, 4, 3, dtype=F64),
+    "attention": partial(fastrnn.Attention, 4, dtype=F64),
+    "decoder": partial(fastrnn.AttentionDecoder, 4, 4, 4, dtype=F64),
+    "tree": partial(fastrnn.TreeRNN, 4, 3, dtype=F64),
+}
+
+
+def output(name, x):
+    module = OPERATORS[name]()
+    if name == "tree":
+        return module(x.flatten(0, 1), fastrnn.Forest.from_parents([-1, *(k // 2 for k in range(9))]))
+    return module(x, x.detach())[0] if name in ("attention", "decoder") else module(x)[0]
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_vmap_over_a_backward_pass(name):
+    """As torch's tutorial makes a Jacobian of a graph that is there."""
+    x = torch.randn(5, 2, 4, dtype=F64, requires_grad=True)
+    y = output(name, x)
+    many = torch.randn(3, *y.shape, dtype=F64)
+    together = torch.func.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True)[0])(many)
+    for v, g in zip(many, together, strict=True):
+        torch.testing.assert_close(g, torch.autograd.grad(y, x, v, retain_graph=True)[0])

@@ -140,3 +140,14 @@ def test_a_nan_or_infinity_stays_in_its_row(cell):
     assert y[1:, 20].isnan().all()
     others = [i for i in range(35) if i not in (7, 20)]
     assert torch.equal(y[:, others], clean[:, others])
+
+
+@each_isa
+def test_both_directions_gradients_of_x_are_rounded_once(isa, use_isa):
+    """1 + 2^-8 and 2^-8, each direction's, are 1 + 2^-7 together; rounded one after the other, 1."""
+    use_isa(isa)
+    x = torch.ones(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    zeros = x.new_zeros(2, 2)
+    params = [x.new_tensor([[1.0], [2**-8]]), zeros, x.new_tensor([[2**-8], [0.0]]), zeros]
+    y = functional.layer("rnn_relu", x, [x.new_zeros(2, 1, 2)], params)[0]
+    assert torch.autograd.grad(y.sum(), x)[0].item() == 1 + 2**-7

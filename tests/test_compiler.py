@@ -224,3 +224,24 @@ def test_attention_and_trees_compile_twice_for_any_size():
             args, options = given(n)
             assert_same(compiled(*args, **options), module(*args, **options))
         assert counter.frame_count <= 2
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_other_operators_traced():
+    """The trace holds the operator, and trains."""
+    tree, trees = fastrnn.NaryTreeLSTM(6, 4, dtype=F64), fastrnn.Forest.from_parents([-1, 0, 0, 1, 1])
+    attention, decoder = (module for module, _ in attention_and_decoder())
+    memory = randn(7, 2, 6)
+    for module in (tree, attention, decoder):
+        module.requires_grad_(False)  # a trace takes none that does as a constant
+    for name, call, shape in (
+        ("attention", lambda x: attention(x, memory)[0], (5, 2, 6)),
+        ("decoder", lambda x: decoder(x, memory)[0], (5, 2, 4)),
+        ("tree", lambda x: tree(x, trees)[0], (5, 6)),
+    ):
+        traced = torch.jit.trace(call, randn(*shape, grad=True), check_trace=False)
+        assert f"fastrnn::{name}" in str(traced.graph)
+        x = randn(*shape, seed=3, grad=True)
+        ours, theirs = traced(x), call(x)
+        assert_same(ours, theirs)
+        assert_same(torch.autograd.grad(ours.sum(), x), torch.autograd.grad(theirs.sum(), x))

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from helpers import F64, assert_same, randn
+from test_decoder import operator
 
 import fastrnn
 
@@ -102,3 +103,47 @@ def test_memory_of_another_rank():
         decoder(randn(2, 3, 2), randn(5, 4))
     with pytest.raises(ValueError, match="memory must have 2 dimensions like the input, got 3"):
         decoder(randn(2, 2), randn(5, 3, 4))
+
+
+NAMES = ["x", "states", "feed", "params", "w_h", "keys", "values", "w_q", "v", "mask", "drops"]
+
+
+@torch.no_grad()
+def test_the_operators_trust_nobody():
+    call, flat = operator("lstm")
+    given = dict(zip(NAMES, call.arguments(flat), strict=True))
+
+    def decoder(**changed):
+        return torch.ops.fastrnn.decoder("lstm", *{**given, **changed}.values(), 0.5, True)
+
+    for words, changed in (
+        ("of at least one step", {"x": given["x"][:0]}),
+        ("without w_q keys must be as wide as h, 3, got 2", {"keys": given["keys"][..., :2]}),
+        ("the additive score needs both w_q and v", {"v": randn(3)}),
+        ("the additive score needs both w_q and v", {"w_q": randn(3, 3)}),
+        ("drops must be of each layer but the last, got 2", {"drops": given["drops"] * 2}),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            decoder(**changed)
+    out, last, weights, saved = decoder()
+    for words, dlast, kept in (
+        ("needs what decoder saved: expected 6 tensors, got 5", last, saved[:-1]),
+        ("dlast must be empty or one for each state", last[:1], saved),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fastrnn.decoder_backward(
+                *("lstm", out, dlast, weights, *given.values(), 0.5, out, weights, kept), *(True,) * 4
+            )
+
+
+@pytest.mark.parametrize("additive", [False, True])
+def test_what_lies_apart(additive):
+    """Every argument with strides, and the gradients of sums, which are one number."""
+    call, flat = operator("lstm", additive)
+    flat = [None if t is None else torch.stack([t.detach(), t.detach()], -1)[..., 0] for t in flat]
+    assert not any(t.is_contiguous() for t in flat if t is not None)
+    leaves, found = [t.requires_grad_() for t in flat[: call.primals] if t is not None], []
+    for run in (lambda flat: fastrnn.fused.run(call, flat), call.reference):
+        outputs = run(flat)
+        found.append([*outputs, *torch.autograd.grad(sum(o.sum() for o in outputs), leaves)])
+    torch.testing.assert_close(*found)

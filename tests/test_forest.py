@@ -155,6 +155,7 @@ F, I32 = torch.float32, torch.int32
         (lambda: forest([1, 0]), r"node \d lies on a cycle"),
         (lambda: forest([-1, 1]), "node 1 lies on a cycle"),
         (lambda: forest([1, 2, 3, 1, -1]), r"node [123] lies on a cycle"),
+        (lambda: forest([1, 2, 3, 4, 3]), r"node [34] lies on a cycle"),  # to which the others lead
         (lambda: forest([-1, 0, 3]), "the parent of node 2 is 3, there are nodes 0 to 2"),
         (lambda: forest([-1, -2]), "the parent of node 1 is -2"),
         (lambda: forest([-1, 2**40]), "the parent of node 1 is 1099511627776"),
@@ -169,6 +170,7 @@ F, I32 = torch.float32, torch.int32
         (lambda: Forest.from_parents([-1], lengths=["a"]), "lengths must be integers: that of tree 0 is 'a'"),
         (lambda: Forest.from_parents(torch.tensor([[-1, 0], [0, 0]])), r"got \[2, 2\]: node 0 has 2"),
         (lambda: forest([-1, 0, 0], [0, 1, 1]), "nodes 1 and 2 have the same parent 0 and the same slot 1"),
+        (lambda: forest([-1, 0, 0, 0], [0, 1, 0, 1]), "nodes 1 and 3 have the same parent 0"),
         (lambda: forest([-1, 0], [0, -1]), "the slot of node 1 is -1"),
         (lambda: forest([-1, 0], [0]), r"slots must be \[2\].*node 1 has none"),
         (lambda: forest([-1, 0], [0, 0, 1]), "node 2 has one, and does not exist"),
@@ -320,3 +322,28 @@ def test_an_exported_model_leaves_nothing_in_its_forest(direction):
         program = torch.export.export(model, (x,), strict=False).module()
         torch.testing.assert_close(program(x), expected)
         torch.testing.assert_close(model(x), expected)
+
+
+def test_a_schedule_whose_level_reads_itself():
+    """What was not yet computed would be what memory holds."""
+    schedule, params = forest([1, -1]).schedule("up").clone(), [torch.ones(12, 2), torch.ones(15, 6)]
+    torch.ops.fastrnn.tree("nary_lstm", None, params, schedule, True)
+    schedule[1] = torch.tensor([0, 2, 2])  # both nodes
+    with pytest.raises(RuntimeError, match="schedule is not one that tree_schedule made"):
+        torch.ops.fastrnn.tree("nary_lstm", None, params, schedule, True)
+
+
+def test_indices_that_lie_apart():
+    def apart(t):
+        return torch.stack([t, torch.full_like(t, -7)], -1)[..., 0]
+
+    trees, params = forest(*SHAPES["binary"](7)), [torch.randn(12, 2), torch.randn(15, 6)]
+    given = trees.parents, trees.slots
+    for down in (False, True):
+        schedule = torch.ops.fastrnn.tree_schedule(*given, down)
+        assert torch.equal(torch.ops.fastrnn.tree_schedule(*map(apart, given), down), schedule)
+        found = [
+            torch.ops.fastrnn.tree("nary_lstm", None, params, s, False)[0]
+            for s in (schedule, apart(schedule))
+        ]
+        assert torch.equal(*found)

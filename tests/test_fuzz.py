@@ -215,3 +215,23 @@ def test_parity_generated(number_of_threads, cell, T, B, I, H, D, bias, mask, th
         assert x.grad.shape == x.shape
         return
     assert_agree_with_reference(cell, x, states, params, masks)
+
+
+def test_what_the_operator_refuses():
+    """Calls that would be another layer's, or one of no kernel."""
+    x, states, params = random_case("gru", 3, 2, 4, 5)
+    sizes, lengths, reset = torch.tensor([2, 2, 2]), torch.tensor([3, 1]), torch.zeros(3, 2).bool()
+    for args, words in (
+        ((x.flatten(0, 1), states, params, lengths, sizes, None), "takes neither lengths nor reset"),
+        ((x.flatten(0, 1), states, params, None, sizes, reset), "takes neither lengths nor reset"),
+        (
+            (x, states, [*params[:2], torch.randn(5, 5).double()], None, None, None),
+            "only the LSTM can be projected",
+        ),
+        (
+            (x, [s.repeat(3, 1, 1) for s in states], params * 3, None, None, None),
+            "h must be of 1 or 2 directions, got 3",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=words):
+            torch.ops.fastrnn.layer("gru", *args, False, False)

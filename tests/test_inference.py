@@ -408,3 +408,16 @@ def test_a_users_buffer_of_another_type_is_no_obstacle(make):
     made, x = make(plain), torch.randn(5, 2, 3)
     expected = made(x)[0].detach()
     assert torch.equal(made.to("cpu")(x)[0], expected)
+
+
+def test_a_step_of_a_projected_layer_wider_than_all_else():
+    """What its projection meets takes more room than x or h."""
+    made, x = fastrnn.quantize(fastrnn.LSTM(8, 1024, proj_size=8)), torch.randn(1, 40, 8)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(made(x)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(results[0], other) for other in results[1:])

@@ -8,6 +8,7 @@ import gc
 import math
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -196,3 +197,74 @@ def test_nothing_is_read_of_the_step_before(kind, lengths):
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(results, expected, strict=True))
     if memory_waits():
         assert saved_by(layer, x.detach()).data_ptr() == place
+
+
+def threads_at_once(calls):
+    """Prints what malloc has given out after calls by threads at once, of which two keep their scratch."""
+    torch.set_num_threads(1)
+    layer, x = fastrnn.GRU(8, 64), torch.zeros(20, 100, 8)
+    with ThreadPoolExecutor(8) as pool:
+        for count in (calls // 4, calls):
+            list(pool.map(lambda _: forward(layer, x), range(count)))
+            print(allocated_bytes())
+
+
+@pytest.mark.skipif(
+    not allocated_bytes(), reason="only glibc 2.33 and newer has mallinfo2, which counts malloc's bytes"
+)
+def test_threads_at_once_leave_two_blocks():
+    before, after = map(int, Fresh("test_leaks.threads_at_once", 400).finish().split())
+    assert after - before < 4 << 20
+
+
+def rounds(count, alive):
+    """Prints the megabytes lent after so many rounds of calls whose memory is dropped at once, and then after
+    two larger ones."""
+    layer, x = fastrnn.LSTM(1, 64), torch.randn(2560, 16, 1)  # 40 MB, and 4
+    saved_by(layer, x[:1])
+    before = lent()
+    for _ in range(count):
+        kept = [saved_by(layer, x[:256]) for _ in range(alive)]
+        del kept
+    print(lent() - before)
+    kept = [saved_by(layer, x) for _ in range(2)]
+    del kept
+    print(lent() - before)
+
+
+@pytest.mark.skipif(not memory_waits(), reason="the system takes no pages back later, or does not tell")
+def test_what_waits_is_counted_in_every_round():
+    """More blocks than there are places: what is lost track of would add up to the limit."""
+    small, large = map(float, Fresh("test_leaks.rounds", 9, 32, OMP_NUM_THREADS="1").finish().split())
+    assert small > 60
+    assert large > 75
+
+
+def sizes_apart():
+    """Prints whether a block is still there for who needs all of it, after a call that needs little."""
+    layer, x = fastrnn.LSTM(1, 64), torch.randn(4096, 16, 1)  # 64 MB, and 4
+    place = saved_by(layer, x).data_ptr()
+    small = saved_by(layer, x[:256])
+    print(saved_by(layer, x).data_ptr() == place, small.shape)
+
+
+@pytest.mark.skipif(not memory_waits(), reason="the system takes no pages back later, or does not tell")
+def test_little_takes_no_large_block():
+    assert Fresh("test_leaks.sizes_apart", OMP_NUM_THREADS="1").finish().startswith("True")
+
+
+def address_space():
+    """A call for whose memory there are addresses only where what waits gives up its own."""
+    import resource
+
+    layer, x = fastrnn.LSTM(1, 64), torch.randn(12288, 16, 1)
+    saved_by(layer, x[:6144])  # 96 MB wait
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
+    # 192 MB are kept of the next call, whose y and c take 48 each.
+    resource.setrlimit(resource.RLIMIT_AS, (used + (250 << 20), resource.RLIM_INFINITY))
+    assert saved_by(layer, x).shape[1] == 12288 * 16
+
+
+@pytest.mark.skipif(not memory_waits(), reason="the system takes no pages back later, or does not tell")
+def test_what_waits_makes_room():
+    Fresh("test_leaks.address_space", OMP_NUM_THREADS="1").finish()

@@ -267,3 +267,10 @@ def test_errors(cell):
     ours.batch_first = True
     with pytest.raises(ValueError, match=r"\[B, T\] = \[4, 5\], got \[5, 4\]"):
         ours(x.transpose(0, 1), reset=reset)
+
+
+def test_lengths_that_lie_apart():
+    layer, x = pair("gru", IN, H)[0], randn(T, B, IN)
+    lengths = torch.tensor([[end, T] for end in ENDS])[:, 0]
+    assert not lengths.is_contiguous()
+    assert_same(layer(x, lengths=lengths), layer(x, lengths=torch.tensor(ENDS)))

@@ -413,3 +413,41 @@ def test_an_exported_program_still_has_gradients():
     assert torch.equal(y, model(x)[0])
     y.sum().backward()
     assert all(p.grad is not None for p in program.parameters())
+
+
+@torch.no_grad()
+def test_the_operator_on_two_devices():
+    """What it gave would be memory that nobody filled."""
+    _, args = operator_arguments()
+    args[3][1] = args[3][1].detach().to("meta")
+    with pytest.raises(RuntimeError, match="not at the same device"):
+        torch.ops.fastrnn.stack(*args)
+
+
+@torch.no_grad()
+def test_compiled_where_the_layers_are_taken_one_by_one():
+    """Under autocast, and inside a transform."""
+    module, x = stack("lstm"), torch.randn(5, B, I)
+
+    def mapped(x):
+        return torch.func.vmap(lambda x: module(x)[0])(x)
+
+    xs = torch.stack([x, -x])
+    compiled = torch.compile(mapped, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(xs), torch.stack([module(v)[0] for v in xs]))
+    compiled = torch.compile(module, backend="eager", fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = compiled(x)[0], module(x)[0]
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, expected)
+
+
+@torch.no_grad()
+def test_rows_of_int8_weights_have_room_in_the_widest_layer(threads, stacked):
+    """The first one's of a wide x are those that a member's scratch must hold."""
+    module, x = fastrnn.quantize(fastrnn.LSTM(3000, 128, 3).eval()), torch.randn(200, 2, 3000)
+    expected = one_by_one(module, x)
+    for n in (1, 2, 3):
+        threads(n)
+        assert_same_bits(flat(*module(x)), expected)
+        assert stacked[-1] is not None

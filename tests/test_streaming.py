@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn.utils.prune
@@ -307,3 +311,47 @@ def test_the_operator_takes_no_holes():
     for holes in ((w_ih, None, b_ih), (w_ih, w_hh, None, b_hh), (w_ih, None, None, b_hh)):
         with pytest.raises(RuntimeError, match="without holes"):
             torch.ops.fastrnn.stream("lstm", x, h, h, *holes)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@cells
+def test_a_state_that_is_no_tensor(cell, grad):
+    ours, theirs = (module.requires_grad_(False) for module in pair(cell, 5, 6))
+    x, hx = randn(3, 2, 5), 3 if cell in ("gru", "rnn_tanh", "rnn_relu") else (3, 3)
+    with torch.set_grad_enabled(grad):
+        assert_same_error(lambda: ours(x, hx), lambda: theirs(x, hx))
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_error_keeps_no_tensor(grad):
+    """By a cycle of an exception and its traceback, which lasts until the collector comes."""
+    layer, x = fastrnn.GRU(5, 6), torch.randn(3, 2, 4)
+    kept = weakref.ref(x)
+    gc.disable()
+    try:
+        with torch.set_grad_enabled(grad), contextlib.suppress(RuntimeError):
+            layer(x)
+        del x
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh", "both"])
+@pytest.mark.parametrize("how", ["pruned", "parametrized", "buffer"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_cells_bias_that_is_no_parameter(kind, how, missing):
+    cell, x = getattr(fastrnn, kind)(5, 6), torch.randn(3, 5)
+    for name in ("bias_ih", "bias_hh") if missing == "both" else (missing,):
+        if how == "pruned":
+            torch.nn.utils.prune.l1_unstructured(cell, name, 0.3)
+        elif how == "parametrized":
+            torch.nn.utils.parametrize.register_parametrization(cell, name, torch.nn.Softsign())
+        else:
+            value = getattr(cell, name).detach()
+            delattr(cell, name)
+            cell.register_buffer(name, value)
+    with torch.no_grad():
+        got = cell(x)
+        with fastrnn.backend("reference"):
+            torch.testing.assert_close(got, cell(x))

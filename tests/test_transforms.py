@@ -193,6 +193,7 @@ def test_forward_modes_in_one_another_compiled():
 def test_vmap_over_nothing():
     layer = fastrnn.LSTM(2, 3)
     assert vmap(lambda x: layer(x)[0])(torch.randn(0, 5, 4, 2)).shape == (0, 5, 4, 3)
+    assert vmap(lambda x: layer(x)[0], in_dims=1)(torch.randn(5, 0, 4, 2)).shape == (0, 5, 4, 3)
     params = {name: p.expand(0, *p.shape) for name, p in layer.named_parameters()}
     many = vmap(lambda p, x: functional_call(layer, p, x)[0], in_dims=(0, None))
     assert many(params, torch.randn(5, 4, 2)).shape == (0, 5, 4, 3)
@@ -344,3 +345,36 @@ def test_functionalize(kind):
     torch.testing.assert_close(functionalize(grad(loss))(x), slope)
     torch.testing.assert_close(grad(functionalize(loss))(x), slope)
     torch.testing.assert_close(make_fx(functionalize(grad(loss)))(x)(x), slope)
+
+
+def test_vmap_over_batch_sizes():
+    """Other rows are each entry's own: a call for each."""
+    x, states, params = random_case("lstm", 4, 3, 2, 3, D=2)
+    rows, many = x.flatten(0, 1)[:6], torch.tensor([[3, 2, 1], [2, 2, 2]])
+
+    def run(sizes):
+        return functional.layer("lstm", rows, states, params, batch_sizes=sizes)[:2]
+
+    (y, last), each = vmap(run)(many), [run(sizes) for sizes in many]
+    torch.testing.assert_close(y, torch.stack([one[0] for one in each]))
+    for k, state in enumerate(last):
+        torch.testing.assert_close(state, torch.stack([one[1][k] for one in each]))
+
+
+def test_errors_under_transforms():
+    """In the words of any call's."""
+    x, states, params = random_case("gru", 3, 2, 2, 3)
+    wrong = [params[0], params[1][:, :2], *params[2:]]
+    with pytest.raises(ValueError, match=r"w_hh must be \[9, 3\], got \[9, 2\]"):
+        vmap(lambda x: functional.layer("gru", x, states, wrong)[0])(x[None])
+
+
+def test_the_bare_backward_operator_refuses():
+    """A tangent of the gradient that it was given, too."""
+    x, states, params = random_case("gru", 3, 2, 2, 3)
+    args = (x, states, params, None, None, None)
+    y, _, seq, saved = torch.ops.fastrnn.layer("gru", *args, True, True)
+    with forward_ad.dual_level():
+        dy = forward_ad.make_dual(y, y)
+        with pytest.raises(RuntimeError, match="knows no transforms"):
+            torch.ops.fastrnn.layer_backward("gru", dy, [], [], *args, y, seq, saved, True, True)

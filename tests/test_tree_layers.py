@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jvp, vmap
+from torch.utils.flop_counter import FlopCounterMode
 from trees import CELLS, F64, binary, derivatives, forest, make, random_tree, recursion, states
 
 import fastrnn
@@ -133,7 +134,8 @@ def test_opcheck(cell, with_x):
     params = [p.detach() for p in layer.parameters()]
     own = (None if x is None else x.detach(), params, trees.schedule("up"), h, others, saved, with_x, True)
     arguments = (layer._cell, torch.ones_like(h), [torch.ones_like(c) for c in others], *own)
-    torch.library.opcheck(torch.ops.fastrnn.tree_backward.default, arguments)
+    for given in (arguments, (*arguments[:-1], False)):
+        torch.library.opcheck(torch.ops.fastrnn.tree_backward.default, given)
     torch.library.opcheck(torch.ops.fastrnn.tree_schedule.default, (trees.parents, trees.slots, True))
     torch.library.opcheck(torch.ops.fastrnn.tree_slots.default, (trees.parents, None))
 
@@ -383,3 +385,87 @@ def test_on_the_gpu(cell, direction):
     found = [*out, *torch.autograd.grad(sum((s * weights).sum() for s in out), moved)]
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("with_x", [True, False])
+@cells
+def test_derivatives_of_the_backward_operator(cell, with_x):
+    """In all that it was given, by finite differences; of what it was asked for, and that alone."""
+    layer, schedule = make(cell, 2, 2), forest(*random_tree(5, random.Random(1))).schedule("up")
+    S = 1 + (cell in ("child_sum", "nary"))
+    x = [torch.randn(5, 2, dtype=F64)] if with_x else []
+    grads = [torch.randn(5, 2, dtype=F64) for _ in range(S)]
+    leaves = [t.detach().requires_grad_() for t in (*grads, *x, *layer.parameters())]
+
+    def backward(needs, *flat):
+        (dh, *dstates), x, params = flat[:S], flat[S] if with_x else None, list(flat[S + with_x :])
+        with torch.no_grad():
+            kept = torch.ops.fastrnn.tree(layer._cell, x, params, schedule, True)
+        args = (layer._cell, dh, dstates, x, params, schedule, *kept)
+        dx, dparams = torch.ops.fastrnn.tree_backward(*args, *needs)
+        assert dx.shape == ((5, 2) if with_x and needs[0] else (0,))
+        assert len(dparams) == needs[1] * len(params)
+        return (*[dx] * (with_x and needs[0]), *dparams)
+
+    assert torch.autograd.gradcheck(lambda *flat: backward((True, True), *flat), leaves)
+    whole = backward((True, True), *leaves)
+    with torch.no_grad():
+        torch.testing.assert_close(whole, backward((True, True), *leaves))
+    for needs in ((True, False), (False, True), (False, False)):
+        expected = whole[:with_x] * needs[0] + whole[with_x:] * needs[1]
+        torch.testing.assert_close(backward(needs, *leaves), expected)
+
+
+@pytest.mark.parametrize("with_x", [True, False])
+@cells
+def test_flops(cell, with_x):
+    """As if every node were another's child, in one slot; the backward pass again for both factors."""
+    layer, trees = make(cell, 2, 3), forest(*TREES)
+    x = torch.randn(9, 2, dtype=F64) if with_x else None
+    weights = layer.weight_ih.numel() * with_x + layer.weight_hh.numel() // layer.arity
+    with FlopCounterMode(display=False) as counter:
+        h = states(layer, x, trees)[0]
+    assert counter.get_total_flops() == 2 * 9 * weights
+    with FlopCounterMode(display=False) as counter:
+        h.sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 9 * weights
+
+
+def test_what_the_operator_keeps_has_no_gradient():
+    """And it keeps it where it is asked to."""
+    layer, schedule = make("nary", 2, 3), forest(*TREES).schedule("up")
+    for save in (False, True):
+        *_, saved = torch.ops.fastrnn.tree(layer._cell, None, list(layer.parameters()), schedule, save)
+        assert len(saved) == 2 * save
+        assert not any(t.requires_grad for t in saved)
+
+
+@cells
+def test_what_lies_apart(cell):
+    """An x wider than all children's h, whose rows are another's columns; gradients of sums, one number."""
+    layer, trees = make(cell, 100, 3), forest(*TREES)
+    x = torch.randn(100, 9, dtype=F64).t().requires_grad_()
+    leaves, found = [x, *layer.parameters()], []
+    for backend in ("cpu", "reference"):
+        with fastrnn.backend(backend):
+            out = states(layer, x, trees)
+        found.append([*out, *torch.autograd.grad(sum(s.sum() for s in out), leaves)])
+    torch.testing.assert_close(*found)
+
+
+@torch.no_grad()
+def test_the_operators_trust_nobody():
+    layer, schedule = make("nary", 2, 3, dtype=torch.float32), forest(*TREES).schedule("up")
+    params = [p.detach() for p in layer.parameters()]
+    h, kept, saved = torch.ops.fastrnn.tree("nary_lstm", None, params, schedule, True)
+    for given in ((kept, []), (kept, saved[:1]), ([], saved), (kept * 2, saved)):
+        with pytest.raises(RuntimeError, match="needs what tree gave and saved"):
+            torch.ops.fastrnn.tree_backward(
+                "nary_lstm", h, [], None, params, schedule, h, *given, False, True
+            )
+    with pytest.raises(RuntimeError, match="needs what tree gave and saved"):
+        torch.ops.fastrnn.tree_backward(
+            "nary_lstm", h, kept * 2, None, params, schedule, h, kept, saved, False, True
+        )
+    with pytest.raises(RuntimeError, match="params must be"):
+        torch.ops.fastrnn.tree("nary_lstm", None, [], schedule, False)
