@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import randn
+from helpers import TIGHT, randn
 from test_decoder import operator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -422,7 +422,7 @@ def test_derivatives_of_the_decoders_backward_operator(additive, needs):
     found, expected = (
         torch.autograd.grad(sum(g.square().sum() for g in each), dout) for each in (ours, theirs)
     )
-    torch.testing.assert_close((ours, found), (theirs, expected), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((ours, found), (theirs, expected), **TIGHT)
 
 
 @each_score

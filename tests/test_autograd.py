@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import F64, MASKS, random_case, random_masks
+from helpers import F64, MASKS, TIGHT, random_case, random_masks
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -344,8 +344,8 @@ def test_derivatives_of_the_backward_operator(cell, needs):
         plain = [
             t for part in backward(*needs) for t in (part if isinstance(part, list) else [part] * needs[0])
         ]
-    torch.testing.assert_close((ours, found), (theirs, expected), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close((ours, found), (theirs, expected), **TIGHT)
+    torch.testing.assert_close(ours, plain, **TIGHT)
 
 
 def test_the_backward_operator_on_two_devices():

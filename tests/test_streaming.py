@@ -282,6 +282,18 @@ def test_a_reparametrized_layer(direct):
 WEIGHTS = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
 
 
+def no_parameter(module, name, how):
+    """Makes a weight pruned, parametrized or a buffer."""
+    if how == "pruned":
+        torch.nn.utils.prune.l1_unstructured(module, name, 0.3)
+    elif how == "parametrized":
+        torch.nn.utils.parametrize.register_parametrization(module, name, torch.nn.Softsign())
+    else:
+        value = getattr(module, name).detach()
+        delattr(module, name)
+        module.register_buffer(name, value)
+
+
 @pytest.mark.parametrize("names", [*((n,) for n in WEIGHTS), WEIGHTS[2:]], ids="+".join)
 @pytest.mark.parametrize("how", ["pruned", "parametrized", "buffer"])
 @pytest.mark.parametrize("P", [0, 4])
@@ -290,14 +302,7 @@ def test_a_weight_that_is_no_parameter(P, how, names):
     layer = fastrnn.LSTM(5, 6, proj_size=P)
     x, hx = torch.randn(3, 2, 5), (torch.randn(1, 2, P or 6), torch.randn(1, 2, 6))
     for name in names:
-        if how == "pruned":
-            torch.nn.utils.prune.l1_unstructured(layer, name, 0.3)
-        elif how == "parametrized":
-            torch.nn.utils.parametrize.register_parametrization(layer, name, torch.nn.Softsign())
-        else:
-            value = getattr(layer, name).detach()
-            delattr(layer, name)
-            layer.register_buffer(name, value)
+        no_parameter(layer, name, how)
     with torch.no_grad():
         got = layer(x, hx)[0]
         with fastrnn.backend("reference"):
@@ -343,14 +348,7 @@ def test_an_error_keeps_no_tensor(grad):
 def test_a_cells_bias_that_is_no_parameter(kind, how, missing):
     cell, x = getattr(fastrnn, kind)(5, 6), torch.randn(3, 5)
     for name in ("bias_ih", "bias_hh") if missing == "both" else (missing,):
-        if how == "pruned":
-            torch.nn.utils.prune.l1_unstructured(cell, name, 0.3)
-        elif how == "parametrized":
-            torch.nn.utils.parametrize.register_parametrization(cell, name, torch.nn.Softsign())
-        else:
-            value = getattr(cell, name).detach()
-            delattr(cell, name)
-            cell.register_buffer(name, value)
+        no_parameter(cell, name, how)
     with torch.no_grad():
         got = cell(x)
         with fastrnn.backend("reference"):
